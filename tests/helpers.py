@@ -1,0 +1,130 @@
+"""Tiny models and real data that the tests share."""
+
+import torch
+from sklearn.datasets import load_digits
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    TimmWrapperConfig,
+    TimmWrapperForImageClassification,
+    Trainer,
+    TrainerCallback,
+    ViTConfig,
+    ViTForImageClassification,
+    default_data_collator,
+    set_seed,
+)
+
+from hf_trim import TrimmingArguments, TrimmingTrainer
+
+
+def digits(n=48, task="single"):
+    """scikit-learn's digits as `pixel_values` [1, 8, 8] in [0, 1], with labels for one of the three problem types."""
+    data = load_digits()
+    rows = []
+    for image, digit in zip(data.images[:n], data.target[:n], strict=True):
+        label = {
+            "single": int(digit),
+            "multi": [float(digit % 2), float(digit > 4), float(digit % 3 == 0)],
+            "regression": float(digit) / 10,
+        }[task]
+        rows.append({"pixel_values": torch.tensor(image / 16.0, dtype=torch.float32)[None], "labels": label})
+    return rows
+
+
+def digit_texts(n=48, task="single", length=10):
+    """The same data as token ids: the brightness of the rows' pixels, padded to different lengths."""
+    rows = []
+    for row in digits(n, task):
+        tokens = 1 + (row["pixel_values"].flatten()[:length] * 16).long()
+        used = 4 + int(tokens.sum()) % (length - 4)
+        mask = torch.zeros(length, dtype=torch.long)
+        mask[:used] = 1
+        rows.append({"input_ids": tokens * mask, "attention_mask": mask, "labels": row["labels"]})
+    return rows
+
+
+LABELS = {"single": 10, "multi": 3, "regression": 1}
+
+
+def tiny_vit(task="single", dropout=0.0, seed=0):
+    set_seed(seed)
+    return ViTForImageClassification(
+        ViTConfig(
+            hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=8,
+            patch_size=4, num_channels=1, num_labels=LABELS[task], hidden_dropout_prob=dropout,
+        )
+    )  # fmt: skip
+
+
+def tiny_bert(task="single", dropout=0.1, seed=0, **overrides):
+    set_seed(seed)
+    return BertForSequenceClassification(
+        BertConfig(
+            vocab_size=20, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+            max_position_embeddings=16, num_labels=LABELS[task], hidden_dropout_prob=dropout,
+            attention_probs_dropout_prob=dropout, **overrides,
+        )
+    )  # fmt: skip
+
+
+def tiny_resnet(task="single", seed=0):
+    set_seed(seed)
+    return TimmWrapperForImageClassification(
+        TimmWrapperConfig(
+            architecture="resnet10t", num_labels=LABELS[task], model_args={"in_chans": 1}, do_pooling=True
+        )
+    )
+
+
+class Losses(TrainerCallback):
+    """Records the logged training losses, in full precision."""
+
+    def __init__(self):
+        self.losses = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" in logs:
+            self.losses.append(logs["loss"])
+
+
+def train(
+    model, rows, output_dir, *, trainer_cls=TrimmingTrainer, resume=None, callbacks=(), trainer_kwargs=None, **args
+):
+    """
+    Train with SGD for two epochs of mini-batches of 8 unless told otherwise, logging each step. The trainer comes back
+    with `losses` (as logged, but not rounded) and `batches` (all that it saw, in order).
+    """
+    defaults = {
+        "num_train_epochs": 2, "per_device_train_batch_size": 8, "learning_rate": 0.1, "optim": "sgd",
+        "lr_scheduler_type": "constant", "logging_steps": 1, "save_strategy": "no", "use_cpu": True, "seed": 3,
+        "disable_tqdm": True, "report_to": "none",
+    }  # fmt: skip
+    if trainer_cls is Trainer:
+        args = {name: value for name, value in args.items() if not name.startswith("trim_")}
+    recorder, batches = Losses(), []
+
+    def collate(rows):
+        batches.append(default_data_collator(rows))
+        return batches[-1]
+
+    trainer = trainer_cls(
+        model=model,
+        args=TrimmingArguments(str(output_dir), **{**defaults, **args}),
+        train_dataset=rows,
+        data_collator=collate,
+        callbacks=[recorder, *callbacks],
+        **(trainer_kwargs or {}),
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    trainer.losses, trainer.batches = recorder.losses, batches
+    return trainer
+
+
+def weights(trainer_or_model):
+    model = getattr(trainer_or_model, "model", trainer_or_model)
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+def relative_difference(a, b):
+    return float((a - b).norm() / b.norm())
