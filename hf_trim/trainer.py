@@ -10,6 +10,7 @@ from transformers.trainer_utils import unwrap_peft_model
 
 from hf_trim.arguments import TrimmingConfig
 from hf_trim.backward import take_kept
+from hf_trim.checkpoints import load_converted_weights
 from hf_trim.losses import HOW_TO_PASS_A_LOSS, ItemLosses, find_loss, item_losses, per_sample, valid_items
 from hf_trim.schedule import keep_fraction, schedule_unit
 from hf_trim.selection import num_kept, select_items
@@ -61,8 +62,9 @@ class TrimmingTrainer(Trainer):
     def _refuse_unsupported(self):
         if self.args.n_gpu > 1:
             raise ValueError(
-                f"torch.nn.DataParallel over {self.args.n_gpu} GPUs would trim each replica and average wrongly. "
-                "Start one process per GPU (`accelerate launch` or `torchrun`), or set CUDA_VISIBLE_DEVICES to one GPU."
+                f"torch.nn.DataParallel over {self.args.n_gpu} GPUs would trim each replica and average "
+                "wrongly. Start one process per GPU (`accelerate launch` or `torchrun`), or set "
+                "CUDA_VISIBLE_DEVICES to one GPU."
             )
         if self.get_cp_size() > 1 or self.get_sp_size() > 1:
             raise ValueError(
@@ -102,6 +104,16 @@ class TrimmingTrainer(Trainer):
             step=state.global_step,
             num_steps=state.max_steps,
         )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if not self.is_fsdp_enabled:
+            load_converted_weights(self.model if model is None else model, resume_from_checkpoint)
+
+    def _load_best_model(self):
+        super()._load_best_model()
+        if not self.is_fsdp_enabled and not self.is_deepspeed_enabled:
+            load_converted_weights(self.model, self.state.best_model_checkpoint)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batch_samples, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)

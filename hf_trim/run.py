@@ -1,0 +1,285 @@
+"""`python -m hf_trim.run RECIPE`: train a recipe, or compare it with and without trimming."""
+
+import copy
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from rich.table import Table
+from transformers import set_seed
+
+from hf_trim.arguments import TrimmingArguments
+from hf_trim.checkpoints import last_complete_checkpoint
+from hf_trim.clock import TrainingClock, train_seconds
+from hf_trim.data import Data, DataArguments, load_data
+from hf_trim.metrics import compute_metrics
+from hf_trim.models import ModelArguments, build_model, load_processing_class
+from hf_trim.recipe import (
+    RecipeError,
+    RecipeParser,
+    RunArguments,
+    parse,
+    read_recipe,
+    recipe_names,
+    user_errors,
+)
+from hf_trim.records import hardware, make_record, read_record, write_json
+from hf_trim.report import plot, print_table, print_wide, summarize
+from hf_trim.trainer import TrimmingTrainer
+
+
+USAGE = """usage: python -m hf_trim.run RECIPE [--compare] [--seeds N] [--any_field value ...]
+       python -m hf_trim.run --list
+
+RECIPE is a name that --list shows, or the path of a YAML file. Its values are defaults that the
+command line overrides: the fields of TrainingArguments, trim_*, and those of model and data
+(`python -m hf_trim.run RECIPE --help` explains each)."""
+
+
+class RecipeTrainer(TrimmingTrainer):
+    """
+    [`TrimmingTrainer`] with the paper's optimizer and learning rate where a recipe asks for them.
+
+    Args:
+        run_args ([`RunArguments`]): `l2_weight_decay`, `lr_milestones` and `lr_gamma` count here.
+        kwargs: Arguments of [`TrimmingTrainer`].
+    """
+
+    def __init__(self, *, run_args: RunArguments, **kwargs):
+        super().__init__(**kwargs)
+        self.run_args = run_args
+
+    def create_optimizer(self, model=None):
+        """Adam with an L2 penalty on all parameters: `Trainer` has AdamW only, and spares norms and biases."""
+        if self.run_args.l2_weight_decay is None or self.optimizer is not None:
+            return super().create_optimizer(model)
+        parameters = [p for p in (model or self.model).parameters() if p.requires_grad]
+        self.optimizer = torch.optim.Adam(
+            parameters, lr=self.args.learning_rate, weight_decay=self.run_args.l2_weight_decay
+        )
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        """The learning rate falls by a factor at given epochs."""
+        if self.run_args.lr_milestones is None or self.lr_scheduler is not None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        steps_per_epoch = num_training_steps / self.args.num_train_epochs
+        self.lr_scheduler = torch.optim.lr_scheduler.MultiStepLR(
+            optimizer or self.optimizer,
+            [round(epoch * steps_per_epoch) for epoch in self.run_args.lr_milestones],
+            self.run_args.lr_gamma,
+        )
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+
+# The arms of a comparison, and what they select.
+ARMS = {"plain": "none", "trimmed": "hardest", "random": "random"}
+
+
+class Job(NamedTuple):
+    """A recipe with the command line's changes; `settings` are the fields that either of them set."""
+
+    name: str
+    run: RunArguments
+    model: ModelArguments
+    data: DataArguments
+    training: TrimmingArguments
+
+    settings: dict
+
+    @property
+    def output_dir(self) -> Path:
+        """The folder that everything is written to."""
+        return Path(self.training.output_dir)
+
+
+def load(job: Job) -> Data:
+    """
+    Args:
+        job ([`Job`]): The recipe.
+
+    Returns:
+        [`Data`]: Its data, prepared for its model.
+    """
+    with user_errors():
+        return load_data(job.data, load_processing_class(job.model))
+
+
+def make_trainer(job: Job, data: Data, arm: str, seed: int, output_dir: Path) -> RecipeTrainer:
+    """
+    A fresh model and its trainer. The seed decides on weights, data order and dropout, so that the arms of one seed
+    differ in nothing but what they keep.
+
+    Args:
+        job ([`Job`]): The recipe.
+        data ([`Data`]): Its data.
+        arm (`str`): `"plain"`, `"trimmed"` or `"random"`.
+        seed (`int`): The seed.
+        output_dir (`Path`): Folder of the run's checkpoints.
+
+    Returns:
+        [`RecipeTrainer`]: The trainer.
+    """
+    args = copy.copy(job.training)
+    args.output_dir, args.seed, args.trim_select = str(output_dir), seed, ARMS[arm]
+    # In a log file bars are noise, and so is a warning per data loader about memory that can't be pinned.
+    args.disable_tqdm = args.disable_tqdm or not sys.stderr.isatty()
+    args.dataloader_pin_memory = args.dataloader_pin_memory and torch.accelerator.is_available()
+    set_seed(seed)
+    with user_errors():
+        return RecipeTrainer(
+            run_args=job.run,
+            model=build_model(job.model, data),
+            args=args,
+            train_dataset=data.train_dataset,
+            eval_dataset=data.test_dataset,
+            data_collator=data.data_collator,
+            processing_class=data.processing_class,
+            compute_metrics=compute_metrics,
+            callbacks=[TrainingClock()],
+        )
+
+
+def check_settings(job: Job) -> None:
+    """
+    Refuse to go on in a folder whose runs had other settings; note the settings in a new one.
+
+    Args:
+        job ([`Job`]): The recipe.
+
+    Raises:
+        [`RecipeError`]: If the settings differ.
+    """
+    path = job.output_dir / "settings.json"
+    settings = json.loads(json.dumps(job.settings))
+    if not path.is_file():
+        write_json(path, settings)
+        return
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise RecipeError(f"{path} is not valid JSON: delete the folder, or choose another --output_dir.") from None
+    changed = [
+        f"{name} was {before.get(name, 'not set')!r} and is {settings.get(name, 'not set')!r}"
+        for name in sorted(before.keys() | settings.keys())
+        if before.get(name) != settings.get(name)
+    ]
+    if changed:
+        raise RecipeError(
+            f"{job.output_dir} holds runs with other settings ({'; '.join(changed)}): choose another --output_dir, or "
+            "delete the folder."
+        )
+
+
+def train(job: Job) -> None:
+    """
+    Train a recipe once, evaluate it on the test split and save everything as transformers' examples do. An
+    interrupted training goes on from its last checkpoint; a finished one is not repeated.
+
+    Args:
+        job ([`Job`]): The recipe.
+    """
+    results = job.output_dir / "all_results.json"
+    if results.is_file():
+        print(f"Finished before; choose another --output_dir to train again. {results}:\n{results.read_text()}")
+        return
+    data = load(job)
+    arm = next(arm for arm, select in ARMS.items() if select == job.training.trim_select)
+    trainer = make_trainer(job, data, arm, job.training.seed, job.output_dir)
+    metrics = trainer.train(resume_from_checkpoint=last_complete_checkpoint(job.output_dir)).metrics
+    metrics["train_seconds"] = train_seconds(trainer.state.log_history)
+    trainer.save_model()
+    trainer.save_state()
+    trainer.log_metrics("train", metrics)
+    trainer.save_metrics("train", metrics, combined=False)
+    test_metrics = trainer.evaluate()
+    trainer.log_metrics("eval", test_metrics)
+    trainer.save_metrics("eval", test_metrics, combined=False)
+    # Last, and whole or not at all: this file says that the run is finished.
+    if trainer.is_world_process_zero():
+        write_json(results, {**metrics, **test_metrics})
+    print(f"Test error {test_metrics['eval_error']:.2f} %. Model and results are in {job.output_dir}.")
+
+
+def compare(job: Job) -> None:
+    """
+    Train each arm with each seed, and print and plot what came out. Finished runs are not repeated, and an
+    interrupted one goes on from its last checkpoint.
+
+    Args:
+        job ([`Job`]): The recipe.
+    """
+    data = None
+    seeds = range(job.training.seed, job.training.seed + job.run.seeds)
+    runs = [(seed, arm) for seed in seeds for arm in ARMS]
+    records = []
+    for number, (seed, arm) in enumerate(runs, start=1):
+        name = f"{arm}-seed{seed}"
+        path = job.output_dir / "records" / f"{name}.json"
+        record = read_record(path)
+        if record is None:
+            print(f"[{number}/{len(runs)}] {job.name}: {arm}, seed {seed}", flush=True)
+            if data is None:
+                data = load(job)
+            folder = job.output_dir / name
+            trainer = make_trainer(job, data, arm, seed, folder)
+            trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder))
+            record = make_record(job.name, arm, seed, job.settings, trainer.evaluate(), trainer.state.log_history)
+            if trainer.is_world_process_zero():
+                write_json(path, record)
+                # The record is what is kept; checkpoints of many runs would fill the disk.
+                shutil.rmtree(folder, ignore_errors=True)
+        print(f"[{number}/{len(runs)}] {job.name}: {arm}, seed {seed}: test error {record['test_error']:.2f} %")
+        records.append(record)
+    picture = job.output_dir / "comparison.png"
+    plot(records, picture, job.name)
+    print_table(f"{job.name}, {len(seeds)} seed{'s' if len(seeds) > 1 else ''}, {hardware()}", summarize(records))
+    print(f"Records: {job.output_dir / 'records'}; plot: {picture}")
+
+
+def print_recipes() -> None:
+    """Print the recipes that come with the package."""
+    table = Table("recipe", "data", "model", "expected time", title="Recipes", title_justify="left")
+    for name in recipe_names():
+        _, fields = read_recipe(name)
+        model = next((fields[key] for key in ("model_name_or_path", "timm_model", "model_type") if key in fields), "?")
+        table.add_row(name, fields.get("dataset", "?"), model, fields.get("expected_time", "unknown"))
+    print_wide(table)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """
+    The command line.
+
+    Args:
+        argv (`list[str]`, *optional*): Arguments; the default is `sys.argv[1:]`.
+
+    Returns:
+        `int`: Exit status: 0, or 2 if the recipe, an argument or the data is wrong.
+    """
+    recipe, *options = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    try:
+        if recipe in ("-h", "--help"):
+            print(USAGE)
+        elif recipe == "--list":
+            print_recipes()
+        elif recipe.startswith("-"):
+            raise RecipeError(f"the recipe comes first, and {recipe!r} is none.\n{USAGE}")
+        elif {"-h", "--help"} & set(options):
+            RecipeParser().print_help()
+        else:
+            job = Job(*parse(recipe, options))
+            check_settings(job)
+            (compare if job.run.compare else train)(job)
+    except RecipeError as error:
+        print(f"hf_trim.run: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
