@@ -34,7 +34,11 @@ class TrimmingConfig:
             What an item is: a `"sample"`, or a `"token"` where there is a loss per token. `"auto"` takes the losses
             as they come.
         trim_backward (`str`, *optional*, defaults to `"auto"`):
-            How the backward pass is run; gradients do not depend on it.
+            How the backward pass is run: `"dense"` is ordinary autograd; `"sparse"` costs only what is kept, with the
+            same gradients; `"replay"` scores without gradients and runs forward and backward again on the kept
+            samples (least memory; draws dropout masks anew); `"auto"` is the fastest that suits the model.
+        trim_strict (`bool`, *optional*, defaults to `False`):
+            With `trim_backward="sparse"`: raise where an operation has no row-sparse rule, rather than run it dense.
         trim_scope (`str`, *optional*, defaults to `"local"`):
             Among which items the hardest are chosen: those of each device's micro-batch.
     """
@@ -69,9 +73,13 @@ class TrimmingConfig:
     trim_backward: str = field(
         default="auto",
         metadata={
-            "help": "How the backward pass is run; gradients do not depend on it.",
+            "help": "How the backward pass is run: dense, sparse, replay, or the fastest that suits the model (auto).",
             "choices": BACKWARD_CHOICES,
         },
+    )
+    trim_strict: bool = field(
+        default=False,
+        metadata={"help": "With trim_backward=sparse: raise where an operation has no rule, do not run it dense."},
     )
     trim_scope: str = field(
         default="local",
@@ -95,6 +103,11 @@ class TrimmingConfig:
         check_choice("trim_select", self.trim_select, SELECT_CHOICES)
         check_choice("trim_unit", self.trim_unit, UNIT_CHOICES)
         check_choice("trim_backward", self.trim_backward, BACKWARD_CHOICES)
+        if self.trim_strict and self.trim_backward != "sparse":
+            raise ValueError(
+                f"trim_strict needs trim_backward='sparse', and that is '{self.trim_backward}': set that, or "
+                "leave trim_strict out."
+            )
         check_choice("trim_scope", self.trim_scope, SCOPE_CHOICES)
         if hasattr(super(), "__post_init__"):
             super().__post_init__()

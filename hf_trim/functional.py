@@ -1,21 +1,25 @@
 """Mini-batch trimming for any PyTorch loop, in one line."""
 
+from collections.abc import Callable
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_trim.backward import BACKWARD_CHOICES, take_kept
+from hf_trim.backward.replay import scoring
 from hf_trim.messages import check_choice
 from hf_trim.selection import SELECT_CHOICES, select_items
 
 
 def trimmed_mean(
-    losses: Tensor,
+    losses: Tensor | Callable[[Tensor | None], Tensor],
     keep: float,
     *,
     valid: Tensor | None = None,
     select: str = "hardest",
     backward: str = "dense",
     generator: torch.Generator | None = None,
+    model: nn.Module | None = None,
 ) -> Tensor:
     """
     The mean over the hardest fraction of a mini-batch (arXiv 2110.13058, section 2): use it in place of
@@ -23,18 +27,24 @@ def trimmed_mean(
 
     ```python
     losses = torch.nn.functional.cross_entropy(model(images), labels, reduction="none")
-    trimmed_mean(losses, keep=0.4).backward()
+    trimmed_mean(losses, keep=0.4, backward="sparse").backward()
     ```
 
     Args:
-        losses (`torch.Tensor`): Unreduced losses of any shape, e.g. `[B]` per sample or `[B, T]` per token.
+        losses (`torch.Tensor` or `Callable`): Unreduced losses of any shape, e.g. `[B]` per sample or `[B, T]` per
+            token. For `backward="replay"` a function instead, from the `[k]` indices of samples (`None`: all of them)
+            to their losses.
         keep (`float`): Fraction p of the valid items to keep, in (0, 1]; k = max(1, round(p·n)).
         valid (`torch.Tensor`, *optional*): Boolean mask of the shape of `losses`, e.g. `labels != -100`; the rest
             are no items.
         select (`str`, *optional*, defaults to `"hardest"`): `"hardest"`, `"random"` (a random subset of the same
             size) or `"none"` (the plain mean).
-        backward (`str`, *optional*, defaults to `"dense"`): How the backward pass is run; the result is the same.
+        backward (`str`, *optional*, defaults to `"dense"`): `"dense"` for ordinary autograd, `"sparse"` (`"auto"` is
+            the same here) for a backward pass that costs what is kept, with the same gradients; `"replay"` to score
+            without gradients, then run forward and backward on the kept samples, which needs their memory only but
+            draws dropout masks anew.
         generator (`torch.Generator`, *optional*): Source of the random subset, on the CPU; the default is torch's.
+        model (`torch.nn.Module`, *optional*): For `"replay"`: the model that `losses` calls.
 
     Returns:
         `torch.Tensor`: The scalar loss, in the data type of `losses`; zero if no item is valid.
@@ -42,6 +52,17 @@ def trimmed_mean(
     Raises:
         `ValueError`: If an argument is out of its range.
     """
+    check_choice("select", select, SELECT_CHOICES)
+    check_choice("backward", backward, BACKWARD_CHOICES)
+    if (backward == "replay") != callable(losses) or (backward == "replay") != (model is not None):
+        raise ValueError(
+            'backward="replay" runs the model twice: give it, and it alone, a function as losses (indices of samples, '
+            "or None for all, to their losses) and the model."
+        )
+    losses_of = losses
+    if backward == "replay":
+        with scoring(model):
+            losses = losses_of(None)
     if not losses.is_floating_point() or losses.dim() == 0:
         raise ValueError(
             f"trimmed_mean needs unreduced floating-point losses, e.g. [B] or [B, T], and got {losses.dtype} of shape "
@@ -54,9 +75,10 @@ def trimmed_mean(
             f"valid must be a boolean mask of the losses' shape {list(losses.shape)}, and is {valid.dtype} of shape "
             f"{list(valid.shape)}."
         )
-    check_choice("select", select, SELECT_CHOICES)
-    check_choice("backward", backward, BACKWARD_CHOICES)
     kept = select_items(losses, keep, valid=valid, select=select, generator=generator)
+    if backward == "replay":
+        # Without a valid item the first sample stands in, so that there is a graph.
+        return losses_of(kept).mean() if kept.numel() else losses_of(kept.new_zeros(1)).sum() * 0
     if kept.numel() == 0:
         return losses.sum() * 0
     return take_kept(losses, kept, backward).mean()

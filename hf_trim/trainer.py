@@ -1,21 +1,27 @@
 """`TrimmingTrainer`: batch → unreduced losses → kept items → mean of the kept."""
 
+import logging
 import random
+from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_utils import unwrap_peft_model
 
 from hf_trim.arguments import TrimmingConfig
 from hf_trim.backward import take_kept
+from hf_trim.backward.choice import choose_backward
+from hf_trim.backward.replay import rows_of, scoring
+from hf_trim.backward.sparse import fallback_report, reset_fallbacks, strict
 from hf_trim.checkpoints import load_converted_weights
 from hf_trim.losses import HOW_TO_PASS_A_LOSS, ItemLosses, find_loss, item_losses, per_sample, valid_items
 from hf_trim.schedule import keep_fraction, schedule_unit
 from hf_trim.selection import num_kept, select_items
 
 
+logger = logging.getLogger(__name__)
 LOGGED = ("trim_fraction", "kept_fraction", "trim_threshold", "full_loss")
 
 
@@ -57,6 +63,8 @@ class TrimmingTrainer(Trainer):
         self._labels_to_come: list[Tensor] = []
         self._optimizer_step_kept: Tensor | int = 0
         self._checked_loss = False
+        self._told = set()
+        reset_fallbacks()
         self._logged_sums = torch.zeros(len(LOGGED) + 1, dtype=torch.float64)
 
     def _refuse_unsupported(self):
@@ -152,17 +160,18 @@ class TrimmingTrainer(Trainer):
 
         if self.compute_loss_func is not None or self.label_smoother is not None:
             inputs = {name: value for name, value in inputs.items() if name != "labels"}
-        outputs = model(**inputs)
-        items = self._item_losses(outputs, labels)
-        if model.training:
-            self._check_loss(outputs, items)
-            loss = self._training_loss(items, labels)
-        else:
+        if not model.training:
+            outputs = model(**inputs)
+            items = self._item_losses(outputs, labels)
             loss = items.losses[items.valid].mean()
-        return (loss, outputs) if return_outputs else loss
+            return (loss, outputs) if return_outputs else loss
 
-    def _training_loss(self, items: ItemLosses, labels: Tensor) -> Tensor:
         keep = self.trim_fraction
+        backward = self._backward_mode(model, labels, keep)
+        with scoring(model) if backward == "replay" else nullcontext():
+            outputs = model(**inputs)
+            items = self._item_losses(outputs, labels)
+        self._check_loss(outputs, items)
         kept = select_items(
             items.losses, keep, valid=items.valid, select=self.trim.trim_select, generator=self._generator()
         )
@@ -170,11 +179,32 @@ class TrimmingTrainer(Trainer):
         total = self._kept_in_optimizer_step(keep, items, labels)
         if self._labels_to_come:
             self._labels_to_come.pop()
-        if kept.numel() == 0:
-            return items.losses.sum() * 0
-        loss = take_kept(items.losses, kept, self.trim.trim_backward).sum() / total
-        # Gradients are averaged over the processes, while the total counts the items of all of them.
-        return loss * self.accelerator.num_processes if self.args.average_tokens_across_devices else loss
+        if backward == "replay":
+            # Without a valid item the first sample stands in, so that there is a graph (its loss does not count).
+            rows = kept if kept.numel() else kept.new_zeros(1)
+            outputs = model(**rows_of(inputs, rows, len(labels)))
+            losses = self._item_losses(outputs, labels[rows]).losses
+        else:
+            losses = take_kept(items.losses, kept, backward) if kept.numel() else items.losses
+        loss = losses.sum() / total if kept.numel() else losses.sum() * 0
+        if self.args.average_tokens_across_devices:
+            # Gradients are averaged over the processes, while the total counts the items of all of them.
+            loss = loss * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, *args, **kwargs):
+        with strict(self.trim.trim_strict):
+            return super().training_step(*args, **kwargs)
+
+    def _backward_mode(self, model: nn.Module, labels: Tensor, keep: float) -> str:
+        if keep == 1:
+            return "dense"  # nothing is left out: each way is the plain one
+        per_sample = labels.dim() == 1 or self.trim.trim_unit == "sample" or self.compute_loss_func is None
+        mode, reason = choose_backward(self.trim.trim_backward, model, per_sample, keep)
+        if (mode, reason) not in self._told and reason != "asked for":
+            logger.warning("Backward pass of the trimmed batches: %s (%s).", mode, reason)
+        self._told.add((mode, reason))
+        return mode
 
     def _kept_in_optimizer_step(self, keep: float, items: ItemLosses, labels: Tensor) -> Tensor | int:
         """Number of items that all mini-batches of this optimizer step keep, on all devices where those are summed."""
@@ -229,6 +259,10 @@ class TrimmingTrainer(Trainer):
             start_time (`float`, *optional*): The start of training.
         """
         if "loss" in logs:
+            if (fallbacks := fallback_report()) and "fallbacks" not in self._told:
+                counts = ", ".join(f"{name} {count}×" for name, count in fallbacks.items())
+                self._told.add("fallbacks")
+                logger.warning("Operations without a row-sparse rule ran dense: %s. Gradients are the same.", counts)
             sums = self.accelerator.reduce(self._logged_sums.float().to(self.args.device)).tolist()
             if sums[-1] > 0:
                 logs.update({name: value / sums[-1] for name, value in zip(LOGGED, sums[:-1], strict=True)})

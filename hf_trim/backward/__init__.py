@@ -3,10 +3,10 @@
 from torch import Tensor
 
 from hf_trim.backward.dense import take_rows_dense
+from hf_trim.backward.sparse import take_rows_sparse
 
 
-BACKWARD_CHOICES = ("auto", "dense")
-_TAKE = {"auto": take_rows_dense, "dense": take_rows_dense}
+BACKWARD_CHOICES = ("auto", "dense", "sparse", "replay")
 
 
 def take_kept(losses: Tensor, kept: Tensor, backward: str) -> Tensor:
@@ -16,11 +16,12 @@ def take_kept(losses: Tensor, kept: Tensor, backward: str) -> Tensor:
     Args:
         losses (`torch.Tensor`): Unreduced losses of any shape, n in all.
         kept (`torch.Tensor`): `[k]` ascending indices into `losses.flatten()`.
-        backward (`str`): `"dense"` for ordinary autograd; `"auto"` for the best exact way there is.
+        backward (`str`): `"dense"` for ordinary autograd, `"sparse"` for row-sparse gradients.
 
     Returns:
         `torch.Tensor`: `[k]` losses.
     """
     losses = losses.flatten()
-    # Everything is kept: the plain loss, with no gather in between.
-    return losses if kept.numel() == losses.numel() else _TAKE[backward](losses, kept)
+    if kept.numel() == losses.numel():
+        return losses  # the plain loss, with no gather in between
+    return take_rows_dense(losses, kept) if backward == "dense" else take_rows_sparse(losses, kept)

@@ -1,0 +1,54 @@
+"""Score first, without gradients; then forward and backward on the kept samples only, with the memory of those."""
+
+from collections.abc import Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+@contextmanager
+def scoring(model: nn.Module):
+    """
+    Forward passes in this context find out losses and leave no trace: no graph, the random number generators as they
+    were (so that what follows draws the same dropout masks as without), batch-norm statistics too.
+
+    Args:
+        model (`torch.nn.Module`): The model, in training mode as for training itself.
+    """
+    statistics = [
+        (buffer, buffer.clone())
+        for module in model.modules()
+        if isinstance(module, _BatchNorm) and module.training
+        for buffer in module.buffers(recurse=False)
+    ]
+    devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta", "mps")}
+    kind = next(iter(devices)).type if devices else "cuda"
+    try:
+        with torch.random.fork_rng([device.index for device in devices], device_type=kind), torch.no_grad():
+            yield
+    finally:
+        torch.clear_autocast_cache()  # else weights cast here, without a graph, would be taken for those of training
+        for buffer, value in statistics:
+            buffer.copy_(value)
+
+
+def rows_of(inputs: Mapping, kept: Tensor, batch_size: int) -> dict:
+    """
+    The kept samples of a batch.
+
+    Args:
+        inputs (`Mapping`): The model's inputs; tensors whose first dimension is the batch, and whatever else.
+        kept (`torch.Tensor`): `[k]` indices of samples.
+        batch_size (`int`): Size B of that dimension.
+
+    Returns:
+        `dict`: The same inputs with `[k, ...]` in place of `[B, ...]`.
+    """
+    return {
+        name: value.index_select(0, kept.to(value.device))
+        if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == batch_size
+        else value
+        for name, value in inputs.items()
+    }
