@@ -217,7 +217,7 @@ def _scratch_config(args: ModelArguments, data: Data, labels: dict[str, Any], ma
     # First on the default configuration, for the check: one made of the values derives others from them.
     overrides = args.config_overrides or {}
     _override(config, overrides, f"model_type '{args.model_type}'")
-    config = AutoConfig.for_model(args.model_type, **{**values, **overrides}, **labels)
+    config = AutoConfig.for_model(args.model_type, **{**values, **overrides, **labels})
     _check_fit(config, data)
     return config
 
