@@ -9,20 +9,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import datasets
+import numpy as np
+import torch
+from datasets import ClassLabel, Dataset, DatasetDict, Image, Value
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F
+from transformers import DataCollatorWithPadding, DefaultDataCollator, ViTImageProcessor
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
 from hf_trim.messages import check_choice, closest
-from hf_trim.torchvision_cpu import import_torchvision
-
-
-import_torchvision()  # before transformers' image code
-
-import datasets  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from datasets import ClassLabel, Dataset, DatasetDict, Image, Value  # noqa: E402
-from torch import Tensor  # noqa: E402
-from torchvision.transforms.v2 import functional as F  # noqa: E402
-from transformers import DataCollatorWithPadding, DefaultDataCollator, ViTImageProcessor  # noqa: E402
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase  # noqa: E402
 
 
 AUGMENT_CHOICES = ("none", "crop", "crop-flip")

@@ -1,15 +1,10 @@
 """Accuracy and test error, without network."""
 
-from hf_trim.torchvision_cpu import import_torchvision
-
-
-import_torchvision()  # evaluate imports transformers' pipelines
-
-import datasets  # noqa: E402
-import evaluate  # noqa: E402
-import numpy as np  # noqa: E402
-from sklearn.metrics import accuracy_score  # noqa: E402
-from transformers import EvalPrediction  # noqa: E402
+import datasets
+import evaluate
+import numpy as np
+from sklearn.metrics import accuracy_score
+from transformers import EvalPrediction
 
 
 class Accuracy(evaluate.Metric):

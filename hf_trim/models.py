@@ -5,11 +5,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hf_trim.data import Data, package_folder
-from hf_trim.messages import closest
-
-
-# isort: split
 import timm
 import torch
 from transformers import (
@@ -25,6 +20,9 @@ from transformers import (
     TimmWrapperConfig,
     TimmWrapperForImageClassification,
 )
+
+from hf_trim.data import Data, package_folder
+from hf_trim.messages import closest
 
 
 SOURCES = ("model_name_or_path", "model_type", "timm_model")
@@ -64,7 +62,7 @@ class ModelArguments:
     )
     config_overrides: dict | str | None = field(
         default=None,
-        metadata={"help": 'Values of the model\'s configuration, as JSON: \'{"hidden_size": 64}\'.'},
+        metadata={"help": "Values of the model's configuration, as JSON: '{\"hidden_size\": 64}'."},
     )
     tokenizer_name: str | None = field(
         default=None, metadata={"help": "Hub name or folder of the tokenizer. Default: the pretrained model's."}

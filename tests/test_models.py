@@ -36,6 +36,15 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Many small layers: threads that wait for a core which others use would take most of the time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def digits():
     return load_data(DataArguments("digits", max_train_samples=50))
@@ -52,7 +61,7 @@ def batch(data, size=4):
 
 
 def check_saved(model, data, folder):
-    """One forward with a loss; saved and loaded back, the outputs are the same bit for bit."""
+    """One forward with a loss; saved and loaded back, all weights and buffers are the same bit for bit."""
     inputs = batch(data)
     loss = model(**inputs).loss
     assert loss.dim() == 0 and loss.isfinite()
@@ -63,10 +72,15 @@ def check_saved(model, data, folder):
     assert list(loaded.config.id2label.values()) == data.label_names
     with torch.no_grad():
         first, second = model.eval()(**inputs).logits, loaded.eval()(**inputs).logits
-    assert first.shape == (4, len(data.label_names)) and torch.equal(first, second)
+    state, loaded_state = model.state_dict(), loaded.state_dict()
+    assert state.keys() == loaded_state.keys()
+    assert all(torch.equal(value, loaded_state[name]) for name, value in state.items())
+    assert first.shape == (4, len(data.label_names))
+    # Not bit for bit: with the same weights elsewhere in memory, a CPU kernel may add in another order.
+    assert torch.allclose(first, second, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", [each for each in recipe_names() if not each.startswith(("bbc", "fashion"))])
+@pytest.mark.parametrize("name", [each for each in recipe_names() if each.startswith(("cifar", "digits", "svhn"))])
 def test_recipes_of_images(name, tmp_path):
     _, _, model_args, data_args, _, _ = parse(name, [])
     columns = HUB_SETS.get(data_args.dataset)

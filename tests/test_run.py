@@ -11,6 +11,7 @@ import time
 import pytest
 import torch
 import yaml
+from datasets import DatasetDict
 from scipy.stats import ttest_rel
 from transformers import AutoModelForImageClassification
 
@@ -20,6 +21,8 @@ from hf_trim.recipe import parse, recipe_names
 from hf_trim.records import read_record, write_json
 from hf_trim.report import paired_interval, plot, summarize, table_rows
 from hf_trim.run import Job, load, main, make_trainer
+from tests.test_data import tiny
+from tests.test_models import HUB_SETS
 
 
 TINY = {
@@ -255,3 +258,16 @@ def test_records_are_written_whole(tmp_path):
     path.write_text(path.read_text()[:40])
     with pytest.raises(ValueError, match="is no record of a finished run"):
         read_record(path)
+
+
+@pytest.mark.parametrize("name", ["svhn-resnet34", "cifar10-densenet121", "cifar100-resnet34", "cifar10-vit"])
+def test_paper_recipes_run_end_to_end_on_data_of_the_hubs_schema(name, tmp_path):
+    path, columns = tmp_path / "data", HUB_SETS[parse(name, [])[3].dataset]
+    DatasetDict(train=tiny(20, **columns), test=tiny(20, **columns)).save_to_disk(path)
+    # Two epochs, so that p falls; the configuration's name means nothing to data on disk.
+    options = ["--dataset", str(path), "--num_train_epochs", "2", "--output_dir", str(tmp_path / "out"), "--use_cpu"]
+    assert main([name, *options]) == 0
+    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+    fractions = [log["trim_fraction"] for log in state["log_history"] if "trim_fraction" in log]
+    assert fractions == pytest.approx([1.0, 0.2])
+    assert "eval_error" in json.loads((tmp_path / "out" / "all_results.json").read_text())
