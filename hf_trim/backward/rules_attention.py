@@ -1,7 +1,7 @@
 """Rules for the fused attention kernels' backward ops: `[B, H, T, D]` operands, rows along B.
 
-Kernels that apply dropout themselves draw their mask from a counter over the whole batch, so a slice of the batch would
-redraw it: with dropout inside the kernel these ops run dense.
+Kernels that apply dropout themselves draw their mask from a counter over the whole batch, so that a slice of the batch
+would redraw it: with dropout inside the kernel these ops run dense.
 """
 
 from hf_trim.backward.rules import require, row_sparse, rule
@@ -46,23 +46,19 @@ def efficient(
 ):  # fmt: skip
     require(dropout_p == 0, "dropout inside the kernel")
     require(not grad_input_mask[3], "the bias wants a gradient")
-    grad_, query, key, value, out, logsumexp = _batch_first(grad, grad, query, key, value, out, logsumexp)
-    bias = _mask(grad, bias)
-    outs = func(
-        grad_, query, key, value, bias, out, logsumexp, seed, offset, dropout_p, grad_input_mask, is_causal, scale=scale
-    )
+    *inputs, out, logsumexp = _batch_first(grad, grad, query, key, value, out, logsumexp)
+    options = (seed, offset, dropout_p, grad_input_mask, is_causal)
+    outs = func(*inputs, _mask(grad, bias), out, logsumexp, *options, scale=scale)
     return *_wrap(grad, outs[:3]), outs[3]
 
 
 @rule("_scaled_dot_product_cudnn_attention_backward")
 def cudnn(
-    func, grad, query, key, value, out, logsumexp, seed, offset, bias, cum_q, cum_k, max_q, max_k, dropout_p, is_causal,
-    *, scale=None,
+    func, grad, query, key, value, out, logsumexp, seed, offset, bias, cum_q, cum_k, max_q, max_k, dropout_p,
+    is_causal, *, scale=None,
 ):  # fmt: skip
     require(dropout_p == 0, "dropout inside the kernel")
     require(cum_q is None and cum_k is None, "sequences are packed")
     kept = _batch_first(grad, grad, query, key, value, out, logsumexp)
-    bias = _mask(grad, bias)
-    return _wrap(
-        grad, func(*kept, seed, offset, bias, cum_q, cum_k, max_q, max_k, dropout_p, is_causal, scale=scale)
-    )
+    options = (cum_q, cum_k, max_q, max_k, dropout_p, is_causal)
+    return _wrap(grad, func(*kept, seed, offset, _mask(grad, bias), *options, scale=scale))

@@ -1,5 +1,5 @@
-"""Row-sparse backward: the kept losses emit a gradient that holds the kept rows only, and everything that autograd does
-with it costs as much. Nodes that cannot work on such a gradient are found beforehand and are handed an ordinary one."""
+"""Row-sparse backward: the kept losses emit a gradient that holds the kept rows only, and all that autograd does with
+it costs as much. Nodes that cannot work on such a gradient are found beforehand and are handed an ordinary one."""
 
 import re
 from contextlib import contextmanager

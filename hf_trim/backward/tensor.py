@@ -1,5 +1,5 @@
-"""A gradient that is zero outside the kept samples, as a tensor subclass: its logical shape is that of the whole batch,
-its payload holds the kept rows only. The rules by which ATen's backward ops work on it are in `rules.py`."""
+"""A gradient that is zero outside the kept samples, as a tensor subclass: its logical shape is that of the whole
+batch, its payload holds the kept rows only. The rules by which ATen's backward ops work on it are in `rules.py`."""
 
 from collections import Counter, OrderedDict
 
