@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 import transformers as tf
 
+from hf_trim.backward.checkpoint import _KeptRows
 from hf_trim.backward.sparse import fallback_report, reset_fallbacks, take_rows_sparse
 
 
@@ -155,10 +156,14 @@ def test_causal_language_models(name, attention):
 
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("name", [name for name in TRANSFORMERS if name != "albert"])  # which has none
-def test_gradient_checkpointing(name, reentrant):
+def test_gradient_checkpointing(name, reentrant, monkeypatch):
+    rows = set()
+    monkeypatch.setattr(_KeptRows, "_check", staticmethod(lambda frame, task: rows.add(frame.recompute_fn.rows)))
     model = build(TRANSFORMERS[name])
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     check(model)
+    # With dropout too, each layer recomputes the kept rows only.
+    assert reentrant or (len(rows) == 1 and not rows.pop().mixing)
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "vit"])

@@ -23,7 +23,7 @@ from hf_trim.backward.rules import rule
 
 @rule(torch.ops.mylib.swish_backward.default)
 def swish_backward(func, grad, x):
-    return grad.like(func(grad.values, grad.take(x)))
+    return grad.like(func(grad.payload, grad.kept_rows(x)))
 ```
 """
 
@@ -33,32 +33,47 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_iter
 
-from hf_trim.backward.tensor import RULES, NotRowwise, RowSparseTensor, densify, run_dense
+from hf_trim.backward.tensor import RULES, NotRowwise, RowSparseTensor, RowTensor, densify, run_dense
 
 
 aten = torch.ops.aten
 
 
-def rule(*ops):
+def overloads(*ops) -> list:
+    """
+    Finds ops by name.
+
+    Args:
+        ops (`str` or `torch._ops.OpOverload`):
+            Overloads, or names such as `"mm"` (the default overload) and `"add.Tensor"` of ATen ops.
+
+    Returns:
+        `list[torch._ops.OpOverload]`: Those that this version of PyTorch has.
+    """
+    found = []
+    for op in ops:
+        if isinstance(op, str):
+            name, _, overload = op.partition(".")
+            op = getattr(getattr(aten, name, None), overload or "default", None)
+        if op is not None:
+            found.append(op)
+    return found
+
+
+def rule(*ops, registry=RULES):
     """
     Registers a function as the rule of some ops.
 
     Args:
-        ops (`str` or `torch._ops.OpOverload`):
-            Overloads, or names such as `"mm"` (the default overload) and `"add.Tensor"` of ATen ops; names that this
-            version of PyTorch lacks are left out.
+        ops (`str` or `torch._ops.OpOverload`): As for [`overloads`].
+        registry (`dict`, *optional*): Where to; the default is the rules of gradients.
 
     Returns:
         `Callable`: The decorator; the decorated function is called with the overload and the op's own arguments.
     """
 
     def register(function):
-        for op in ops:
-            if isinstance(op, str):
-                name, _, overload = op.partition(".")
-                op = getattr(getattr(aten, name, None), overload or "default", None)
-            if op is not None:
-                RULES[op] = function
+        registry.update(dict.fromkeys(overloads(*ops), function))
         return function
 
     return register
@@ -83,9 +98,10 @@ def require(condition, reason):
         raise NotRowwise(reason)
 
 
-def first_row_sparse(args) -> RowSparseTensor:
+def reference(args, kind=RowSparseTensor) -> RowTensor:
+    """The operand whose rows and layout the others must share: the first row-sparse one."""
     for x in args:
-        if isinstance(x, RowSparseTensor):
+        if isinstance(x, kind):
             return x
     raise NotRowwise("the row-sparse operand is passed by keyword")
 
@@ -150,37 +166,49 @@ def _keeps_zero(func, args, kwargs) -> bool:
 
 def pointwise(func, *args, **kwargs):
     """Elementwise ops with broadcasting, where zero rows stay zero."""
+    ref = reference(args)
+    require(_keeps_zero(func, args, kwargs), "the result is not zero outside the kept rows")
+    return by_row(func, ref, args, kwargs)
+
+
+def by_row(func, ref, args, kwargs):
+    """Runs an elementwise op on the kept rows of its operands."""
     if kwargs:
         require(not any(isinstance(x, Tensor) for x in kwargs.values()), "a tensor passed by keyword")
-        require(kwargs.get("device") in (None, first_row_sparse(args).device), "another device")
-    require(_keeps_zero(func, args, kwargs), "the result is not zero outside the kept rows")
-    ref = first_row_sparse(args)
-    at = ref.dim - ref.ndim  # broadcasting aligns dimensions from the right
+        require(kwargs.get("device") in (None, ref.device), "another device")
+    at = ref.row_dim - ref.ndim  # broadcasting aligns dimensions from the right
     payloads = [
-        x.values if x is ref else ref.take_or_broadcast(x, at) if isinstance(x, Tensor) and x.ndim else x for x in args
+        x.payload if x is ref else ref.kept_rows_or_broadcast(x, at) if isinstance(x, Tensor) and x.ndim else x
+        for x in args
     ]
     out = func(*payloads, **kwargs)
-    require(out.shape[at] == ref.values.shape[at], "rows are broadcast")
+    require(out.shape[at] == ref.payload.shape[at], "rows are broadcast")
     return ref.like(out, at + out.ndim)
 
 
 @rule("_prelu_kernel_backward")
 def prelu_backward(func, grad, x, weight):
-    at = row_sparse(grad).dim - grad.ndim
+    at = row_sparse(grad).row_dim - grad.ndim
     require(grad.shape == x.shape, "shapes differ")
-    outs = func(grad.values, grad.take(x, at), grad.take_or_broadcast(weight, at))
+    outs = func(grad.payload, grad.kept_rows(x, at), grad.kept_rows_or_broadcast(weight, at))
     return tuple(grad.like(out) for out in outs)
 
 
 @rule("add.Tensor", "sub.Tensor")
 def add(func, x, other, alpha=1):
     if isinstance(x, RowSparseTensor) and isinstance(other, RowSparseTensor):
-        at = x.dim - x.ndim
-        if (x.rows, x.outer, x.inner, at) == (other.rows, other.outer, other.inner, other.dim - other.ndim):
-            out = func(x.values, other.values, alpha=alpha)
+        at = x.row_dim - x.ndim
+        if (x.rows, x.row_outer, x.row_inner, at) == (
+            other.rows,
+            other.row_outer,
+            other.row_inner,
+            other.row_dim - other.ndim,
+        ):
+            out = func(x.payload, other.payload, alpha=alpha)
             return x.like(out, at + out.ndim)
         other = densify(other)  # gradients of two different selections: the sum is dense
     require(isinstance(x, Tensor) and isinstance(other, Tensor), "a number is added to every row")
+    x, other = (each if isinstance(each, RowSparseTensor) else densify(each) for each in (x, other))
     require(x.shape == other.shape and x.dtype == other.dtype, "operands are broadcast")
     sign = -1 if func is aten.sub.Tensor else 1
     if isinstance(other, RowSparseTensor):
@@ -214,7 +242,7 @@ def in_place(func, *args, **kwargs):
 def copy(func, x, source, non_blocking=False):
     require(isinstance(source, RowSparseTensor), "every row is overwritten")
     require(x.shape == source.shape and x.device == source.device, "operands are broadcast")
-    out = source.like(source.values.to(x.dtype, copy=True))
+    out = source.like(source.payload.to(x.dtype, copy=True))
     if func is aten.copy.default:
         return out
     return x.become(out) if isinstance(x, RowSparseTensor) else out.add_to(x.zero_())
@@ -222,7 +250,7 @@ def copy(func, x, source, non_blocking=False):
 
 @rule("zero_")
 def zero_(func, x):
-    x.values.zero_()
+    x.payload.zero_()
     return x
 
 
@@ -234,8 +262,8 @@ def zeros(func, x, size=None, memory_format=None, **kwargs):
     """Zeros are row-sparse with any rows; the gradient's own, where they fit, let a scatter into them stay sparse."""
     size = list(x.shape if size is None else size)
     options = {"dtype": kwargs.get("dtype") or x.dtype, "device": kwargs.get("device") or x.device}
-    if x.dim < len(size) and size[x.dim] == x.shape[x.dim] and torch.device(options["device"]) == x.device:
-        size[x.dim] = x.values.shape[x.dim]
+    if x.row_dim < len(size) and size[x.row_dim] == x.shape[x.row_dim] and torch.device(options["device"]) == x.device:
+        size[x.row_dim] = x.payload.shape[x.row_dim]
         return x.like(torch.zeros(size, **options))
     return torch.zeros(size, **options)
 
@@ -264,13 +292,13 @@ def as_view(source, out):
 
 @rule("alias", "detach")
 def alias(func, x):
-    return as_view(x, x.like(func(x.values)))
+    return as_view(x, x.like(func(x.payload)))
 
 
 @rule("view_as_real", "view_as_complex")
 def view_as(func, x):
-    require(func is aten.view_as_real.default or x.dim < x.ndim - 1, "rows are real and imaginary parts")
-    return as_view(x, x.like(func(x.values)))
+    require(func is aten.view_as_real.default or x.row_dim < x.ndim - 1, "rows are real and imaginary parts")
+    return as_view(x, x.like(func(x.payload)))
 
 
 @rule("lift_fresh")
@@ -280,14 +308,23 @@ def lift_fresh(func, x):
 
 @rule("view", "_unsafe_view", "reshape", "_reshape_alias")
 def view(func, x, size, stride=None):
+    key = (x.shape, x.row_dim, x.row_outer, x.row_inner, *size)
+    plan = x.rows.plans.get(key)
+    if plan is None:
+        plan = x.rows.plans[key] = plan_view(x, list(size))
+    size, *layout = plan
+    out = type(x)(x.payload.reshape(size), x.rows, *layout)
+    return as_view(x, out) if func is aten.view.default else out
+
+
+def plan_view(x, size):
     """Finds the dimension that the rows end in; a size that splits the rows themselves is not rowwise."""
-    size = list(size)
     if -1 in size:
         size[size.index(-1)] = x.numel() // -prod(size)
-    before, after = x.outer, x.inner  # what lies in front of the rows, and behind them, in memory order
-    for n in x.shape[: x.dim]:
+    before, after = x.row_outer, x.row_inner  # what lies in front of the rows, and behind them, in memory order
+    for n in x.shape[: x.row_dim]:
         before *= n
-    for n in x.shape[x.dim + 1 :]:
+    for n in x.shape[x.row_dim + 1 :]:
         after *= n
     for dim, n in enumerate(size):
         if before and n >= before * x.rows.batch and n % (before * x.rows.batch) == 0:
@@ -295,8 +332,7 @@ def view(func, x, size, stride=None):
             inner = n // (before * x.rows.batch)
             if after % inner == 0:
                 size[dim] = before * x.rows.count * inner
-                out = RowSparseTensor(x.values.reshape(size), x.rows, dim, before, inner)
-                return as_view(x, out) if func is aten.view.default else out
+                return size, dim, before, inner
         if n == 0 or before % n:
             break
         before //= n
@@ -308,77 +344,77 @@ def transpose(func, x, dim0=0, dim1=1):
     if x.ndim < 2:
         return alias(aten.alias.default, x)
     dim0, dim1 = dim0 % x.ndim, dim1 % x.ndim
-    dim = {dim0: dim1, dim1: dim0}.get(x.dim, x.dim)
-    return as_view(x, x.like(x.values.transpose(dim0, dim1), dim))
+    dim = {dim0: dim1, dim1: dim0}.get(x.row_dim, x.row_dim)
+    return as_view(x, x.like(x.payload.transpose(dim0, dim1), dim))
 
 
 @rule("permute")
 def permute(func, x, dims):
     dims = [d % x.ndim for d in dims]
-    return as_view(x, x.like(x.values.permute(dims), dims.index(x.dim)))
+    return as_view(x, x.like(x.payload.permute(dims), dims.index(x.row_dim)))
 
 
 @rule("expand")
 def expand(func, x, size, implicit=False):
-    dim = x.dim + len(size) - x.ndim
-    require(size[dim] in (-1, x.shape[x.dim]), "rows are repeated")
-    size = [x.values.shape[x.dim] if d == dim else n for d, n in enumerate(size)]
-    return as_view(x, x.like(x.values.expand(size), dim))
+    dim = x.row_dim + len(size) - x.ndim
+    require(size[dim] in (-1, x.shape[x.row_dim]), "rows are repeated")
+    size = [x.payload.shape[x.row_dim] if d == dim else n for d, n in enumerate(size)]
+    return as_view(x, x.like(x.payload.expand(size), dim))
 
 
 @rule("unsqueeze")
 def unsqueeze(func, x, dim):
     dim %= x.ndim + 1
-    return as_view(x, x.like(x.values.unsqueeze(dim), x.dim + (dim <= x.dim)))
+    return as_view(x, x.like(x.payload.unsqueeze(dim), x.row_dim + (dim <= x.row_dim)))
 
 
 @rule("squeeze", "squeeze.dim", "squeeze.dims")
 def squeeze(func, x, dim=None):
     dims = range(x.ndim) if dim is None else [dim] if isinstance(dim, int) else dim
-    dims = [d % x.ndim for d in dims if x.shape[d] == 1 and d % x.ndim != x.dim]
-    return as_view(x, x.like(x.values.squeeze(dims), x.dim - sum(d < x.dim for d in dims)))
+    dims = [d % x.ndim for d in dims if x.shape[d] == 1 and d % x.ndim != x.row_dim]
+    return as_view(x, x.like(x.payload.squeeze(dims), x.row_dim - sum(d < x.row_dim for d in dims)))
 
 
 def other_dim(x, dim) -> int:
     """`dim` as a non-negative number; it must not be the one that carries rows."""
     dim %= x.ndim
-    require(dim != x.dim, "it works along the rows")
+    require(dim != x.row_dim, "it works along the rows")
     return dim
 
 
 @rule("select.int")
 def select(func, x, dim, index):
     dim = other_dim(x, dim)
-    return as_view(x, x.like(x.values.select(dim, index), x.dim - (dim < x.dim)))
+    return as_view(x, x.like(x.payload.select(dim, index), x.row_dim - (dim < x.row_dim)))
 
 
 @rule("slice.Tensor")
 def slice_(func, x, dim=0, start=None, end=None, step=1):
     dim %= x.ndim
-    if dim == x.dim:
+    if dim == x.row_dim:
         whole = (start is None or start == 0) and (end is None or end >= x.shape[dim]) and step == 1
         require(whole, "it works along the rows")
         return alias(aten.alias.default, x)
-    return as_view(x, x.like(func(x.values, dim, start, end, step)))
+    return as_view(x, x.like(func(x.payload, dim, start, end, step)))
 
 
 @rule("split.Tensor", "split_with_sizes", "chunk", "tensor_split.sections", "unsafe_split.Tensor", "unsafe_chunk")
 @rule("unsafe_split_with_sizes")
 def split(func, x, sizes, dim=0):
     dim = other_dim(x, dim)
-    return [as_view(x, x.like(part)) for part in func(x.values, sizes, dim)]
+    return [as_view(x, x.like(part)) for part in func(x.payload, sizes, dim)]
 
 
 @rule("unbind.int")
 def unbind(func, x, dim=0):
     dim = other_dim(x, dim)
-    return [as_view(x, x.like(part, x.dim - (dim < x.dim))) for part in x.values.unbind(dim)]
+    return [as_view(x, x.like(part, x.row_dim - (dim < x.row_dim))) for part in x.payload.unbind(dim)]
 
 
 @rule("unfold")
 def unfold(func, x, dim, size, step):
     dim = other_dim(x, dim)
-    return as_view(x, x.like(x.values.unfold(dim, size, step)))
+    return as_view(x, x.like(x.payload.unfold(dim, size, step)))
 
 
 # ---- joining and moving ------------------------------------------------------------------------------------------
@@ -394,52 +430,52 @@ def _is_undefined(x, ref) -> bool:
 
 @rule("cat")
 def cat(func, tensors, dim=0):
-    ref = first_row_sparse(tensors)
+    ref = reference(tensors)
     dim = other_dim(ref, dim)
     payloads = []
     for x in tensors:
         if not isinstance(x, RowSparseTensor):
             require(_is_undefined(x, ref), "a dense tensor is joined")
-        payloads.append(ref.take(x))
+        payloads.append(ref.kept_rows(x))
     return ref.like(func(payloads, dim))
 
 
 @rule("stack")
 def stack(func, tensors, dim=0):
-    ref = first_row_sparse(tensors)
+    ref = reference(tensors)
     dim %= ref.ndim + 1
     for x in tensors:
         require(isinstance(x, RowSparseTensor) or _is_undefined(x, ref), "a dense tensor is joined")
-    return ref.like(func([ref.take(x) for x in tensors], dim), ref.dim + (dim <= ref.dim))
+    return ref.like(func([ref.kept_rows(x) for x in tensors], dim), ref.row_dim + (dim <= ref.row_dim))
 
 
 @rule("roll")
 def roll(func, x, shifts, dims=()):
     require(len(dims) > 0, "it works along the rows")
-    return x.like(func(x.values, shifts, [other_dim(x, d) for d in dims]))
+    return x.like(func(x.payload, shifts, [other_dim(x, d) for d in dims]))
 
 
 @rule("flip")
 def flip(func, x, dims):
-    return x.like(func(x.values, [other_dim(x, d) for d in dims]))
+    return x.like(func(x.payload, [other_dim(x, d) for d in dims]))
 
 
 @rule("constant_pad_nd")
 def constant_pad(func, x, pad, value=0):
-    at = 2 * (x.ndim - 1 - x.dim)
+    at = 2 * (x.ndim - 1 - x.row_dim)
     require(value == 0 and not any(pad[at : at + 2]), "it works along the rows")
-    return x.like(func(x.values, pad, value))
+    return x.like(func(x.payload, pad, value))
 
 
 @rule("tril", "triu")
 def triangle(func, x, diagonal=0):
-    require(x.dim < x.ndim - 2, "it works along the rows")
-    return x.like(func(x.values, diagonal))
+    require(x.row_dim < x.ndim - 2, "it works along the rows")
+    return x.like(func(x.payload, diagonal))
 
 
 @rule("cumsum")
 def cumsum(func, x, dim, dtype=None):
-    return x.like(func(x.values, other_dim(x, dim), dtype=dtype))
+    return x.like(func(x.payload, other_dim(x, dim), dtype=dtype))
 
 
 # ---- reductions --------------------------------------------------------------------------------------------------
@@ -454,10 +490,10 @@ def _reduced(x, dim):
 def sum_(func, x, dim=None, keepdim=False, dtype=None):
     """Sums over rows are complete without the rows that are zero; a mean divides by the logical count."""
     dims = _reduced(x, dim)
-    if x.dim not in dims:
-        rows_dim = x.dim if keepdim else x.dim - sum(d < x.dim for d in dims)
-        return x.like(func(x.values, dims, keepdim, dtype=dtype), rows_dim)
-    out = x.values.sum(dims, keepdim, dtype=dtype)
+    if x.row_dim not in dims:
+        rows_dim = x.row_dim if keepdim else x.row_dim - sum(d < x.row_dim for d in dims)
+        return x.like(func(x.payload, dims, keepdim, dtype=dtype), rows_dim)
+    out = x.payload.sum(dims, keepdim, dtype=dtype)
     if func in (aten.mean.default, aten.mean.dim):
         out /= prod(x.shape[d] for d in dims)
     return out
@@ -466,14 +502,14 @@ def sum_(func, x, dim=None, keepdim=False, dtype=None):
 @rule("any", "all", "any.dim", "any.dims")
 def any_(func, x, dim=None, keepdim=False):
     require(func is aten.any.default, "the result is not a plain tensor")
-    return func(x.values)
+    return func(x.payload)
 
 
 @rule("linalg_vector_norm")
 def vector_norm(func, x, ord=2, dim=None, keepdim=False, dtype=None):
     dims = _reduced(x, dim)
-    require(ord > 0 and x.dim in dims, "rows keep a norm of their own")
-    return func(x.values, ord, dims, keepdim, dtype=dtype)
+    require(ord > 0 and x.row_dim in dims, "rows keep a norm of their own")
+    return func(x.payload, ord, dims, keepdim, dtype=dtype)
 
 
 # ---- matrix products ---------------------------------------------------------------------------------------------
@@ -484,13 +520,13 @@ def matmul(func, a, b):
     """`[n, m] @ [m, p]`, with or without a batch dimension: rows along n or p stay, rows along m are summed."""
     first = 0 if func is aten.mm.default else 1  # where the matrix dimensions begin
     ref = a if isinstance(a, RowSparseTensor) else b
-    if ref.dim < first:
-        return ref.like(func(ref.take(a, 0), ref.take(b, 0)), 0)
+    if ref.row_dim < first:
+        return ref.like(func(ref.kept_rows(a, 0), ref.kept_rows(b, 0)), 0)
     summed = first + 1 if ref is a else first
-    if ref.dim == summed:
-        return func(ref.take(a, first + 1), ref.take(b, first))
+    if ref.row_dim == summed:
+        return func(ref.kept_rows(a, first + 1), ref.kept_rows(b, first))
     require(not (isinstance(a, RowSparseTensor) and isinstance(b, RowSparseTensor)), "both operands carry rows apart")
-    return ref.like(func(ref.values, b) if ref is a else func(a, ref.values))
+    return ref.like(func(ref.payload, b) if ref is a else func(a, ref.payload))
 
 
 @rule("addmm", "baddbmm")
@@ -503,6 +539,6 @@ def addmm(func, x, a, b, beta=1, alpha=1):
 @rule("mv", "dot")
 def product_with_vector(func, a, b):
     ref = a if isinstance(a, RowSparseTensor) else b
-    if ref.dim == ref.ndim - 1:
-        return func(ref.take(a, a.ndim - 1), ref.take(b, 0))
-    return ref.like(func(row_sparse(a).values, b), 0)
+    if ref.row_dim == ref.ndim - 1:
+        return func(ref.kept_rows(a, a.ndim - 1), ref.kept_rows(b, 0))
+    return ref.like(func(row_sparse(a).payload, b), 0)

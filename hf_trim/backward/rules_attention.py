@@ -8,13 +8,16 @@ from hf_trim.backward.rules import require, row_sparse, rule
 
 
 def _batch_first(grad, *tensors):
-    require(row_sparse(grad).dim == 0 and grad.outer == grad.inner == 1 and grad.ndim == 4, "rows are not samples")
-    return [grad.take(x, 0) for x in tensors]
+    require(
+        row_sparse(grad).row_dim == 0 and grad.row_outer == grad.row_inner == 1 and grad.ndim == 4,
+        "rows are not samples",
+    )
+    return [grad.kept_rows(x, 0) for x in tensors]
 
 
 def _mask(grad, mask):
     """A mask or bias of batch size 1, or without a batch dimension, serves every sample."""
-    return None if mask is None else grad.take_or_broadcast(mask, -4)
+    return None if mask is None else grad.kept_rows_or_broadcast(mask, -4)
 
 
 def _wrap(grad, outs):

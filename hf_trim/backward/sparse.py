@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointFunction
 
-from hf_trim.backward import rules, rules_attention, rules_indexing, rules_nn  # noqa: F401 (they register the rules)
-from hf_trim.backward.tensor import FALLBACKS, Rows, RowSparseTensor, Settings, densify
+from hf_trim.backward import rules, rules_attention, rules_forward, rules_indexing, rules_nn  # noqa: F401
+from hf_trim.backward.checkpoint import recompute_kept_rows
+from hf_trim.backward.tensor import FALLBACKS, Rows, RowSparseTensor, RowTensor, Settings, densify
 
 
 DENSE_ABOVE = 0.9  # kept share from which slicing costs more than it saves
@@ -43,35 +44,38 @@ def take_rows_sparse(losses: Tensor, kept: Tensor) -> Tensor:
         raise ValueError(f"Expected losses [n] and kept [k], k > 0; got {tuple(losses.shape)}, {tuple(kept.shape)}.")
     if kept.numel() > DENSE_ABOVE * losses.numel() or losses.grad_fn is None or torch.compiler.is_compiling():
         return losses.index_select(0, kept)
-    guard([losses.grad_fn])
-    return _TakeRows.apply(losses, kept)
+    rows = Rows(kept, losses.shape[0])
+    guard([losses.grad_fn], rows)
+    return _TakeRows.apply(losses, rows)
 
 
 class _TakeRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, losses, kept):
-        ctx.save_for_backward(kept)
-        ctx.count = losses.shape[0]
-        return losses.index_select(0, kept)
+    def forward(ctx, losses, rows):
+        ctx.rows = rows
+        return losses.index_select(0, rows.index)
 
     @staticmethod
     def backward(ctx, grad):
-        (kept,) = ctx.saved_tensors
+        rows = ctx.rows
         # A graph of the backward pass, and the NaN checks of anomaly mode, are for ordinary tensors.
         if torch.is_grad_enabled() or torch.is_anomaly_enabled() or torch.compiler.is_compiling():
-            return grad.new_zeros(ctx.count).index_copy(0, kept, grad), None
-        return RowSparseTensor(grad.contiguous(), Rows(kept, ctx.count)), None
+            return grad.new_zeros(rows.batch).index_copy(0, rows.index, grad), None
+        rows.task = torch._C._current_graph_task_id()
+        return RowSparseTensor(grad.contiguous(), rows), None
 
 
 # ---- nodes that need an ordinary gradient ------------------------------------------------------------------------
 
 
-def guard(nodes, skip_leaves=()):
+def guard(nodes, rows, skip_leaves=()):
     """
-    Prepares a graph for row-sparse gradients: whatever is not one of ATen's own backward nodes gets ordinary ones.
+    Prepares a graph for row-sparse gradients: whatever is not one of ATen's own backward nodes gets ordinary ones, and
+    checkpoints recompute the kept rows only.
 
     Args:
         nodes (`list` of `torch.autograd.graph.Node`): Where the backward pass begins.
+        rows ([`~hf_trim.backward.tensor.Rows`]): The kept rows.
         skip_leaves (collection of `torch.Tensor`): Leaves whose `grad` may become row-sparse.
     """
     skip = {id(x) for x in skip_leaves}
@@ -91,6 +95,8 @@ def guard(nodes, skip_leaves=()):
                 node._forward_cls = _Checkpoint
             elif function is not _Checkpoint and getattr(function, "__name__", "") not in _PASSES_ON:
                 _run_dense(node)
+        else:
+            recompute_kept_rows(node, rows)
         for following, _ in node.next_functions:
             if following is not None and following not in seen:
                 seen.add(following)
@@ -107,9 +113,9 @@ def _run_dense(node, counted=True):
     before = []
 
     def prehook(grads):
-        before[:] = [grad for grad in grads if isinstance(grad, RowSparseTensor)][:1]
-        if not before:
+        if not any(isinstance(grad, RowTensor) for grad in grads):
             return None
+        before[:] = [grad for grad in grads if isinstance(grad, RowSparseTensor)][:1]
         if counted:
             if Settings.strict:
                 shapes = [tuple(grad.shape) for grad in grads if grad is not None]
@@ -133,14 +139,15 @@ class _Checkpoint(CheckpointFunction):
 
     @staticmethod
     def backward(ctx, *grads):
-        if not any(isinstance(grad, RowSparseTensor) for grad in grads):
+        rows = next((grad.rows for grad in grads if isinstance(grad, RowSparseTensor)), None)
+        if rows is None:
             return CheckpointFunction.backward(ctx, *grads)
         run_function = ctx.run_function
 
         def run_guarded(*inputs):
             outputs = run_function(*inputs)
             tensors = [x for x in (outputs if isinstance(outputs, tuple) else (outputs,)) if isinstance(x, Tensor)]
-            guard([x.grad_fn for x in tensors], skip_leaves=[x for x in inputs if isinstance(x, Tensor)])
+            guard([x.grad_fn for x in tensors], rows, skip_leaves=[x for x in inputs if isinstance(x, Tensor)])
             return outputs
 
         ctx.run_function = run_guarded

@@ -1,7 +1,9 @@
-"""A gradient that is zero outside the kept samples, as a tensor subclass: its logical shape is that of the whole
-batch, its payload holds the kept rows only. The rules by which ATen's backward ops work on it are in `rules.py`."""
+"""Tensor subclasses whose logical shape is that of the whole batch while their payload holds the kept rows only: a
+gradient that is zero elsewhere, and an activation that is unknown elsewhere. The rules by which ATen's ops work on
+them are in `rules.py`."""
 
-from collections import Counter, OrderedDict
+from collections import Counter
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -9,10 +11,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_iter, tree_map_only
 
 
-RULES = {}
+RULES = {}  # of gradients
+FORWARD_RULES = {}  # of activations
 FALLBACKS = Counter()
-_RECENT = 4  # slices that several ops share: a layer's input feeds up to three weight gradients and a norm
 _SHARE_FROM = 1 << 16  # elements; smaller slices are copied faster than looked up
+_wrapper = Tensor._make_wrapper_subclass
 
 
 class NotRowwise(Exception):
@@ -34,12 +37,16 @@ class Rows:
         batch (`int`): Number of rows B, kept or not.
     """
 
+    mixing = False  # whether a checkpointed function could not be recomputed for these rows alone
+    task = None  # the backward pass under way with them
+
     def __init__(self, index: Tensor, batch: int):
         self.index, self.batch, self.count = index, batch, index.numel()
         # A run of neighbours is a view, not a copy. Asking a GPU for its ends would make the host wait.
         is_run = index.device.type == "cpu" and int(index[-1]) - int(index[0]) == self.count - 1
         self.start = int(index[0]) if is_run else None
-        self._recent = OrderedDict()
+        self._last = None
+        self.plans = {}  # of views: the sizes of a model's layers are the same again and again
 
     def take(self, x: Tensor, dim: int = 0, outer: int = 1, inner: int = 1) -> Tensor:
         """
@@ -82,17 +89,14 @@ class Rows:
             return x.narrow(dim, self.start * inner, self.count * inner)
         if x.numel() < _SHARE_FROM:
             return self._copy(x, dim, outer, inner)
+        # Several ops in a row want the same slice: a layer's input feeds up to three weight gradients. One slice is
+        # remembered, for each costs memory. The weak reference keeps the storage's address from being used again.
         storage = StorageWeakRef(x.untyped_storage())
         key = (storage.cdata, x._version, x.dtype, x.storage_offset(), x.shape, x.stride(), dim, outer, inner)
-        found = self._recent.get(key)
-        if found is not None and not found[0].expired():
-            self._recent.move_to_end(key)
-            return found[1]
-        rows = self._copy(x, dim, outer, inner)
-        self._recent[key] = (storage, rows)  # the weak reference keeps the address from being used again
-        if len(self._recent) > _RECENT:
-            self._recent.popitem(last=False)
-        return rows
+        if self._last is None or self._last[0] != key or self._last[1].expired():
+            self._last = None
+            self._last = (key, storage, self._copy(x, dim, outer, inner))
+        return self._last[2]
 
     def _copy(self, x: Tensor, dim: int, outer: int, inner: int) -> Tensor:
         if outer == inner == 1:
@@ -121,7 +125,7 @@ class Rows:
         return out
 
 
-def _dense_strides(values: Tensor, shape: list[int]) -> list[int]:
+def dense_strides(values: Tensor, shape: list[int]) -> list[int]:
     """Strides for `shape` with the dimension order of `values`."""
     strides, step = [0] * len(shape), 1
     for d in sorted(range(len(shape)), key=lambda d: (values.stride(d), -d)):
@@ -131,37 +135,116 @@ def _dense_strides(values: Tensor, shape: list[int]) -> list[int]:
     return strides
 
 
-class RowSparseTensor(Tensor):
+class RowTensor(Tensor):
     """
-    A gradient of logical shape `[..., outer * B * inner, ...]` that is zero outside the kept rows.
+    A tensor of logical shape `[..., outer * B * inner, ...]` of which the kept rows are in memory.
 
     Args:
-        values (`torch.Tensor`): The kept rows, `[..., outer * k * inner, ...]`.
+        payload (`torch.Tensor`): The kept rows, `[..., outer * k * inner, ...]`.
         rows ([`Rows`]): Which rows are kept.
-        dim (`int`): The dimension that carries rows.
-        outer (`int`): Size of what a view merged in front of the rows, as T in `[T * B, C]`.
-        inner (`int`): Size of what a view merged behind the rows, as T in `[B * T, C]`.
+        row_dim (`int`): The dimension that carries rows.
+        row_outer (`int`): Size of what a view merged in front of the rows, as T in `[T * B, C]`.
+        row_inner (`int`): Size of what a view merged behind the rows, as T in `[B * T, C]`.
     """
 
     is_view = has_views = False
 
     @staticmethod
-    def __new__(cls, values: Tensor, rows: Rows, dim: int = 0, outer: int = 1, inner: int = 1):
-        shape = list(values.shape)
-        if shape[dim] != outer * rows.count * inner:
-            raise AssertionError(f"payload {shape} does not hold {outer}*{rows.count}*{inner} rows along {dim}")
-        shape[dim] = outer * rows.batch * inner
-        self = torch.Tensor._make_wrapper_subclass(
-            cls,
-            shape,
-            strides=None if values.is_contiguous() else _dense_strides(values, shape),
-            dtype=values.dtype,
-            device=values.device,
-        )
-        self.values, self.rows, self.dim, self.outer, self.inner = values, rows, dim, outer, inner
+    def __new__(cls, payload: Tensor, rows: Rows, row_dim: int = 0, row_outer: int = 1, row_inner: int = 1):
+        shape, size = list(payload.shape), row_outer * rows.count * row_inner
+        if shape[row_dim] != size:
+            raise AssertionError(f"a payload of shape {shape} does not hold {size} rows along dimension {row_dim}")
+        shape[row_dim] = row_outer * rows.batch * row_inner
+        if payload.is_contiguous():
+            self = _wrapper(cls, shape, dtype=payload.dtype, device=payload.device)
+        else:
+            strides = dense_strides(payload, shape)
+            self = _wrapper(cls, shape, strides=strides, dtype=payload.dtype, device=payload.device)
+        self.payload, self.rows = payload, rows
+        self.row_dim, self.row_outer, self.row_inner = row_dim, row_outer, row_inner
         return self
 
     __torch_function__ = torch._C._disabled_torch_function_impl
+
+    def layout_of_rows(self) -> tuple:
+        """Which rows, and where they are: tensors for which this is equal can be combined row by row."""
+        return self.rows, self.row_dim, self.row_outer, self.row_inner
+
+    def like(self, payload: Tensor, row_dim: int | None = None) -> "RowTensor":
+        """The same rows with another payload, carried by dimension `row_dim` of it (default: the same dimension)."""
+        row_dim = self.row_dim if row_dim is None else row_dim
+        return type(self)(payload, self.rows, row_dim, self.row_outer, self.row_inner)
+
+    def kept_rows(self, x, dim: int | None = None):
+        """
+        The payload-sized part of an operand that has this tensor's rows along `dim` (default: `self.row_dim`).
+
+        Args:
+            x (`torch.Tensor`, *optional*): An ordinary tensor, one of rows, or `None`, which is handed back.
+            dim (`int`, *optional*): The dimension of `x` that carries rows.
+
+        Raises:
+            `NotRowwise`: If `x` does not carry the same rows in the same way.
+        """
+        if dim is None:
+            dim = self.row_dim
+        if x is None:
+            return None
+        if isinstance(x, RowTensor):
+            if x is self and dim in (self.row_dim, self.row_dim - self.ndim):
+                return x.payload
+            if x.layout_of_rows() != (self.rows, dim % x.ndim, self.row_outer, self.row_inner):
+                raise NotRowwise("operands carry different rows")
+            return x.payload
+        return self.rows.take(x, dim, self.row_outer, self.row_inner)
+
+    def kept_rows_or_broadcast(self, x, dim: int | None = None):
+        """Like [`RowTensor.kept_rows`], but an operand of size 1 along `dim`, or without it, is left as it is."""
+        if isinstance(x, Tensor) and not isinstance(x, RowTensor):
+            dim = self.row_dim if dim is None else dim
+            at = dim + x.ndim if dim < 0 else dim
+            if at < 0 or x.shape[at] == 1:
+                return x
+        return self.kept_rows(x, dim)
+
+    def densify(self) -> Tensor:
+        """The ordinary tensor of the same shape."""
+        raise NotImplementedError
+
+    def become_dense(self, dense: Tensor):
+        """Keeps this object, whose payload is from now on `dense`: every row of the first dimension is kept."""
+        if self.is_view or self.has_views:
+            raise RuntimeError(
+                "This in-place operation would make a tensor of kept rows dense while views of it exist. Work on a "
+                "copy of it: `x.clone()`."
+            )
+        self.rows = Rows(torch.arange(self.shape[0], device=self.device), self.shape[0])
+        self.payload, self.row_dim, self.row_outer, self.row_inner = dense, 0, 1, 1
+        return self
+
+    def __repr__(self, **kwargs):
+        about = f"shape={tuple(self.shape)}, kept={self.rows.count}, row_dim={self.row_dim}, dtype={self.dtype}"
+        return f"{type(self).__name__}({about})"
+
+    # What reads memory directly rather than through an op.
+    def numpy(self, **kwargs):
+        return self.densify().numpy(**kwargs)
+
+    def tolist(self):
+        return self.densify().tolist()
+
+    def data_ptr(self):
+        raise RuntimeError(f"A {type(self).__name__} has no memory of its logical shape; call `densify()` first.")
+
+    def __reduce_ex__(self, protocol):
+        return self.densify().__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo):
+        return self.densify()
+
+
+class RowSparseTensor(RowTensor):
+    """A gradient that is zero outside the kept rows."""
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
@@ -175,84 +258,33 @@ class RowSparseTensor(Tensor):
         except NotRowwise as reason:
             return run_dense(func, args, kwargs or {}, reason)
 
-    def like(self, values: Tensor, dim: int | None = None) -> "RowSparseTensor":
-        """The same rows with another payload, carried by dimension `dim` of it (default: the same dimension)."""
-        return RowSparseTensor(values, self.rows, self.dim if dim is None else dim, self.outer, self.inner)
-
-    def take(self, x, dim: int | None = None):
-        """
-        The payload-sized part of an operand that has this gradient's rows along `dim` (default: `self.dim`).
-
-        Args:
-            x (`torch.Tensor`, *optional*): A dense or row-sparse tensor, or `None`, which is handed back.
-            dim (`int`, *optional*): The dimension of `x` that carries rows.
-
-        Raises:
-            `NotRowwise`: If `x` does not carry the same rows in the same way.
-        """
-        if dim is None:
-            dim = self.dim
-        if x is None:
-            return None
-        if isinstance(x, RowSparseTensor):
-            if x is self and dim in (self.dim, self.dim - self.ndim):
-                return x.values
-            if (x.rows, x.dim, x.outer, x.inner) != (self.rows, dim % x.ndim, self.outer, self.inner):
-                raise NotRowwise("operands carry different rows")
-            return x.values
-        return self.rows.take(x, dim, self.outer, self.inner)
-
-    def take_or_broadcast(self, x, dim: int | None = None):
-        """Like [`RowSparseTensor.take`], but an operand of size 1 along `dim`, or without it, is left as it is."""
-        if isinstance(x, Tensor) and not isinstance(x, RowSparseTensor):
-            dim = self.dim if dim is None else dim
-            at = dim + x.ndim if dim < 0 else dim
-            if at < 0 or x.shape[at] == 1:
-                return x
-        return self.take(x, dim)
-
     def densify(self) -> Tensor:
         """The ordinary tensor of the same shape."""
         if 0 in self.stride():
-            out = self.values.new_zeros(self.shape)
+            out = self.payload.new_zeros(self.shape)
         else:
             out = torch.empty_strided(self.shape, self.stride(), dtype=self.dtype, device=self.device).zero_()
-        return self.rows.put(out, self.values, self.dim, self.outer, self.inner)
+        return self.rows.put(out, self.payload, self.row_dim, self.row_outer, self.row_inner)
 
     def sparsify(self, x):
         """A dense result made row-sparse again, if it turns out to be zero outside this gradient's rows."""
-        fits = x.layout == torch.strided and self.dim < x.ndim and x.shape[self.dim] == self.shape[self.dim]
-        if not fits or self.rows.count == self.rows.batch:
+        if x.layout != torch.strided or self.rows.count == self.rows.batch or self.row_dim >= x.ndim:
             return x
-        values = self.take(x)
+        if x.shape[self.row_dim] != self.shape[self.row_dim]:
+            return x
+        values = self.kept_rows(x)
         return self.like(values) if values.count_nonzero() == x.count_nonzero() else x
 
     def add_to(self, out: Tensor, alpha=1) -> Tensor:
         """Adds the kept rows to a dense tensor of the same shape, in place."""
-        return self.rows.add_to(out, self.values, self.dim, self.outer, self.inner, alpha)
-
-    def become_dense(self, dense: Tensor):
-        """Keeps this object, whose payload is from now on `dense`: every row of the first dimension is kept."""
-        self.rows = Rows(torch.arange(self.shape[0], device=self.device), self.shape[0])
-        self.values, self.dim, self.outer, self.inner = dense, 0, 1, 1
-        return self
+        return self.rows.add_to(out, self.payload, self.row_dim, self.row_outer, self.row_inner, alpha)
 
     def become(self, other: Tensor):
         """Takes over the content of `other`, which an in-place op computed."""
-        if isinstance(other, RowSparseTensor) and (other.rows, other.dim, other.outer, other.inner, other.shape) == (
-            self.rows,
-            self.dim,
-            self.outer,
-            self.inner,
-            self.shape,
-        ):
-            self.values.copy_(other.values)
+        same = isinstance(other, RowSparseTensor) and self.layout_of_rows() == other.layout_of_rows()
+        if same and self.shape == other.shape:
+            self.payload.copy_(other.payload)
             return self
-        if self.is_view or self.has_views:
-            raise RuntimeError(
-                "This in-place operation would make a row-sparse gradient dense while views of it exist. "
-                "Work on a copy of it: `gradient.clone()`."
-            )
         dense = torch.empty_strided(self.shape, self.stride(), dtype=self.dtype, device=self.device)
         return self.become_dense(dense.copy_(densify(other)))
 
@@ -260,37 +292,82 @@ class RowSparseTensor(Tensor):
         return self.densify()  # a graph compiled by AOTAutograd knows ordinary tensors only
 
     def __tensor_flatten__(self):
-        return ["values"], (self.rows, self.dim, self.outer, self.inner)
+        return ["payload"], self.layout_of_rows()
 
     @staticmethod
     def __tensor_unflatten__(inner_tensors, meta, outer_size, outer_stride):
-        return RowSparseTensor(inner_tensors["values"], *meta)
+        return RowSparseTensor(inner_tensors["payload"], *meta)
 
-    def __repr__(self, **kwargs):
-        return (
-            f"RowSparseTensor(shape={tuple(self.shape)}, kept={self.rows.count}, dim={self.dim}, dtype={self.dtype})"
-        )
 
-    # What reads memory directly rather than through an op.
-    def numpy(self, **kwargs):
-        return self.densify().numpy(**kwargs)
+class ActivationRows(RowTensor):
+    """
+    An activation that is known in the kept rows only, recomputed for them (`checkpoint.py`). Ops work on it if each
+    row of the result depends on that row alone. Anything else needs the other rows: `whole`, if there is one, finds
+    them out, else [`NotRowwise`] ends the recomputation.
+    """
 
-    def tolist(self):
-        return self.densify().tolist()
+    whole = None  # `Callable` that returns the ordinary tensor
 
-    def data_ptr(self):
-        raise RuntimeError("A row-sparse gradient has no memory of its logical shape; call `densify()` first.")
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if RowSparseTensor in types:
+            return NotImplemented  # a gradient's rules take activations as operands
+        kwargs = kwargs or {}
+        if func not in FORWARD_RULES:
+            from hf_trim.backward.rules_forward import find_rule
 
-    def __reduce_ex__(self, protocol):
-        return self.densify().__reduce_ex__(protocol)
+            FORWARD_RULES[func] = find_rule(func)
+        rule = FORWARD_RULES[func]
+        if not all(x.whole for x in tree_iter((args, kwargs)) if isinstance(x, ActivationRows)):
+            return rule(func, *args, **kwargs)
+        if func._schema.is_mutable:
+            return change(rule, func, args, kwargs)
+        try:
+            out = rule(func, *args, **kwargs)
+        except NotRowwise:
+            return run_whole(func, args, kwargs)
+        for position, x in enumerate(tree_iter(out)):
+            if isinstance(x, ActivationRows):
+                x.whole = partial(lambda i: list(tree_iter(run_whole(func, args, kwargs)))[i], position)
+        return out
 
-    def __deepcopy__(self, memo):
-        return self.densify()
+    def densify(self) -> Tensor:
+        """The ordinary tensor of the same shape; the other rows are computed now."""
+        if self.whole is None:
+            raise NotRowwise("the other rows are unknown")
+        return self.whole()
+
+
+def run_whole(func, args, kwargs):
+    """Runs an op on all rows of its operands."""
+    args, kwargs = tree_map_only(ActivationRows, densify, (args, kwargs))
+    return func(*args, **kwargs)
+
+
+def change(rule, func, args, kwargs):
+    """Runs an op that changes its first argument."""
+    changed, *others = args
+    if not isinstance(changed, ActivationRows):
+        return run_whole(func, args, kwargs)
+    before = changed.whole
+
+    def whole():
+        return run_whole(func, (before().clone(), *others), kwargs)
+
+    try:
+        rule(func, *args, **kwargs)
+    except NotRowwise:
+        dense = whole()
+        changed.become_dense(dense)
+        changed.whole = lambda: dense
+    else:
+        changed.whole = whole
+    return changed
 
 
 def densify(x):
-    """The ordinary tensor behind `x`; anything that is not row-sparse is handed back."""
-    return x.densify() if isinstance(x, RowSparseTensor) else x
+    """The ordinary tensor behind `x`; anything else is handed back."""
+    return x.densify() if isinstance(x, RowTensor) else x
 
 
 def run_dense(func, args, kwargs, reason=""):
@@ -301,8 +378,8 @@ def run_dense(func, args, kwargs, reason=""):
         raise RuntimeError(f"{name} has no row-sparse rule for {', '.join(shapes)}. {reason}".rstrip())
     FALLBACKS[name] += 1
     if func.is_view and isinstance(args[0], RowSparseTensor):  # what is written to the view must reach its source
-        return func(args[0].become_dense(args[0].densify()).values, *args[1:], **kwargs)
+        return func(args[0].become_dense(args[0].densify()).payload, *args[1:], **kwargs)
     ref = next(x for x in tree_iter((args, kwargs)) if isinstance(x, RowSparseTensor))
-    args, kwargs = tree_map_only(RowSparseTensor, densify, (args, kwargs))
+    args, kwargs = tree_map_only(RowTensor, densify, (args, kwargs))
     out = func(*args, **kwargs)
     return out if func._schema.is_mutable else tree_map_only(Tensor, ref.sparsify, out)
