@@ -61,12 +61,14 @@ class BenchArguments:
         keep (`list[float]`): Fractions p of the batch to keep.
         modes (`list[str]`): Backward passes; `dense` is the reference, and always runs.
         batch_size (`int`): Samples a step.
-        seq_length (`int`): Tokens a sample of text; images have the size of their model (32 × 32 or 224 × 224).
+        seq_length (`int`): Tokens a sample of text; images have the size of their model (ViT 32 × 32,
+            ConvNeXt 64 × 64, ViT-base 224 × 224).
         layers (`int`): Layers of the models without a size of their own.
         hidden_size (`int`): Their width, a multiple of 64 (the size of an attention head).
         vocab_size (`int`, *optional*): Their vocabulary; the default is that of the published model.
         dtype (`str`): `float32`, or `bfloat16` by autocast.
-        dropout (`float`): Dropout of states and attention, as far as the model has it (ConvNeXt: drop path).
+        dropout (`float`, *optional*): Dropout of states and attention, as far as the model has it (ConvNeXt: drop
+            path); the default is that of the published model.
         gradient_checkpointing (`bool`): Recompute the activations of each layer in the backward pass.
         repeats (`int`): Rounds that count; each runs every mode at every p once, in random order.
         schedule_epochs (`int`): Epochs of the schedule 1.0 → 0.2 whose speed-up is predicted from the cells.
@@ -95,7 +97,10 @@ class BenchArguments:
         default=None, metadata={"help": "Their vocabulary. Default: that of the published model."}
     )
     dtype: str = field(default="float32", metadata={"help": "float32, or bfloat16 by autocast."})
-    dropout: float = field(default=0.1, metadata={"help": "Dropout of states and attention; of paths in ConvNeXt."})
+    dropout: float | None = field(
+        default=None,
+        metadata={"help": "Dropout of states and attention; of paths in ConvNeXt. Default: the published model's."},
+    )
     gradient_checkpointing: bool = field(
         default=False, metadata={"help": "Recompute the activations of each layer in the backward pass."}
     )
@@ -128,7 +133,7 @@ class BenchArguments:
             raise ValueError(f"hidden_size must be a multiple of {HEAD_SIZE}, and is {self.hidden_size}.")
         if self.vocab_size is not None and self.vocab_size < 2:
             raise ValueError(f"vocab_size must be at least 2 (one token is padding), and is {self.vocab_size}.")
-        if not 0 <= self.dropout < 1:
+        if self.dropout is not None and not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), and is {self.dropout}.")
         if self.gradient_checkpointing and "convnext" in self.models:
             raise ValueError("gradient_checkpointing: transformers has none for convnext; leave it out of models.")
@@ -155,11 +160,14 @@ def _vocabulary(args: BenchArguments) -> dict:
     return {} if args.vocab_size is None else {"vocab_size": args.vocab_size}
 
 
+def _dropout(args: BenchArguments, *names: str) -> dict:
+    return {} if args.dropout is None else dict.fromkeys(names, args.dropout)
+
+
 def _bert(args: BenchArguments, **sizes) -> PreTrainedModel:
     config = BertConfig(
         **sizes,
-        hidden_dropout_prob=args.dropout,
-        attention_probs_dropout_prob=args.dropout,
+        **_dropout(args, "hidden_dropout_prob", "attention_probs_dropout_prob"),
         max_position_embeddings=max(512, args.seq_length),
         num_labels=NUM_LABELS,
     )
@@ -172,29 +180,25 @@ def _gpt2(args: BenchArguments) -> PreTrainedModel:
         n_layer=args.layers,
         n_head=args.hidden_size // HEAD_SIZE,
         n_positions=max(1024, args.seq_length),
-        resid_pdrop=args.dropout,
-        embd_pdrop=args.dropout,
-        attn_pdrop=args.dropout,
         pad_token_id=0,
         use_cache=False,
         num_labels=NUM_LABELS,
         **_vocabulary(args),
+        **_dropout(args, "resid_pdrop", "embd_pdrop", "attn_pdrop"),
     )
     return GPT2ForSequenceClassification._from_config(config, attn_implementation="sdpa")
 
 
 def _llama(args: BenchArguments, **sizes) -> PreTrainedModel:
-    config = LlamaConfig(
-        **sizes, attention_dropout=args.dropout, pad_token_id=0, use_cache=False, num_labels=NUM_LABELS
-    )
+    dropout = _dropout(args, "attention_dropout")
+    config = LlamaConfig(**sizes, **dropout, pad_token_id=0, use_cache=False, num_labels=NUM_LABELS)
     return LlamaForSequenceClassification._from_config(config, attn_implementation="sdpa")
 
 
 def _vit(args: BenchArguments, **sizes) -> PreTrainedModel:
     config = ViTConfig(
         **sizes,
-        hidden_dropout_prob=args.dropout,
-        attention_probs_dropout_prob=args.dropout,
+        **_dropout(args, "hidden_dropout_prob", "attention_probs_dropout_prob"),
         num_labels=NUM_LABELS,
     )
     return ViTForImageClassification._from_config(config, attn_implementation="sdpa")
@@ -202,11 +206,11 @@ def _vit(args: BenchArguments, **sizes) -> PreTrainedModel:
 
 def _convnext(args: BenchArguments) -> PreTrainedModel:
     config = ConvNextConfig(
-        image_size=32,
+        image_size=64,
         patch_size=2,
         hidden_sizes=[args.hidden_size // 8 * factor for factor in (1, 2, 4, 8)],
         depths=[1, 1, max(1, args.layers - 3), 1],
-        drop_path_rate=args.dropout,
+        **_dropout(args, "drop_path_rate"),
         num_labels=NUM_LABELS,
     )
     return ConvNextForImageClassification(config)
@@ -459,25 +463,27 @@ def relative_error(found: list[Tensor], reference: list[Tensor]) -> float:
     return sum(x * x for x in difference) ** 0.5 / sum(x * x for x in norm) ** 0.5
 
 
-def check_cells(steps: Steps, cells: list[Cell], dropout: float) -> dict[Cell, dict]:
+def check_cells(steps: Steps, cells: list[Cell]) -> dict[Cell, dict]:
     """
     Compare gradients with those of the dense pass on the same forward pass, count fallbacks, and measure memory.
 
     Args:
         steps ([`Steps`]): The model.
         cells (`list[Cell]`): The kinds of steps; at each p dense comes first.
-        dropout (`float`): With dropout, replay draws masks of its own, and its gradients are not compared.
 
     Returns:
         `dict[Cell, dict]`: `gradient_error` (or `None`), `fallbacks` and `peak_memory_bytes`.
     """
     checks, reference = {}, None
+    with torch.no_grad():
+        draws = [(steps.prepare(seed), steps.losses())[1] for seed in (0, 1)]
+    deterministic = torch.equal(*draws)  # with dropout, replay draws masks of its own
     for cell in cells:
         reset_fallbacks()
         error = None
         if cell.mode == "dense":
             reference, error = gradients(steps, cell), 0.0
-        elif cell.mode == "sparse" or (cell.mode == "replay" and not dropout):
+        elif cell.mode == "sparse" or (cell.mode == "replay" and deterministic):
             error = relative_error(gradients(steps, cell), reference)
         checks[cell] = {"gradient_error": error, "fallbacks": fallback_report()}
     del reference
@@ -655,7 +661,7 @@ def bench_model(name: str, args: BenchArguments) -> dict:
     model = build_model(name, args)
     steps = Steps(model, random_batch(model.config, args), args.dtype)
     cells = [UNTRIMMED, *(Cell(mode, keep) for keep in args.keep for mode in args.modes)]
-    checks = check_cells(steps, cells, args.dropout)
+    checks = check_cells(steps, cells)
     dense, rows = summarize(time_cells(steps, cells, args.repeats), args.batch_size)
     return {
         "parameters": model.num_parameters(),

@@ -30,7 +30,8 @@ def test_end_to_end(tmp_path, capsys, extra):
         assert cells["sparse", 0.34]["kept_fraction"] == pytest.approx(2 / 6)
         assert 0 < cells["sparse", 0.34]["gradient_error"] <= 1e-5  # 0 would be the same pass twice
         replay_error = cells["replay", 0.34]["gradient_error"]
-        assert replay_error <= 1e-5 if extra else replay_error is None
+        # With dropout (BERT's own 0.1) replay draws other masks, and there is nothing to compare with.
+        assert replay_error is None if name == "bert" and not extra else replay_error <= 1e-5
         expected = bound("sparse", 2 / 6, **result["dense_seconds"])
         assert cells["sparse", 0.34]["bound"] == pytest.approx(expected)
         assert len(cells["sparse", 0.34]["rounds"]) == 2
