@@ -13,7 +13,7 @@ from hf_trim.backward.checkpoint import recompute_kept_rows
 from hf_trim.backward.tensor import FALLBACKS, Rows, RowSparseTensor, RowTensor, Settings, densify
 
 
-DENSE_ABOVE = 0.9  # kept share from which slicing costs more than it saves
+DENSE_ABOVE = 0.8  # kept share above which slicing costs about what it saves
 _ATEN_NODE = re.compile(r"\w+Backward\d+$|CopyBackwards$")
 # Python Functions whose backward hands its gradients on, or computes with ordinary ops.
 _PASSES_ON = {
