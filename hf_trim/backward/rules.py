@@ -10,8 +10,9 @@ A rule gets the op and its arguments and returns what the op returns. It must gu
 2. *Independence of rows.* The op is run on payloads only if each row of its output depends on the same row of its
    row-carrying operands; if rows are summed (weight gradients), the sum over the kept rows is the whole sum.
 3. *Every operand accounted for.* A dense operand that has the gradient's rows is sliced with
-   [`~hf_trim.backward.tensor.RowSparseTensor.take`]; one that is broadcast over them is left as it is; anything else
-   raises [`~hf_trim.backward.tensor.NotRowwise`]. `take` checks the size, so a rule need only name the dimension.
+   [`~hf_trim.backward.tensor.RowTensor.kept_rows`]; one that is broadcast over them is left as it is; anything
+   else raises [`~hf_trim.backward.tensor.NotRowwise`]. `kept_rows` checks the size: a rule need only name the
+   dimension.
 4. *No guessing.* For modes that it does not fully understand (training-mode batch norm, a reduced loss, dropout inside
    a fused kernel) it raises `NotRowwise`: the op then runs on densified arguments, and is counted.
 
