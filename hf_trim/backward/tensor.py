@@ -66,22 +66,27 @@ class Rows:
         """
         if not -x.ndim <= dim < x.ndim or x.shape[dim] != outer * self.batch * inner:
             raise NotRowwise(f"{tuple(x.shape)} has no {outer}*{self.batch}*{inner} rows along dimension {dim}")
+        dim %= x.ndim
         if x.is_contiguous():
-            return self._take(x, dim % x.ndim, outer, inner)
-        dim, strides = dim % x.ndim, x.stride()
+            return self._take(x, dim, outer, inner)
+        strides = x.stride()
         if strides[dim] == 0:
             return x.narrow(dim, 0, outer * self.count * inner)
-        repeated = [d for d, stride in enumerate(strides) if stride == 0 and x.shape[d] > 1]
+        key = (x.shape, strides)
+        plan = self.plans.get(key)
+        if plan is None:
+            repeated = [d for d, stride in enumerate(strides) if stride == 0 and x.shape[d] > 1]
+            # Largest stride first: every permutation of one saved tensor is the same slice, taken once.
+            order = sorted(range(x.ndim), key=lambda d: -strides[d])
+            plan = self.plans[key] = repeated, order, sorted(range(x.ndim), key=order.__getitem__)
+        repeated, order, back = plan
         if repeated:  # an expanded tensor: copy each entry once
             once = x
             for d in repeated:
                 once = once.narrow(d, 0, 1)
-            return self.take(once, dim, outer, inner).expand(
-                *[outer * self.count * inner if d == dim else size for d, size in enumerate(x.shape)]
-            )
-        # Largest stride first: every permutation of one saved tensor is the same slice, taken once.
-        order = sorted(range(x.ndim), key=lambda d: -strides[d])
-        back = sorted(range(x.ndim), key=order.__getitem__)
+            sizes = list(x.shape)
+            sizes[dim] = outer * self.count * inner
+            return self.take(once, dim, outer, inner).expand(sizes)
         return self._take(x.permute(order), order.index(dim), outer, inner).permute(back)
 
     def _take(self, x: Tensor, dim: int, outer: int, inner: int) -> Tensor:
@@ -158,7 +163,10 @@ class RowTensor(Tensor):
         if payload.is_contiguous():
             self = _wrapper(cls, shape, dtype=payload.dtype, device=payload.device)
         else:
-            strides = dense_strides(payload, shape)
+            key = (payload.shape, payload.stride(), row_dim)
+            strides = rows.plans.get(key)
+            if strides is None:
+                strides = rows.plans[key] = dense_strides(payload, shape)
             self = _wrapper(cls, shape, strides=strides, dtype=payload.dtype, device=payload.device)
         self.payload, self.rows = payload, rows
         self.row_dim, self.row_outer, self.row_inner = row_dim, row_outer, row_inner
