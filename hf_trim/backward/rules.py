@@ -5,9 +5,9 @@ others.
 
 A rule gets the op and its arguments and returns what the op returns. It must guarantee, for every input:
 
-1. *Equality.* Whatever it returns stands for the tensor that the dense op would return on the densified arguments (where
-   zero times anything, infinity too, counts as zero). An output may be row-sparse only if the dense one is zero outside
-   the kept rows.
+1. *Equality.* Whatever it returns stands for the tensor that the dense op would return on the densified arguments. An
+   output may be row-sparse only if the dense one is zero outside the kept rows. (Zero times anything counts as zero:
+   an infinite activation of a sample that is not kept does no harm.)
 2. *Independence of rows.* The op is run on payloads only if each row of its output depends on the same row of its
    row-carrying operands; if rows are summed (weight gradients), the sum over the kept rows is the whole sum.
 3. *Every operand accounted for.* A dense operand that has the gradient's rows is sliced with
