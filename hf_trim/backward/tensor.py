@@ -156,6 +156,8 @@ class RowTensor(Tensor):
 
     @staticmethod
     def __new__(cls, payload: Tensor, rows: Rows, row_dim: int = 0, row_outer: int = 1, row_inner: int = 1):
+        if isinstance(payload, RowTensor):
+            raise NotRowwise("an operand carries rows of its own")
         shape, size = list(payload.shape), row_outer * rows.count * row_inner
         if shape[row_dim] != size:
             raise AssertionError(f"a payload of shape {shape} does not hold {size} rows along dimension {row_dim}")
