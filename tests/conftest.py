@@ -2,6 +2,8 @@
 
 import os
 
+import pytest
+
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
@@ -11,3 +13,21 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 # After the variables, and before any test imports transformers: it repairs torchvision where torch has no CUDA.
 import hf_trim  # noqa: E402, F401
+from hf_trim.backward.checkpoint import _KeptRows  # noqa: E402
+
+
+@pytest.fixture
+def recomputed(monkeypatch):
+    """How many checkpoints recomputed the kept rows, and how many everything after an attempt."""
+    counts = {"kept": 0, "all": 0}
+
+    def counted(name, method):
+        def call(*args):
+            counts[name] += 1
+            return method(*args)
+
+        return staticmethod(call)
+
+    monkeypatch.setattr(_KeptRows, "_check", counted("kept", _KeptRows._check))
+    monkeypatch.setattr(_KeptRows, "_forget", counted("all", _KeptRows._forget))
+    return counts

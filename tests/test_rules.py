@@ -4,6 +4,7 @@ import copy
 import gc
 import weakref
 from functools import partial
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -13,7 +14,6 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from hf_trim.backward.checkpoint import _KeptRows
 from hf_trim.backward.rules import dense_rule, rule
 from hf_trim.backward.sparse import fallback_report, reset_fallbacks, strict, take_rows_sparse
 from hf_trim.backward.tensor import RULES, ActivationRows, Rows, RowSparseTensor, densify
@@ -240,7 +240,8 @@ def compare(case, data):
     net = Net()
     dense = gradients(case, x, lambda losses: losses[kept.index], net)
     reset_fallbacks()
-    sparse = gradients(case, x, lambda losses: take_rows_sparse(losses, kept.index), net)
+    with patch("hf_trim.backward.sparse.DENSE_ABOVE", 1):  # with all rows kept too
+        sparse = gradients(case, x, lambda losses: take_rows_sparse(losses, kept.index), net)
     for a, b in zip(dense, sparse, strict=True):
         if a is not None:
             close(a, b)
@@ -495,23 +496,6 @@ def test_own_rule():
 
 
 # ---- gradient checkpointing ----------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def recomputed(monkeypatch):
-    """How many checkpoints recomputed the kept rows, and how many everything after an attempt."""
-    counts = {"kept": 0, "all": 0}
-
-    def counted(name, method):
-        def call(*args):
-            counts[name] += 1
-            return method(*args)
-
-        return call
-
-    monkeypatch.setattr(_KeptRows, "_check", staticmethod(counted("kept", _KeptRows._check)))
-    monkeypatch.setattr(_KeptRows, "_forget", staticmethod(counted("all", _KeptRows._forget)))
-    return counts
 
 
 @pytest.mark.parametrize("name", CASES)
