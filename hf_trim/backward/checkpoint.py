@@ -35,7 +35,8 @@ def find_frame(node):
         _saved_names[kind] = [name for name in dir(kind) if name.startswith("_raw_saved_")]
     for name in _saved_names[kind]:
         saved = getattr(node, name)
-        for hook in (getattr(each, "unpack_hook", None) for each in (saved if isinstance(saved, tuple) else (saved,))):
+        for each in saved if isinstance(saved, tuple) else (saved,):
+            hook = getattr(each, "unpack_hook", None)
             for cell in getattr(hook, "__closure__", None) or ():
                 if isinstance(cell.cell_contents, torch_checkpoint._CheckpointFrame):
                     return cell.cell_contents
@@ -133,9 +134,8 @@ class _KeptRows:
 
             # An op of the backward pass asks, where autograd does not listen.
             exclude = torch._C._dispatch_tls_local_exclude_set()
-            for key in ("AutogradFunctionality", "ADInplaceOrView", "AutocastFunctionality"):
-                if hasattr(torch._C.DispatchKey, key):
-                    exclude = exclude.remove(getattr(torch._C.DispatchKey, key))
+            for key in (torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.ADInplaceOrView):
+                exclude = exclude.remove(key)
             with (
                 torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), exclude),
                 torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x),

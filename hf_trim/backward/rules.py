@@ -91,6 +91,9 @@ def find_rule(func):
     return dense_rule
 
 
+RULES.find_rule = find_rule
+
+
 def dense_rule(func, *args, **kwargs):
     return run_dense(func, args, kwargs, "No rule is registered.")
 
@@ -112,6 +115,11 @@ def row_sparse(x):
     """`x` if it is row-sparse; the rule needs it to be."""
     require(isinstance(x, RowSparseTensor), "this operand is expected to be the row-sparse one")
     return x
+
+
+def samples(x):
+    """Rows must be samples, alone in the first dimension."""
+    require((x.row_dim, x.row_outer, x.row_inner) == (0, 1, 1), "rows are not samples")
 
 
 # ---- pointwise ---------------------------------------------------------------------------------------------------
@@ -175,17 +183,22 @@ def pointwise(func, *args, **kwargs):
 
 def by_row(func, ref, args, kwargs):
     """Runs an elementwise op on the kept rows of its operands."""
+    at = ref.row_dim - ref.ndim
+    out = func(*payloads_of(ref, args, kwargs), **kwargs)
+    require(out.shape[at] == ref.payload.shape[at], "rows are broadcast")
+    return ref.like(out, at + out.ndim)
+
+
+def payloads_of(ref, args, kwargs) -> list:
+    """The arguments of an elementwise op, with the kept rows of its operands."""
     if kwargs:
         require(not any(isinstance(x, Tensor) for x in kwargs.values()), "a tensor passed by keyword")
         require(kwargs.get("device") in (None, ref.device), "another device")
     at = ref.row_dim - ref.ndim  # broadcasting aligns dimensions from the right
-    payloads = [
+    return [
         x.payload if x is ref else ref.kept_rows_or_broadcast(x, at) if isinstance(x, Tensor) and x.ndim else x
         for x in args
     ]
-    out = func(*payloads, **kwargs)
-    require(out.shape[at] == ref.payload.shape[at], "rows are broadcast")
-    return ref.like(out, at + out.ndim)
 
 
 @rule("_prelu_kernel_backward")
@@ -310,7 +323,7 @@ def lift_fresh(func, x):
 
 @rule("view", "_unsafe_view", "reshape", "_reshape_alias")
 def view(func, x, size, stride=None):
-    key = (x.shape, x.row_dim, x.row_outer, x.row_inner, *size)
+    key = ("view", x.shape, x.row_dim, x.row_outer, x.row_inner, *size)
     plan = x.rows.plans.get(key)
     if plan is None:
         plan = x.rows.plans[key] = plan_view(x, list(size))

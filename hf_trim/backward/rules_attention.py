@@ -4,14 +4,12 @@ Kernels that apply dropout themselves draw their mask from a counter over the wh
 would redraw it: with dropout inside the kernel these ops run dense.
 """
 
-from hf_trim.backward.rules import require, row_sparse, rule
+from hf_trim.backward.rules import require, row_sparse, rule, samples
 
 
 def _batch_first(grad, *tensors):
-    require(
-        row_sparse(grad).row_dim == 0 and grad.row_outer == grad.row_inner == 1 and grad.ndim == 4,
-        "rows are not samples",
-    )
+    samples(row_sparse(grad))
+    require(grad.ndim == 4, "rows are not samples")
     return [grad.kept_rows(x, 0) for x in tensors]
 
 

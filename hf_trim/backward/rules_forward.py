@@ -7,17 +7,26 @@ batch, so that they are those of the forward pass, and the kept rows of them are
 """
 
 import torch
-from torch import Tensor
 
 from hf_trim.backward import rules_indexing, rules_nn  # noqa: F401 (some of their rules serve here too)
-from hf_trim.backward.rules import POINTWISE, by_row, factory, other_dim, overloads, reference, require, rule
+from hf_trim.backward.rules import (
+    POINTWISE,
+    by_row,
+    factory,
+    other_dim,
+    overloads,
+    payloads_of,
+    reference,
+    require,
+    rule,
+    samples,
+)
 from hf_trim.backward.tensor import (
     FORWARD_RULES,
     RULES,
     ActivationRows,
     NotRowwise,
     RowTensor,
-    dense_strides,
 )
 
 
@@ -42,6 +51,9 @@ def find_rule(func):
     return no_rule
 
 
+FORWARD_RULES.find_rule = find_rule
+
+
 def no_rule(func, *args, **kwargs):
     raise NotRowwise(f"{func} has no forward rule")
 
@@ -51,32 +63,31 @@ def pointwise(func, *args, **kwargs):
     return by_row(func, reference(args, ActivationRows), args, kwargs)
 
 
+def activation(x):
+    """`x` if its kept rows are known; the rule needs it to be the one."""
+    require(isinstance(x, ActivationRows), "this operand is expected to be the one of kept rows")
+    return x
+
+
 @forward_rule("fill_.Scalar", "zero_", "masked_fill_.Scalar", "masked_fill_.Tensor")
 def in_place(func, x, *args, **kwargs):
-    require(isinstance(x, ActivationRows) and not (x.is_view or x.has_views), "it changes something else too")
-    require(not any(isinstance(a, Tensor) for a in kwargs.values()), "a tensor passed by keyword")
-    at = x.row_dim - x.ndim
-    func(
-        x.payload,
-        *(x.kept_rows_or_broadcast(a, at) if isinstance(a, Tensor) and a.ndim else a for a in args),
-        **kwargs,
-    )
+    require(not (activation(x).is_view or x.has_views), "it changes something else too")
+    func(*payloads_of(x, (x, *args), kwargs), **kwargs)
     return x
 
 
 # ---- structure: the rules of gradients serve as they are ---------------------------------------------------------
 
-for _name in (
+STRUCTURE = overloads(
     "alias", "detach", "view_as_real", "view_as_complex", "lift_fresh", "view", "_unsafe_view", "reshape",
     "_reshape_alias", "t", "transpose.int", "permute", "expand", "unsqueeze", "squeeze", "squeeze.dim", "squeeze.dims",
     "select.int", "slice.Tensor", "split.Tensor", "split_with_sizes", "unbind.int", "unfold", "roll", "flip",
     "constant_pad_nd", "tril", "triu", "cumsum", "im2col", "col2im", "pixel_shuffle", "pixel_unshuffle",
-    "channel_shuffle", "index_select", "gather", "new_empty", "new_ones", "new_full",
-):  # fmt: skip
-    for _op in overloads(_name):
-        FORWARD_RULES[_op] = RULES[_op]
-for _op in overloads("new_zeros"):
-    FORWARD_RULES[_op] = factory
+    "channel_shuffle", "index_select", "gather",
+)  # fmt: skip
+_known = dict(RULES)  # in which a missing rule is an error, not looked for
+FORWARD_RULES.update({op: _known[op] for op in STRUCTURE})
+forward_rule("new_empty", "new_zeros", "new_ones", "new_full")(factory)
 
 
 @forward_rule("empty_like", "zeros_like", "ones_like", "full_like")
@@ -100,13 +111,17 @@ def stack(func, tensors, dim=0):
 
 @forward_rule("sum.dim_IntList", "mean.dim", "amax", "amin", "var.correction", "std.correction", "linalg_vector_norm")
 def reduce(func, x, *args, **kwargs):
-    names = [each.name for each in func._schema.arguments[1:]]
-    named = {**dict(zip(names, args, strict=False)), **kwargs}
+    named = by_name(func, 1, args, kwargs)
     require(bool(named.get("dim")), "rows are reduced")
     dims = [other_dim(x, d) for d in named["dim"]]
-    return x.like(
-        func(x.payload, **named), x.row_dim if named.get("keepdim") else x.row_dim - sum(d < x.row_dim for d in dims)
-    )
+    gone = 0 if named.get("keepdim") else sum(d < x.row_dim for d in dims)
+    return x.like(func(x.payload, **named), x.row_dim - gone)
+
+
+def by_name(func, skipped, args, kwargs) -> dict:
+    """The arguments of an op behind its first ones, by name."""
+    names = [each.name for each in func._schema.arguments[skipped:]]
+    return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 # ---- matrix products ---------------------------------------------------------------------------------------------
@@ -134,13 +149,13 @@ def matmul(func, *args, **kwargs):
 
 @forward_rule("native_layer_norm", "_fused_rms_norm")
 def norm(func, x, normalized_shape, *args):
-    require(isinstance(x, ActivationRows) and x.row_dim < x.ndim - len(normalized_shape), "rows are normalized")
+    require(activation(x).row_dim < x.ndim - len(normalized_shape), "rows are normalized")
     return tuple(x.like(out) for out in func(x.payload, normalized_shape, *args))
 
 
 @forward_rule("native_group_norm")
 def group_norm(func, x, weight, bias, N, C, HxW, group, eps):
-    samples(x)
+    samples(activation(x))
     return tuple(x.like(out) for out in func(x.payload, weight, bias, x.rows.count, C, HxW, group, eps))
 
 
@@ -152,7 +167,7 @@ def softmax(func, x, dim=-1, *args, **kwargs):
 
 @forward_rule("convolution")
 def convolution(func, x, weight, *args):
-    samples(x)
+    samples(activation(x))
     require(x.ndim == weight.ndim and not isinstance(weight, RowTensor), "rows are not samples")
     return x.like(func(x.payload, weight, *args))
 
@@ -170,9 +185,8 @@ def embedding(func, weight, indices, *args):
     "_scaled_dot_product_cudnn_attention",
 )
 def attention(func, query, key, value, *args, **kwargs):
-    samples(query)
-    names = [each.name for each in func._schema.arguments[3:]]
-    named = {**dict(zip(names, args, strict=False)), **kwargs}
+    samples(activation(query))
+    named = by_name(func, 3, args, kwargs)
     require(not named.get("dropout_p"), "dropout inside the kernel")
     for name in ("attn_mask", "attn_bias"):
         if named.get(name) is not None:
@@ -181,18 +195,12 @@ def attention(func, query, key, value, *args, **kwargs):
     return *(query.like(out) for out in outs[:2]), *outs[2:]  # result and logsumexp, then random state and sizes
 
 
-def samples(x):
-    require(
-        isinstance(x, ActivationRows) and (x.row_dim, x.row_outer, x.row_inner) == (0, 1, 1), "rows are not samples"
-    )
-
-
 # ---- random numbers ----------------------------------------------------------------------------------------------
 
 
 def whole_batch(x):
     """An empty tensor of the whole batch's shape and memory layout."""
-    return torch.empty_strided(x.shape, dense_strides(x.payload, list(x.shape)), dtype=x.dtype, device=x.device)
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
 
 
 @forward_rule("bernoulli_.float", "uniform_", "normal_")

@@ -11,8 +11,18 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_iter, tree_map_only
 
 
-RULES = {}  # of gradients
-FORWARD_RULES = {}  # of activations
+class Registry(dict):
+    """Op → rule. An op that has none of its own gets one from `find_rule`, which the module of the rules sets."""
+
+    find_rule = None
+
+    def __missing__(self, func):
+        rule = self[func] = self.find_rule(func)
+        return rule
+
+
+RULES = Registry()  # of gradients
+FORWARD_RULES = Registry()  # of activations
 FALLBACKS = Counter()
 _SHARE_FROM = 1 << 16  # elements; smaller slices are copied faster than looked up
 _wrapper = Tensor._make_wrapper_subclass
@@ -72,7 +82,7 @@ class Rows:
         strides = x.stride()
         if strides[dim] == 0:
             return x.narrow(dim, 0, outer * self.count * inner)
-        key = (x.shape, strides)
+        key = ("order", x.shape, strides)
         plan = self.plans.get(key)
         if plan is None:
             repeated = [d for d, stride in enumerate(strides) if stride == 0 and x.shape[d] > 1]
@@ -130,7 +140,7 @@ class Rows:
         return out
 
 
-def dense_strides(values: Tensor, shape: list[int]) -> list[int]:
+def _dense_strides(values: Tensor, shape: list[int]) -> list[int]:
     """Strides for `shape` with the dimension order of `values`."""
     strides, step = [0] * len(shape), 1
     for d in sorted(range(len(shape)), key=lambda d: (values.stride(d), -d)):
@@ -165,10 +175,10 @@ class RowTensor(Tensor):
         if payload.is_contiguous():
             self = _wrapper(cls, shape, dtype=payload.dtype, device=payload.device)
         else:
-            key = (payload.shape, payload.stride(), row_dim)
+            key = ("strides", payload.shape, payload.stride(), row_dim)
             strides = rows.plans.get(key)
             if strides is None:
-                strides = rows.plans[key] = dense_strides(payload, shape)
+                strides = rows.plans[key] = _dense_strides(payload, shape)
             self = _wrapper(cls, shape, strides=strides, dtype=payload.dtype, device=payload.device)
         self.payload, self.rows = payload, rows
         self.row_dim, self.row_outer, self.row_inner = row_dim, row_outer, row_inner
@@ -258,11 +268,7 @@ class RowSparseTensor(RowTensor):
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        rule = RULES.get(func)
-        if rule is None:
-            from hf_trim.backward.rules import find_rule
-
-            rule = RULES[func] = find_rule(func)
+        rule = RULES[func]
         try:
             return rule(func, *args, **kwargs) if kwargs else rule(func, *args)
         except NotRowwise as reason:
@@ -322,12 +328,7 @@ class ActivationRows(RowTensor):
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         if RowSparseTensor in types:
             return NotImplemented  # a gradient's rules take activations as operands
-        kwargs = kwargs or {}
-        if func not in FORWARD_RULES:
-            from hf_trim.backward.rules_forward import find_rule
-
-            FORWARD_RULES[func] = find_rule(func)
-        rule = FORWARD_RULES[func]
+        kwargs, rule = kwargs or {}, FORWARD_RULES[func]
         if not all(x.whole for x in tree_iter((args, kwargs)) if isinstance(x, ActivationRows)):
             return rule(func, *args, **kwargs)
         if func._schema.is_mutable:
@@ -338,7 +339,7 @@ class ActivationRows(RowTensor):
             return run_whole(func, args, kwargs)
         for position, x in enumerate(tree_iter(out)):
             if isinstance(x, ActivationRows):
-                x.whole = partial(lambda i: list(tree_iter(run_whole(func, args, kwargs)))[i], position)
+                x.whole = partial(whole_output, func, args, kwargs, position)
         return out
 
     def densify(self) -> Tensor:
@@ -352,6 +353,11 @@ def run_whole(func, args, kwargs):
     """Runs an op on all rows of its operands."""
     args, kwargs = tree_map_only(ActivationRows, densify, (args, kwargs))
     return func(*args, **kwargs)
+
+
+def whole_output(func, args, kwargs, position):
+    """One of the tensors that an op returns, with all rows."""
+    return list(tree_iter(run_whole(func, args, kwargs)))[position]
 
 
 def change(rule, func, args, kwargs):
