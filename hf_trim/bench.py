@@ -686,19 +686,16 @@ def main(argv: list[str] | None = None) -> int:
         (args,) = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     except ValueError as error:
         parser.error(str(error))
+    settings = {name: value for name, value in asdict(args).items() if name != "output"}
     results: dict = {}
+    content = {"arguments": settings, "hardware": hardware(), "versions": versions(), "models": results}
     for name in args.models:
         results[name] = bench_model(name, args)
         print_wide(make_table(name, results[name], args))
         for row in results[name]["cells"]:
             for op, count in row["fallbacks"].items():
                 print(f"{name}, p = {row['keep']:g}: {op} ran dense {count} times.", file=sys.stderr)
-        settings = asdict(args)
-        settings.pop("output")
-        write_json(
-            Path(args.output),
-            {"arguments": settings, "hardware": hardware(), "versions": versions(), "models": results},
-        )
+        write_json(Path(args.output), content)
     return 0
 
 

@@ -11,7 +11,6 @@ import time
 import pytest
 import torch
 import yaml
-from datasets import DatasetDict
 from scipy.stats import ttest_rel
 from transformers import AutoModelForImageClassification
 
@@ -21,8 +20,7 @@ from hf_trim.recipe import parse, recipe_names
 from hf_trim.records import read_record, write_json
 from hf_trim.report import paired_interval, plot, summarize, table_rows
 from hf_trim.run import Job, load, main, make_trainer
-from tests.test_data import tiny
-from tests.test_models import HUB_SETS
+from tests.test_models import save_like_the_hub
 
 
 TINY = {
@@ -262,8 +260,8 @@ def test_records_are_written_whole(tmp_path):
 
 @pytest.mark.parametrize("name", ["svhn-resnet34", "cifar10-densenet121", "cifar100-resnet34", "cifar10-vit"])
 def test_paper_recipes_run_end_to_end_on_data_of_the_hubs_schema(name, tmp_path):
-    path, columns = tmp_path / "data", HUB_SETS[parse(name, [])[3].dataset]
-    DatasetDict(train=tiny(20, **columns), test=tiny(20, **columns)).save_to_disk(path)
+    path = tmp_path / "data"
+    save_like_the_hub(parse(name, [])[3].dataset, path)
     # Two epochs, so that p falls; the configuration's name means nothing to data on disk.
     options = ["--dataset", str(path), "--num_train_epochs", "2", "--output_dir", str(tmp_path / "out"), "--use_cpu"]
     assert main([name, *options]) == 0
