@@ -6,7 +6,7 @@ from transformers import TrainingArguments
 
 from hf_trim.backward import BACKWARD_CHOICES
 from hf_trim.messages import check_choice
-from hf_trim.selection import SELECT_CHOICES
+from hf_trim.selection import NONFINITE_CHOICES, SELECT_CHOICES
 
 
 SCHEDULE_CHOICES = ("epoch", "step")
@@ -31,14 +31,17 @@ class TrimmingConfig:
             `"hardest"` keeps the highest losses, `"random"` a random subset of the same size (a control), `"none"`
             trains plainly with the same logs.
         trim_unit (`str`, *optional*, defaults to `"auto"`):
-            What an item is: a `"sample"`, or a `"token"` where there is a loss per token. `"auto"` takes the losses
-            as they come.
+            What an item is: a `"token"` (or pixel) where the head has a loss per token, or a `"sample"`, ranked by the
+            mean over its tokens. `"auto"` takes the losses as the head has them.
         trim_backward (`str`, *optional*, defaults to `"auto"`):
             How the backward pass is run: `"dense"` is ordinary autograd; `"sparse"` costs only what is kept, with the
             same gradients; `"replay"` scores without gradients and runs forward and backward again on the kept
             samples (least memory; draws dropout masks anew); `"auto"` is the fastest that suits the model.
         trim_strict (`bool`, *optional*, defaults to `False`):
             With `trim_backward="sparse"`: raise where an operation has no row-sparse rule, rather than run it dense.
+        trim_nonfinite (`str`, *optional*, defaults to `"error"`):
+            What to do with losses that are NaN or infinite: end with an `"error"`, or `"drop"` their samples, which
+            then are no items (and, in models whose operations all have row-sparse rules, have no gradient).
         trim_scope (`str`, *optional*, defaults to `"local"`):
             Among which items the hardest are chosen: those of each device's micro-batch.
     """
@@ -66,7 +69,7 @@ class TrimmingConfig:
     trim_unit: str = field(
         default="auto",
         metadata={
-            "help": "What an item is: a sample, or a token where there is a loss per token.",
+            "help": "What an item is: a sample, or a token where there is a loss per token (auto: as in the loss).",
             "choices": UNIT_CHOICES,
         },
     )
@@ -80,6 +83,13 @@ class TrimmingConfig:
     trim_strict: bool = field(
         default=False,
         metadata={"help": "With trim_backward=sparse: raise where an operation has no rule, do not run it dense."},
+    )
+    trim_nonfinite: str = field(
+        default="error",
+        metadata={
+            "help": "What to do with losses that are NaN or infinite: end with an error, or drop their samples.",
+            "choices": NONFINITE_CHOICES,
+        },
     )
     trim_scope: str = field(
         default="local",
@@ -108,6 +118,7 @@ class TrimmingConfig:
                 f"trim_strict needs trim_backward='sparse', and that is '{self.trim_backward}': set that, or "
                 "leave trim_strict out."
             )
+        check_choice("trim_nonfinite", self.trim_nonfinite, NONFINITE_CHOICES)
         check_choice("trim_scope", self.trim_scope, SCOPE_CHOICES)
         if hasattr(super(), "__post_init__"):
             super().__post_init__()

@@ -1,40 +1,157 @@
-"""Model outputs + labels → unreduced losses with a validity mask."""
+"""Loss functions that a model calls in its forward pass → unreduced losses, and what each counts for."""
 
+import inspect
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
-from hf_trim.messages import check_choice
+from hf_trim.heads import HOW_TO_PASS_A_LOSS
+from hf_trim.lm_head import LazyLogits, LMHead
 
 
 IGNORE_INDEX = -100
 
-# Heads of transformers (`PreTrainedModel.loss_type`) whose loss is one of the three of a classification head.
-CLASSIFICATION_HEADS = (
-    "ForSequenceClassification",
-    "ForImageClassification",
-    "ForVideoClassification",
-    "ForAudioClassification",
-)
-HOW_TO_PASS_A_LOSS = (
-    "For any other model pass an unreduced loss, TrimmingTrainer(..., compute_loss_func=f) with "
-    "f(outputs, labels, num_items_in_batch=None) returning one loss per sample [B], or one per label in the shape of "
-    'the labels (e.g. F.cross_entropy(..., reduction="none")).'
-)
 
-
-class ItemLosses(NamedTuple):
+@dataclass
+class LossCall:
     """
+    One call of a loss function.
+
     Args:
-        losses (`torch.Tensor`): Unreduced losses, `[B]` or the labels' shape, in float32 at least.
-        valid (`torch.Tensor`): Boolean mask of the same shape: what is an item at all.
+        losses (`torch.Tensor`): `[n]` unreduced losses in float32 at least; n is the batch size, or a multiple of it.
+        counts (`torch.Tensor`): `[n]`, what each counts for in the mean: 1, or 0 where there is no label, or a class
+            weight.
+        reduction (`str`): `"mean"` (the sum of the losses by that of the counts) or `"sum"`.
+        ignore_index (`int`, *optional*, defaults to -100): The label that means that there is none.
+        logits ([`~hf_trim.lm_head.LazyLogits`], *optional*): If given, the losses have no graph: those to keep are
+            computed again, with their gradients.
     """
 
     losses: Tensor
-    valid: Tensor
+    counts: Tensor
+    reduction: str
+    ignore_index: int = IGNORE_INDEX
+    logits: LazyLogits | None = None
+
+    def __post_init__(self):
+        # Half precision has too few steps to rank losses by, and to average them in.
+        self.losses = self.losses.flatten().to(torch.promote_types(self.losses.dtype, torch.float32))
+        self.counts = self.counts.flatten().to(self.losses)
+        self.finite = self.losses.detach().isfinite()
+        # What the model goes on with: a leaf, whose weight in the model's loss its gradient tells.
+        with torch.no_grad():
+            total = self.losses.where(self.finite, 0).sum()
+            count = self.counts.where(self.finite, 0).sum()
+            self.value = total if self.reduction == "sum" else torch.where(count > 0, total / count, 0)
+        self.value.requires_grad_(torch.is_grad_enabled())
+
+
+def _class_losses(func: Callable, arguments: dict[str, Any], batch_size: int, reduction: str) -> dict[str, Any]:
+    """Of `[N, C, ...]` logits or log-probabilities: one loss for each target `[N, ...]`."""
+    logits, target, weight = arguments["input"], arguments["target"], arguments["weight"]
+    if isinstance(logits, LazyLogits) and logits.can_score(target):
+        losses = logits.score(arguments)
+    else:
+        losses, logits = func(**arguments), None
+    if target.is_floating_point():
+        counts = torch.ones_like(losses, requires_grad=False)
+    else:
+        valid = target != arguments["ignore_index"]
+        counts = valid if weight is None else weight[target.where(valid, 0)] * valid
+    return {"losses": losses, "counts": counts, "ignore_index": arguments["ignore_index"], "logits": logits}
+
+
+def _sample_losses(func: Callable, arguments: dict[str, Any], batch_size: int, reduction: str) -> dict[str, Any]:
+    """Of `[B, ...]` predictions, each with a target: the mean (or sum) over each sample."""
+    losses = func(**arguments).reshape(batch_size, -1)
+    counts = losses.new_ones(batch_size, requires_grad=False)
+    if reduction == "sum":
+        return {"losses": losses.sum(1), "counts": counts * losses.shape[1]}
+    return {"losses": losses.mean(1), "counts": counts}
+
+
+def _ctc_losses(func: Callable, arguments: dict[str, Any], batch_size: int, reduction: str) -> dict[str, Any]:
+    """Of whole sequences; before it averages them, torch divides each by the length of its target."""
+    losses = func(**arguments)
+    if reduction == "mean":
+        losses = losses / torch.as_tensor(arguments["target_lengths"], device=losses.device).clamp(min=1)
+    return {"losses": losses, "counts": torch.ones_like(losses, requires_grad=False)}
+
+
+UNREDUCED = {
+    F.cross_entropy: _class_losses,
+    F.nll_loss: _class_losses,
+    F.binary_cross_entropy: _sample_losses,
+    F.binary_cross_entropy_with_logits: _sample_losses,
+    F.mse_loss: _sample_losses,
+    F.l1_loss: _sample_losses,
+    F.smooth_l1_loss: _sample_losses,
+    F.huber_loss: _sample_losses,
+    F.ctc_loss: _ctc_losses,
+}
+_SIGNATURES = {func: inspect.signature(func) for func in UNREDUCED}
+
+
+class LossCalls(TorchFunctionMode):
+    """
+    In this context torch's loss functions hand back a leaf tensor with the value they would have had, and what they
+    averaged (or summed) is kept in `calls`.
+
+    Args:
+        batch_size (`int`): Number B of samples.
+        head ([`~hf_trim.lm_head.LMHead`], *optional*): The layer whose logits are computed for the kept items only.
+    """
+
+    def __init__(self, batch_size: int, head: LMHead | None = None):
+        super().__init__()
+        self.batch_size = batch_size
+        self.head = head
+        self.calls: list[LossCall] = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in UNREDUCED:
+            bound = _SIGNATURES[func].bind(*args, **kwargs)
+            bound.apply_defaults()
+            if bound.arguments["reduction"] in ("mean", "sum"):
+                return self._unreduced(func, bound.arguments)
+        elif func is F.linear and self.head is not None and self.head.computes(*args, **kwargs):
+            return LazyLogits(*args, **kwargs, head=self.head)
+        return func(*args, **kwargs)
+
+    def _unreduced(self, func: Callable, arguments: dict[str, Any]) -> Tensor:
+        reduction = arguments["reduction"]
+        found = UNREDUCED[func](func, {**arguments, "reduction": "none"}, self.batch_size, reduction)
+        self.calls.append(LossCall(reduction=reduction, **found))
+        return self.calls[-1].value
+
+
+def labelled_losses(losses: Any, labels: Tensor) -> LossCall:
+    """
+    What an unreduced loss function of the user's returned.
+
+    Args:
+        losses (`torch.Tensor`): Losses `[B]` or in the labels' shape.
+        labels (`torch.Tensor`): The labels; the first dimension is the batch.
+
+    Returns:
+        [`LossCall`]: The losses; what has no label (integer −100) counts for nothing.
+
+    Raises:
+        `ValueError`: If the losses' shape is neither.
+    """
+    shape = list(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+    if not isinstance(losses, Tensor) or losses.shape not in (labels.shape, labels.shape[:1]):
+        raise ValueError(
+            f"The loss function returned {shape}, where TrimmingTrainer needs one loss per sample "
+            f"{list(labels.shape[:1])} or per label {list(labels.shape)}. {HOW_TO_PASS_A_LOSS}"
+        )
+    return LossCall(losses, valid_items(labels, losses.shape).to(losses.device), "mean")
 
 
 def valid_items(labels: Tensor, shape: torch.Size) -> Tensor:
@@ -55,164 +172,23 @@ def valid_items(labels: Tensor, shape: torch.Size) -> Tensor:
     return valid if valid.shape == shape else valid.reshape(shape[0], -1).any(dim=1)
 
 
-def logits_of(outputs) -> Tensor:
+def smoothed_losses(outputs, labels: Tensor, epsilon: float, shift_labels: bool) -> LossCall:
     """
-    The logits in a model's outputs.
+    What transformers' label smoothing averages.
 
     Args:
-        outputs (`ModelOutput`, `dict` or `tuple`): What the model returned; in a tuple the loss comes first if there
-            is one.
+        outputs (`ModelOutput`, `dict` or `tuple`): The model's outputs, with logits `[B, ..., C]`.
+        labels (`torch.Tensor`): `[B, ...]` class indices, −100 for none.
+        epsilon (`float`): Label smoothing factor.
+        shift_labels (`bool`): Whether position t predicts label t + 1.
 
     Returns:
-        `torch.Tensor`: The logits.
+        [`LossCall`]: The losses.
     """
-    if isinstance(outputs, dict):
-        return outputs["logits"]
-    return outputs[0] if outputs[0].dim() > 0 else outputs[1]
-
-
-class ClassificationLoss:
-    """
-    The loss of transformers' classification heads for text, images, audio and video, not reduced: cross entropy for
-    a single label, binary cross entropy (mean over the classes) for several, squared error (mean over the targets)
-    for regression. Which one is decided as transformers does, by `config.problem_type`, else by the number of labels
-    and the labels' type.
-
-    Args:
-        config (`PretrainedConfig`): The model's configuration.
-        label_smoothing (`float`, *optional*, defaults to 0.0): `TrainingArguments.label_smoothing_factor`; single
-            label only.
-    """
-
-    def __init__(self, config, label_smoothing: float = 0.0):
-        self.config = config
-        self.label_smoothing = label_smoothing
-        problem_type = getattr(config, "problem_type", None)
-        if problem_type is not None:
-            check_choice(
-                "config.problem_type",
-                problem_type,
-                ("regression", "single_label_classification", "multi_label_classification"),
-            )
-        if label_smoothing and (problem_type == "regression" or config.num_labels == 1):
-            raise ValueError(
-                f"label_smoothing_factor={label_smoothing} has no meaning for regression: set it to 0, or give the "
-                "model more than one label."
-            )
-
-    def problem_type(self, labels: Tensor) -> str:
-        """
-        Args:
-            labels (`torch.Tensor`): `[B]` or `[B, num_labels]` labels.
-
-        Returns:
-            `str`: The problem type, as transformers finds it.
-        """
-        if self.config.problem_type is not None:
-            return self.config.problem_type
-        if self.config.num_labels == 1:
-            return "regression"
-        return "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
-
-    def __call__(self, outputs, labels: Tensor) -> Tensor:
-        """
-        Args:
-            outputs (`ModelOutput`, `dict` or `tuple`): The model's outputs, with logits `[B, num_labels]`.
-            labels (`torch.Tensor`): `[B]` class indices (−100: no item), `[B, num_labels]` zeros and ones, or `[B]`
-                or `[B, num_labels]` numbers.
-
-        Returns:
-            `torch.Tensor`: `[B]` losses.
-        """
-        logits = logits_of(outputs)
-        labels = labels.to(logits.device)
-        problem_type = self.problem_type(labels)
-        if problem_type == "single_label_classification":
-            return F.cross_entropy(
-                logits.view(-1, self.config.num_labels),
-                labels.view(-1),
-                ignore_index=IGNORE_INDEX,
-                reduction="none",
-                label_smoothing=self.label_smoothing,
-            )
-        logits = logits.flatten(1)
-        # One-dimensional labels belong to a single target, of which the logits keep a dimension of size one.
-        labels = labels.view(labels.shape[0], -1)
-        if labels.shape != logits.shape:
-            raise ValueError(
-                f"Labels of shape {list(labels.shape)} do not fit the logits' {list(logits.shape)} for "
-                f"problem_type='{problem_type}': give one number for each of the config's num_labels, or set "
-                "config.problem_type."
-            )
-        if problem_type == "regression":
-            return F.mse_loss(logits, labels, reduction="none").mean(dim=1)
-        return F.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(dim=1)
-
-
-def find_loss(model: nn.Module, label_smoothing: float = 0.0) -> ClassificationLoss:
-    """
-    The unreduced loss that belongs to a model's head.
-
-    Args:
-        model (`torch.nn.Module`): A transformers model with a head (already taken out of PEFT's wrapper).
-        label_smoothing (`float`, *optional*, defaults to 0.0): Label smoothing factor.
-
-    Returns:
-        [`ClassificationLoss`]: `f(outputs, labels)` → `[B]` losses.
-
-    Raises:
-        `ValueError`: If the head is not supported.
-    """
-    loss_type = getattr(model, "loss_type", None)
-    if loss_type not in CLASSIFICATION_HEADS:
-        raise ValueError(
-            f"TrimmingTrainer does not know the loss of {type(model).__name__} (loss_type={loss_type!r}). Supported "
-            f"heads of transformers: {', '.join(CLASSIFICATION_HEADS)} (single-label, multi-label, regression; timm "
-            f"models through TimmWrapperForImageClassification). {HOW_TO_PASS_A_LOSS}"
-        )
-    return ClassificationLoss(model.config, label_smoothing)
-
-
-def item_losses(loss_func: Callable[..., Tensor], outputs, labels: Tensor) -> ItemLosses:
-    """
-    Call an unreduced loss and find out which of its values are items.
-
-    Args:
-        loss_func (`Callable`): `f(outputs, labels)` → losses `[B]` or in the labels' shape.
-        outputs: The model's outputs.
-        labels (`torch.Tensor`): The labels; the first dimension is the batch.
-
-    Returns:
-        [`ItemLosses`]: Losses and validity.
-
-    Raises:
-        `ValueError`: If the losses' shape is neither.
-    """
-    losses = loss_func(outputs, labels)
-    shape = list(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
-    if not isinstance(losses, Tensor) or losses.shape not in (labels.shape, labels.shape[:1]):
-        raise ValueError(
-            f"The loss function returned {shape}, where TrimmingTrainer needs one loss per sample "
-            f"{list(labels.shape[:1])} or per label {list(labels.shape)}. {HOW_TO_PASS_A_LOSS}"
-        )
-    # Half precision has too few steps to rank losses by, and to average them in.
-    losses = losses.to(torch.promote_types(losses.dtype, torch.float32))
-    return ItemLosses(losses, valid_items(labels, losses.shape).to(losses.device))
-
-
-def per_sample(items: ItemLosses) -> ItemLosses:
-    """
-    Each sample's mean over its valid items.
-
-    Args:
-        items ([`ItemLosses`]): `[B]` or `[B, ...]` losses.
-
-    Returns:
-        [`ItemLosses`]: `[B]` losses.
-    """
-    if items.losses.dim() == 1:
-        return items
-    valid = items.valid.flatten(1)
-    losses = items.losses.flatten(1).masked_fill(~valid, 0.0)
-    count = valid.sum(dim=1)
-    return ItemLosses(losses.sum(dim=1) / count.clamp(min=1), count > 0)
+    logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
+    if shift_labels:
+        logits, labels = logits[..., :-1, :], labels[..., 1:]
+    losses = F.cross_entropy(
+        logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="none", label_smoothing=epsilon
+    )
+    return LossCall(losses, labels.flatten() != IGNORE_INDEX, "mean")

@@ -5,6 +5,7 @@ from torch import Tensor
 
 
 SELECT_CHOICES = ("hardest", "random", "none")
+NONFINITE_CHOICES = ("error", "drop")
 
 
 def num_kept(keep: float, num_items: int) -> int:

@@ -1,73 +1,89 @@
-"""`TrimmingTrainer`: batch → unreduced losses → kept items → mean of the kept."""
+"""`TrimmingTrainer`: batch → losses that the model calls → kept items → the loss of the kept."""
 
+import inspect
 import logging
 import random
-from contextlib import nullcontext
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_pt_utils import find_batch_size
 from transformers.trainer_utils import unwrap_peft_model
 
 from hf_trim.arguments import TrimmingConfig
-from hf_trim.backward import take_kept
-from hf_trim.backward.choice import choose_backward
+from hf_trim.backward.choice import choose_backward, is_compiled
 from hf_trim.backward.replay import rows_of, scoring
 from hf_trim.backward.sparse import fallback_report, reset_fallbacks, strict
+from hf_trim.batch import StepShare, TrimmedBatch, step_share
 from hf_trim.checkpoints import load_converted_weights
-from hf_trim.losses import HOW_TO_PASS_A_LOSS, ItemLosses, find_loss, item_losses, per_sample, valid_items
+from hf_trim.heads import HOW_TO_PASS_A_LOSS, item_unit
+from hf_trim.lm_head import LMHead, find_lm_head
+from hf_trim.losses import LossCall, LossCalls, labelled_losses, smoothed_losses, valid_items
 from hf_trim.schedule import keep_fraction, schedule_unit
-from hf_trim.selection import num_kept, select_items
+from hf_trim.selection import num_kept
 
 
 logger = logging.getLogger(__name__)
 LOGGED = ("trim_fraction", "kept_fraction", "trim_threshold", "full_loss")
 
 
-class TrimmingTrainer(Trainer):
+class TrimmingMixin:
     """
-    [`~transformers.Trainer`] with mini-batch trimming (arXiv 2110.13058): of each mini-batch only the fraction p with
-    the highest loss counts, and p falls linearly during training. Evaluation and prediction are never trimmed. With
-    `trim_start=trim_end=1` or `trim_select="none"` it is the plain `Trainer`.
+    Mini-batch trimming for any subclass of [`~transformers.Trainer`], named before it:
 
-    With each training log come `trim_fraction` (p), `kept_fraction` (the fraction really kept), `trim_threshold` (the
-    lowest loss kept) and `full_loss` (mean loss of the whole mini-batch, comparable with a plain run's `loss`), all
-    averaged over the mini-batches since the last log; `loss` is the trimmed one.
+    ```python
+    class TrimmingSeq2SeqTrainer(TrimmingMixin, Seq2SeqTrainer):
+        pass
+    ```
 
-    The gradient of accumulated mini-batches is that of the mean over all the items they keep, whatever their sizes.
-    (Plain `Trainer` forgets to divide by the number of mini-batches for heads that take `num_items_in_batch` and
-    ignore it, such as `BertForSequenceClassification`.)
-
-    Args:
-        args ([`TrimmingArguments`] or [`~transformers.TrainingArguments`], *optional*):
-            Training arguments; without `trim_*` fields the defaults of [`TrimmingArguments`] hold.
-        compute_loss_func (`Callable`, *optional*):
-            `f(outputs, labels, num_items_in_batch=None)`, an *unreduced* loss: one value per sample `[B]`, or one per
-            label in the labels' shape, in which labels of −100 are no items. Needed for heads other than those of
-            classification and regression, and for losses of your own (class weights, focal loss). Evaluation
-            reports its mean.
-        kwargs: All other arguments of [`~transformers.Trainer`].
+    Its arguments are those of the trainer, `trim_*` fields included if they are an instance of
+    [`~hf_trim.arguments.TrimmingConfig`] as well: `@dataclass class Args(TrimmingConfig, Seq2SeqTrainingArguments)`.
+    What is trimmed are the means that torch's loss functions take in the model's forward pass ([`TrimmingTrainer`]).
 
     Raises:
         `ValueError`: If the model's head is not supported, or the way of training is not.
     """
 
     def __init__(self, *args, **kwargs):
+        self._refuse_arguments([*args, *kwargs.values()])
         super().__init__(*args, **kwargs)
         self.trim = self.args if isinstance(self.args, TrimmingConfig) else TrimmingConfig()
-        self._refuse_unsupported()
-        # Whether the loss is ours: then it is already the mean over all kept items of an optimizer step.
-        self._own_loss = self.trim.trims or self.compute_loss_func is not None
-        self.loss_is_scaled_for_ga = True if self._own_loss else None
-        self._labels_to_come: list[Tensor] = []
-        self._optimizer_step_kept: Tensor | int = 0
-        self._checked_loss = False
+        self._user_loss = self.compute_loss_func
+        self._unit = self._refuse_unsupported()
+        # Whether the loss is ours: then it is this mini-batch's part of the mean over all kept items of the step.
+        self._own_loss = self.trim.trims or self._user_loss is not None
+        if self._own_loss:
+            self.loss_is_scaled_for_ga = True
+        if self._user_loss is not None:
+            self.compute_loss_func = self._reduced_user_loss
+        if self.label_smoother is not None:
+            self._label_smoother, self.label_smoother = self.label_smoother, self._reduced_smoothed_loss
+        self._batch: TrimmedBatch | None = None
+        self._step_batches: list[tuple[int, dict]] = []
+        self._step_position = 0
+        self._step_counts: dict[Any, list[int]] = {}
         self._told = set()
         reset_fallbacks()
         self._logged_sums = torch.zeros(len(LOGGED) + 1, dtype=torch.float64)
 
-    def _refuse_unsupported(self):
+    # ---- what cannot be trimmed -----------------------------------------------------------------------------------
+
+    def _refuse_arguments(self, given: list) -> None:
+        args = next((each for each in given if isinstance(each, TrainingArguments)), None)
+        if args is None or not args.use_liger_kernel:
+            return
+        config = args.liger_kernel_config or {}
+        if any(config.get(name, True) for name in ("fused_linear_cross_entropy", "cross_entropy")):
+            raise ValueError(
+                "use_liger_kernel=True replaces the loss by a fused one that has no losses per item to rank. Leave it "
+                "out (trimming computes large language-model heads in chunks, too), or keep Liger's other kernels: "
+                "liger_kernel_config={'fused_linear_cross_entropy': False, 'cross_entropy': False}."
+            )
+
+    def _refuse_unsupported(self) -> str | None:
+        """What an item of the model's loss is; `None` if the loss is the user's."""
         if self.args.n_gpu > 1:
             raise ValueError(
                 f"torch.nn.DataParallel over {self.args.n_gpu} GPUs would trim each replica and average "
@@ -79,23 +95,27 @@ class TrimmingTrainer(Trainer):
                 "Context or sequence parallelism splits a sample over devices, and its loss cannot be ranked there: "
                 "set cp_size and sp_size to 1."
             )
-        if self.compute_loss_func is None:
-            self._find_loss()
-            if self.trim.trim_unit == "token":
-                raise ValueError(
-                    "trim_unit='token' needs a loss per token, and this head has one per sample: use trim_unit='auto' "
-                    f"or 'sample'. {HOW_TO_PASS_A_LOSS}"
-                )
+        if self._user_loss is not None:
+            return None
+        model = self._inner_model()
+        unit = item_unit(model)
+        if unit == "sample" and self.trim.trim_unit == "token":
+            raise ValueError(
+                "trim_unit='token' needs a loss per token, and this head has one per sample: use trim_unit='auto' "
+                f"or 'sample'. {HOW_TO_PASS_A_LOSS}"
+            )
+        smoothing, config = self.args.label_smoothing_factor, model.config
+        if smoothing and (getattr(config, "problem_type", None) == "regression" or config.num_labels == 1):
+            raise ValueError(
+                f"label_smoothing_factor={smoothing} has no meaning for regression: set it to 0, or give the "
+                "model more than one label."
+            )
+        return unit
 
-    def _find_loss(self):
-        if self.compute_loss_func is not None:
-            return self.compute_loss_func
-        model = unwrap_peft_model(self.accelerator.unwrap_model(self.model))
-        return find_loss(model, self.args.label_smoothing_factor)
+    def _inner_model(self) -> nn.Module:
+        return unwrap_peft_model(self.accelerator.unwrap_model(self.model))
 
-    def _item_losses(self, outputs: Any, labels: Tensor) -> ItemLosses:
-        items = item_losses(self._find_loss(), outputs, labels)
-        return per_sample(items) if self.trim.trim_unit == "sample" else items
+    # ---- state ----------------------------------------------------------------------------------------------------
 
     @property
     def trim_fraction(self) -> float:
@@ -126,9 +146,13 @@ class TrimmingTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batch_samples, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
         # Labels of the mini-batches of the next optimizer step: they tell how many items it will keep.
-        self._labels_to_come = [batch["labels"] for batch in batch_samples if "labels" in batch]
-        self._optimizer_step_kept = 0
+        self._step_batches = [self._labels_of(batch) for batch in batch_samples]
+        self._step_position, self._step_counts = 0, {}
         return batch_samples, num_items_in_batch
+
+    def _labels_of(self, batch: Mapping) -> tuple[int, dict]:
+        names = ("labels", "shift_labels")
+        return find_batch_size(batch), {name: batch[name] for name in names if isinstance(batch.get(name), Tensor)}
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """
@@ -143,112 +167,193 @@ class TrimmingTrainer(Trainer):
         Returns:
             `torch.Tensor` or `tuple`: The scalar loss, or loss and outputs.
         """
-        labels = inputs.get("labels")
-        if labels is None:
+        if not (model.training and self._own_loss):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if all(inputs.get(name) is None for name in (*self.label_names, "labels", "shift_labels")):
             raise ValueError(
                 f"The batch has no 'labels', only {sorted(inputs)}: TrimmingTrainer ranks samples by their loss. Name "
                 "the label column 'labels', or let the data collator do so."
             )
-        trimmed = model.training and self.trim.trims
-        if not trimmed and self.compute_loss_func is None:
-            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-            if model.training:
-                with torch.no_grad():
-                    items = self._item_losses(outputs, labels)
-                self._record(1.0, items, select_items(items.losses, 1.0, valid=items.valid))
-            return (loss, outputs) if return_outputs else loss
-
-        if self.compute_loss_func is not None or self.label_smoother is not None:
-            inputs = {name: value for name, value in inputs.items() if name != "labels"}
-        if not model.training:
-            outputs = model(**inputs)
-            items = self._item_losses(outputs, labels)
-            loss = items.losses[items.valid].mean()
-            return (loss, outputs) if return_outputs else loss
-
         keep = self.trim_fraction
-        backward = self._backward_mode(model, labels, keep)
-        with scoring(model) if backward == "replay" else nullcontext():
-            outputs = model(**inputs)
-            items = self._item_losses(outputs, labels)
-        self._check_loss(outputs, items)
-        kept = select_items(
-            items.losses, keep, valid=items.valid, select=self.trim.trim_select, generator=self._generator()
+        size, labels = self._labels_of(inputs)
+        head = self._chunked_head(model, keep)
+        backward = self._backward_mode(model, labels, keep, head is not None)
+        # Gradients are averaged over the processes, while means are over the items of all of them; `Trainer` allows
+        # for that where it believes that the model divides by the number of labels.
+        processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        counted = num_items_in_batch is not None and bool(self.model_accepts_loss_kwargs or self.compute_loss_func)
+        self._batch = TrimmedBatch(
+            self.trim,
+            keep,
+            backward,
+            size,
+            share=lambda call, per_token: self._share(keep, call, per_token, size, labels),
+            zero=lambda: sum(p.sum() * 0 for p in model.parameters() if p.requires_grad),
+            generator=self._generator(),
+            num_items=num_items_in_batch,
+            mean_scale=1.0 if counted else float(processes),
         )
-        self._record(keep, items, kept)
-        total = self._kept_in_optimizer_step(keep, items, labels)
-        if self._labels_to_come:
-            self._labels_to_come.pop()
-        if backward == "replay":
-            # Without a valid item the first sample stands in, so that there is a graph (its loss does not count).
-            rows = kept if kept.numel() else kept.new_zeros(1)
-            outputs = model(**rows_of(inputs, rows, len(labels)))
-            losses = self._item_losses(outputs, labels[rows]).losses
-        else:
-            losses = take_kept(items.losses, kept, backward) if kept.numel() else items.losses
-        loss = losses.sum() / total if kept.numel() else losses.sum() * 0
-        if self.args.average_tokens_across_devices:
-            # Gradients are averaged over the processes, while the total counts the items of all of them.
-            loss = loss * self.accelerator.num_processes
+        try:
+            if backward == "replay":
+                with scoring(model):
+                    kept = self._choose(model, inputs, num_items_in_batch)
+                inputs = rows_of(inputs, kept, size)
+            loss, outputs = self._run(model, inputs, head, return_outputs, num_items_in_batch)
+            if not self._batch.is_done:
+                raise ValueError(
+                    f"{type(self._inner_model()).__name__} called none of torch's loss functions in its forward pass: "
+                    f"there is nothing to rank. {HOW_TO_PASS_A_LOSS}"
+                )
+            self._record(keep, self._batch)
+        finally:
+            self._batch = None
+        self._step_position += 1
         return (loss, outputs) if return_outputs else loss
+
+    def _run(self, model, inputs, head, return_outputs, num_items_in_batch) -> tuple[Tensor, Any]:
+        """The trainer's own way to the loss, with our hands on the model's loss functions."""
+        if self._user_loss is None and is_compiled(model):
+            _, outputs = super().compute_loss(model, inputs.copy(), True, num_items_in_batch)
+            return self._loss_of_compiled(outputs, inputs, num_items_in_batch), outputs
+        inner = self.accelerator.unwrap_model(self.model)
+        with LossCalls(self._batch.batch_size, head) as losses:
+            hook = inner.register_forward_hook(lambda *given: self._trim_outputs(given[-1], losses), prepend=True)
+            try:
+                result = super().compute_loss(model, inputs.copy(), return_outputs, num_items_in_batch)
+            finally:
+                hook.remove()
+        return result if return_outputs else (result, None)
+
+    def _choose(self, model, inputs, num_items_in_batch) -> Tensor:
+        """Samples for the second of two forward passes; this is the first."""
+        self._run(model, inputs, None, True, num_items_in_batch)
+        return self._batch.begin_replay()
+
+    def _trim_outputs(self, outputs: Any, losses: LossCalls) -> Any:
+        """Put the trimmed loss in the place of the model's; inside the model, where no wrapper has seen it yet."""
+        if getattr(outputs, "log_probs", None) is not None and getattr(outputs, "label_mask", None) is not None:
+            self._weigh_log_probs(outputs)
+        if not losses.calls:
+            return None
+        named = isinstance(outputs, dict)
+        loss = outputs.get("loss") if named else outputs[0]
+        if loss is None:
+            return None
+        loss = self._batch(loss, losses.calls)
+        losses.calls = []
+        if not named:
+            return (loss, *outputs[1:])
+        outputs["loss"] = loss
+        return outputs
+
+    def _weigh_log_probs(self, outputs: Any) -> None:
+        """TRL's models return log-probabilities of tokens, which `SFTTrainer` sums up and divides by their number."""
+        losses = -outputs.log_probs.detach().float()
+        losses.requires_grad_()
+        call = LossCall(losses, outputs.label_mask.to(losses), "sum")
+        (weights,) = torch.autograd.grad(self._batch(call.value.clone(), [call]), losses)
+        outputs.log_probs = outputs.log_probs * weights
+
+    def _reduced_user_loss(self, outputs, labels, num_items_in_batch=None) -> Tensor:
+        call = labelled_losses(self._user_loss(outputs, labels, num_items_in_batch=num_items_in_batch), labels)
+        return self._batch(call.value.clone(), [call]) if self._batch is not None else call.value
+
+    def _reduced_smoothed_loss(self, outputs, labels, shift_labels=False, num_items_in_batch=None) -> Tensor:
+        if self._batch is None:
+            return self._label_smoother(
+                outputs, labels, shift_labels=shift_labels, num_items_in_batch=num_items_in_batch
+            )
+        call = smoothed_losses(outputs, labels, self.args.label_smoothing_factor, shift_labels)
+        return self._batch(call.value.clone(), [call])
+
+    def _loss_of_compiled(self, outputs, inputs, num_items_in_batch) -> Tensor:
+        """Loss functions inside a compiled graph are out of reach: the model's own is called again, on its logits."""
+        model = self._inner_model()
+        given = {**inputs, **outputs, "config": model.config, "vocab_size": outputs["logits"].shape[-1]}
+        given["pooled_logits"] = outputs["logits"]
+        names = inspect.signature(model.loss_function).parameters
+        with LossCalls(self._batch.batch_size) as losses:
+            try:
+                loss = model.loss_function(**{name: given[name] for name in names if name in given})
+            except TypeError as error:
+                raise ValueError(f"The loss of the compiled {type(model).__name__} is not known: {error}.") from None
+        ours, theirs = loss.item(), outputs["loss"].mean().item()
+        if num_items_in_batch is None and abs(ours - theirs) > 1e-3 + 0.01 * abs(theirs):
+            raise ValueError(
+                f"The compiled {type(model).__name__} returned the loss {theirs:.6g}, and its loss function gives "
+                f"{ours:.6g} for its logits. Do not compile it, or pass compute_loss_func. {HOW_TO_PASS_A_LOSS}"
+            )
+        loss = self._batch(loss, losses.calls)
+        return loss * (self.accelerator.num_processes if self._batch.mean_scale == 1 else 1)
 
     def training_step(self, *args, **kwargs):
         with strict(self.trim.trim_strict):
             return super().training_step(*args, **kwargs)
 
-    def _backward_mode(self, model: nn.Module, labels: Tensor, keep: float) -> str:
+    def _chunked_head(self, model: nn.Module, keep: float) -> LMHead | None:
+        if self.trim.trim_backward not in ("auto", "sparse") or self._user_loss is not None or is_compiled(model):
+            return None
+        if self.label_smoother is not None or self.is_fsdp_enabled:
+            return None
+        module = find_lm_head(self._inner_model())
+        return None if module is None else LMHead(module, keep_all=keep == 1)
+
+    def _backward_mode(self, model: nn.Module, labels: dict, keep: float, chunked_head: bool) -> str:
         if keep == 1:
             return "dense"  # nothing is left out: each way is the plain one
-        per_sample = labels.dim() == 1 or self.trim.trim_unit == "sample" or self.compute_loss_func is None
-        mode, reason = choose_backward(self.trim.trim_backward, model, per_sample, keep)
+        unit = self._unit
+        if unit is None:
+            unit = "sample" if labels.get("labels") is None or labels["labels"].dim() == 1 else "token"
+        per_sample = "sample" in (unit, self.trim.trim_unit)
+        mode, reason = choose_backward(self.trim.trim_backward, model, per_sample, keep, chunked_head)
         if (mode, reason) not in self._told and reason != "asked for":
             logger.warning("Backward pass of the trimmed batches: %s (%s).", mode, reason)
         self._told.add((mode, reason))
         return mode
 
-    def _kept_in_optimizer_step(self, keep: float, items: ItemLosses, labels: Tensor) -> Tensor | int:
-        """Number of items that all mini-batches of this optimizer step keep, on all devices where those are summed."""
-        if not self._optimizer_step_kept or not self._labels_to_come:
+    def _share(self, keep: float, call: LossCall, per_token: bool, size: int, labels: dict) -> StepShare:
+        """What this mini-batch is among those of its optimizer step, on all devices where those are summed."""
+        per_token = per_token or self._unit == "token"  # even if there are by chance as many as samples
+        if (per_token, keep) not in self._step_counts:
             # Outside of `train()` (a `training_step` of its own) the mini-batch stands alone.
-            all_labels = self._labels_to_come or [labels]
-            per_label = items.losses.dim() > 1
-            valid = [valid_items(each, each.shape if per_label else each.shape[:1]) for each in all_labels]
-            total = sum(num_kept(keep, int(each.sum())) for each in valid)
-            if self.args.average_tokens_across_devices and self.accelerator.num_processes > 1:
-                total = int(self.accelerator.gather(torch.tensor([total], device=self.args.device)).sum())
-            self._optimizer_step_kept = max(total, 1)
-        return self._optimizer_step_kept
+            batches = self._step_batches or [(size, labels)]
+            if per_token:
+                found = int((call.counts > 0).sum())
+                shifted = _num_labels(labels, call.ignore_index, shifted=False) != found
+                counts = [_num_labels(each, call.ignore_index, shifted) for _, each in batches]
+            else:
+                counts = [_num_samples(*each) for each in batches]
+            self._step_counts[per_token, keep] = (
+                counts,
+                self._sum_over_devices([sum(num_kept(keep, count) for count in counts), sum(counts)]),
+            )
+        counts, totals = self._step_counts[per_token, keep]
+        return step_share(keep, counts[min(self._step_position, len(counts) - 1)], *totals)
+
+    def _sum_over_devices(self, numbers: list[int]) -> list[int]:
+        if not self.args.average_tokens_across_devices or self.accelerator.num_processes == 1:
+            return numbers
+        return self.accelerator.reduce(torch.tensor(numbers, device=self.args.device)).tolist()
 
     def _generator(self) -> torch.Generator | None:
         """A random choice that is a function of the state alone, so that a resumed training repeats it."""
         if self.trim.trim_select != "random":
             return None
-        place = (self.args.seed, self.state.global_step, len(self._labels_to_come), self.args.process_index)
+        to_come = len(self._step_batches) - self._step_position
+        place = (self.args.seed, self.state.global_step, to_come, self.args.process_index)
         return torch.Generator().manual_seed(random.Random(str(place)).getrandbits(63))
 
-    def _check_loss(self, outputs: Any, items: ItemLosses) -> None:
-        """Once: the mean of our losses must be the model's own loss, else its head is not what its name says."""
-        if self._checked_loss:
+    def _record(self, keep: float, batch: TrimmedBatch) -> None:
+        if batch.dropped and "dropped" not in self._told:
+            self._told.add("dropped")
+            logger.warning(
+                "%d samples of a mini-batch have losses that are NaN or infinite, and were dropped; so will others "
+                "like them.", batch.dropped,
+            )  # fmt: skip
+        if batch.logged is None:
             return
-        self._checked_loss = True
-        model_loss = outputs.get("loss") if isinstance(outputs, dict) else None
-        if self.compute_loss_func is not None or model_loss is None or not items.valid.any():
-            return
-        ours, theirs = items.losses[items.valid].mean().item(), model_loss.mean().item()
-        if abs(ours - theirs) > 1e-3 + 0.01 * abs(theirs):
-            raise ValueError(
-                f"{type(self.model).__name__} returned the loss {theirs:.6g} for the first batch, and the mean of the "
-                f"losses that TrimmingTrainer computes for such a head is {ours:.6g}. {HOW_TO_PASS_A_LOSS}"
-            )
-
-    def _record(self, keep: float, items: ItemLosses, kept: Tensor) -> None:
-        if kept.numel() == 0:
-            return
-        losses = items.losses.detach().flatten()
-        valid = losses[items.valid.flatten()]
-        threshold, full_loss = losses[kept].min().item(), valid.mean().item()
-        values = [keep, kept.numel() / valid.numel(), threshold, full_loss, 1.0]
-        self._logged_sums += torch.tensor(values, dtype=torch.float64)
+        kept, valid, threshold, full_loss = torch.stack(batch.logged).tolist()
+        self._logged_sums += torch.tensor([keep, kept / valid, threshold, full_loss, 1.0], dtype=torch.float64)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """
@@ -258,7 +363,9 @@ class TrimmingTrainer(Trainer):
             logs (`dict[str, float]`): The values to log.
             start_time (`float`, *optional*): The start of training.
         """
-        if "loss" in logs:
+        if "loss" in logs and not self._own_loss:
+            logs.update({"trim_fraction": 1.0, "kept_fraction": 1.0, "full_loss": logs["loss"]})
+        elif "loss" in logs:
             if (fallbacks := fallback_report()) and "fallbacks" not in self._told:
                 counts = ", ".join(f"{name} {count}×" for name, count in fallbacks.items())
                 self._told.add("fallbacks")
@@ -268,3 +375,50 @@ class TrimmingTrainer(Trainer):
                 logs.update({name: value / sums[-1] for name, value in zip(LOGGED, sums[:-1], strict=True)})
             self._logged_sums.zero_()
         super().log(logs, start_time)
+
+
+def _num_labels(labels: dict, ignore_index: int, shifted: bool) -> int:
+    """Number of tokens that have a label; `shifted` where the first of a text predicts nothing."""
+    if "shift_labels" in labels:
+        return int((labels["shift_labels"] != ignore_index).sum())
+    each = labels["labels"][..., 1:] if shifted else labels["labels"]
+    return int((each != ignore_index).sum())
+
+
+def _num_samples(size: int, labels: dict) -> int:
+    """Number of samples that have a label."""
+    each = labels.get("labels")
+    return size if each is None or len(each) != size else int(valid_items(each, torch.Size([size])).sum())
+
+
+class TrimmingTrainer(TrimmingMixin, Trainer):
+    """
+    [`~transformers.Trainer`] with mini-batch trimming (arXiv 2110.13058): of each mini-batch only the fraction p with
+    the highest loss counts, and p falls linearly during training. Evaluation and prediction are never trimmed. With
+    `trim_start=trim_end=1` or `trim_select="none"` it is the plain `Trainer`.
+
+    Items are what the head's loss is a mean over: samples for classification, regression, question answering, multiple
+    choice, next-sentence prediction and CTC; tokens (or pixels) for causal, masked and sequence-to-sequence language
+    modelling, token classification and semantic segmentation. With `trim_unit="sample"` the latter are trimmed by the
+    mean of each sample, whose tokens then all count. Labels of −100 (or whatever the head ignores) are no items.
+
+    With each training log come `trim_fraction` (p), `kept_fraction` (the fraction really kept), `trim_threshold` (the
+    lowest loss kept) and `full_loss` (mean loss of the whole mini-batch, comparable with a plain run's `loss`), all
+    averaged over the mini-batches since the last log; `loss` is the trimmed one.
+
+    The gradient of accumulated mini-batches is that of the mean over all the items they keep, whatever their sizes.
+    (Plain `Trainer` forgets to divide by the number of mini-batches for heads that take `num_items_in_batch` and
+    ignore it, such as `BertForSequenceClassification`.)
+
+    Args:
+        args ([`TrimmingArguments`] or [`~transformers.TrainingArguments`], *optional*):
+            Training arguments; without `trim_*` fields the defaults of [`TrimmingArguments`] hold.
+        compute_loss_func (`Callable`, *optional*):
+            `f(outputs, labels, num_items_in_batch=None)`, an *unreduced* loss: one value per sample `[B]`, or one per
+            label in the labels' shape, in which labels of −100 are no items. Needed for other heads, and for losses of
+            your own (class weights, focal loss). Evaluation reports its mean.
+        kwargs: All other arguments of [`~transformers.Trainer`].
+
+    Raises:
+        `ValueError`: If the model's head is not supported, or the way of training is not.
+    """

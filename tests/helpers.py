@@ -122,7 +122,7 @@ def train(
 
 
 def weights(trainer_or_model):
-    model = getattr(trainer_or_model, "model", trainer_or_model)
+    model = trainer_or_model.model if isinstance(trainer_or_model, Trainer) else trainer_or_model
     return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
 

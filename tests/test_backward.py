@@ -51,7 +51,8 @@ def test_batch_norm_makes_auto_dense_and_the_log_says_so(tmp_path, caplog):
 def test_choice():
     bert, resnet = tiny_bert().train(), tiny_resnet().train()
     assert choose_backward("auto", bert, True, 0.5)[0] == "sparse"
-    assert choose_backward("auto", bert, False, 0.5)[0] == "sparse"
+    assert choose_backward("sparse", bert, False, 0.5)[0] == "dense"
+    assert "kept tokens only" in choose_backward("auto", bert, False, 0.5, chunked_head=True)[1]
     assert choose_backward("dense", bert, True, 0.5) == ("dense", "asked for")
     assert choose_backward("replay", bert, False, 0.5)[0] == "dense"
     assert choose_backward("auto", resnet, True, 0.5)[0] == "dense"

@@ -4,7 +4,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import BertConfig, BertForMaskedLM, BertForTokenClassification, Trainer, TrainingArguments, set_seed
+from transformers import (
+    BertConfig,
+    BertForTokenClassification,
+    Trainer,
+    TrainingArguments,
+    ViTMAEConfig,
+    ViTMAEForPreTraining,
+    set_seed,
+)
 
 from hf_trim import TrimmingArguments, TrimmingTrainer
 from tests.helpers import digit_texts, digits, relative_difference, tiny_bert, tiny_resnet, tiny_vit, train, weights
@@ -236,14 +244,12 @@ def test_a_loss_per_label_is_trimmed_per_token_or_per_sample(unit, tmp_path):
         return BertForTokenClassification(config)
 
     def reference_loss(logits, labels):
-        losses = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
-        return losses if unit == "token" else losses.sum(1) / (labels != -100).sum(1)
+        return F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
 
     arguments = {"trim_start": 0.3, "trim_end": 0.3, "gradient_accumulation_steps": 2, "trim_unit": unit}
     ours = train(make_model(), rows, tmp_path, trainer_kwargs={"compute_loss_func": token_loss}, **arguments)
     batches = grouped(ours.batches, 2, 2)
     if unit == "sample":
-        # The reference loop drops what is not valid by the labels' shape; here each sample has valid labels.
         logged = reference_loop_per_sample(make_model(), batches, reference_loss)
     else:
         logged = reference_loop(make_model(), batches, [0.3, 0.3], reference_loss)
@@ -251,14 +257,16 @@ def test_a_loss_per_label_is_trimmed_per_token_or_per_sample(unit, tmp_path):
 
 
 def reference_loop_per_sample(model, batches, loss_func):
+    """Of the samples with the highest mean losses all tokens; mini-batches count as they have tokens."""
     optimizer, logged = torch.optim.SGD(model.parameters(), lr=0.1), []
     model.train()
     for step in [step for epoch in batches for step in epoch]:
-        kept = []
+        loss, tokens = 0.0, sum(int((batch["labels"] != -100).sum()) for batch in step)
         for batch in step:
             losses = loss_func(model(batch["input_ids"], batch["attention_mask"]).logits, batch["labels"])
-            kept.append(torch.topk(losses, max(1, round(0.3 * len(losses)))).values)
-        loss = torch.cat(kept).mean()
+            valid = batch["labels"] != -100
+            kept = torch.topk(losses.sum(1) / valid.sum(1), max(1, round(0.3 * len(losses)))).indices
+            loss = loss + losses[kept].sum() / valid[kept].sum() * valid.sum() / tokens
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step(), optimizer.zero_grad()
@@ -287,16 +295,20 @@ def refused(match, model, tmp_path, trainer_kwargs=None, **args):
 
 def test_what_is_not_supported_is_refused_at_construction(tmp_path):
     set_seed(0)
-    masked_lm = BertForMaskedLM(BertConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=1))
-    refused(
-        "does not know the loss of BertForMaskedLM.*ForSequenceClassification.*compute_loss_func", masked_lm, tmp_path
-    )
+    autoencoder = ViTMAEForPreTraining(
+        ViTMAEConfig(
+            hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, image_size=8, patch_size=4,
+            num_channels=1, decoder_hidden_size=8, decoder_num_hidden_layers=1, decoder_num_attention_heads=1,
+        )
+    )  # fmt: skip
+    refused("does not know the loss of ViTMAEForPreTraining.*It knows.*compute_loss_func", autoencoder, tmp_path)
     refused("does not know the loss of Linear.*compute_loss_func", nn.Linear(2, 2), tmp_path)
     refused("trim_unit='token' needs a loss per token", tiny_vit(), tmp_path, trim_unit="token")
     refused("no meaning for regression", tiny_vit("regression"), tmp_path, label_smoothing_factor=0.1)
-    vit = tiny_vit()
-    vit.config.problem_type = "single_label"
-    refused("did you mean 'single_label_classification'|Did you mean", vit, tmp_path)
+    liger = {"use_liger_kernel": True}
+    refused("use_liger_kernel=True replaces the loss by a fused one", tiny_vit(), tmp_path, **liger)
+    half = {**liger, "liger_kernel_config": {"fused_linear_cross_entropy": False}}
+    refused("use_liger_kernel=True replaces the loss by a fused one", tiny_vit(), tmp_path, **half)
 
 
 @pytest.mark.parametrize(
@@ -310,6 +322,7 @@ def test_what_is_not_supported_is_refused_at_construction(tmp_path):
         ({"trim_select": "hard"}, "trim_select must be one of.*and is 'hard'"),
         ({"trim_unit": "tokens"}, "Did you mean 'token'"),
         ({"trim_backward": "dens"}, "Did you mean 'dense'"),
+        ({"trim_nonfinite": "skip"}, "trim_nonfinite must be one of"),
         ({"trim_scope": "node"}, "trim_scope must be one of"),
     ],
 )
@@ -332,9 +345,18 @@ def test_wrong_losses_and_batches_are_refused_at_the_first_batch(tmp_path):
             losses = F.cross_entropy(logits, labels, reduction="none")
             return ((1 - torch.exp(-losses)) ** 2 * losses).mean()
 
-    set_seed(0)
-    with pytest.raises(ValueError, match="FocalForImageClassification returned the loss"):
-        train(FocalForImageClassification(tiny_vit().config), digits(), tmp_path)
+    class FocalMeanForImageClassification(type(tiny_vit())):
+        def loss_function(self, labels, logits, config, **kwargs):
+            loss = F.cross_entropy(logits, labels)
+            return (1 - torch.exp(-loss)) ** 2 * loss
+
+    for head, match in (
+        (FocalForImageClassification, "FocalForImageClassification called none of torch's loss functions"),
+        (FocalMeanForImageClassification, "no linear function of the means"),
+    ):
+        set_seed(0)
+        with pytest.raises(ValueError, match=match):
+            train(head(tiny_vit().config), digits(), tmp_path)
     with pytest.raises(ValueError, match="The batch has no 'labels'"):
         train(tiny_vit(), [{"pixel_values": row["pixel_values"]} for row in digits()], tmp_path)
 

@@ -40,7 +40,9 @@ def is_compiled(model: nn.Module) -> bool:
     )
 
 
-def choose_backward(asked: str, model: nn.Module, per_sample: bool, keep: float) -> tuple[str, str]:
+def choose_backward(
+    asked: str, model: nn.Module, per_sample: bool, keep: float, chunked_head: bool = False
+) -> tuple[str, str]:
     """
     The backward pass to run: the one asked for, or with `"auto"` the fastest exact one.
 
@@ -49,12 +51,16 @@ def choose_backward(asked: str, model: nn.Module, per_sample: bool, keep: float)
         model (`torch.nn.Module`): The model, in training mode.
         per_sample (`bool`): Whether items are samples; if not, they are tokens.
         keep (`float`): Fraction p that is kept, below 1.
+        chunked_head (`bool`, *optional*, defaults to `False`): Whether the last layer's gradient is computed for the
+            kept tokens only (`lm_head.py`).
 
     Returns:
         `tuple[str, str]`: `"dense"`, `"sparse"` or `"replay"`, and the reason.
     """
-    if asked == "replay" and not per_sample:
-        return "dense", "a token cannot be replayed without the rest of its sample"
+    if not per_sample and asked != "dense":
+        if chunked_head:
+            return "dense", "a model mixes tokens; but its head's gradient is that of the kept tokens only"
+        return "dense", "a model mixes tokens, and the gradient of all of them is not zero"
     mixing = [] if asked == "dense" else mixing_modules(model)
     mixed = f"{len(mixing)} batch-norm modules ({', '.join(mixing[:1])}, ...) mix the samples of a batch"
     if asked != "auto":

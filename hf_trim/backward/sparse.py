@@ -26,23 +26,26 @@ _PASSES_ON = {
 _GUARDED = "hf_trim_guarded"
 
 
-def take_rows_sparse(losses: Tensor, kept: Tensor) -> Tensor:
+def take_rows_sparse(losses: Tensor, kept: Tensor, dense_above: float = DENSE_ABOVE) -> Tensor:
     """
     The kept losses, with a backward pass that costs only what is kept.
 
     Args:
-        losses (`torch.Tensor`): `[n]` unreduced losses.
-        kept (`torch.Tensor`): `[k]` ascending indices into `losses`, int64.
+        losses (`torch.Tensor`): `[n, ...]` unreduced losses.
+        kept (`torch.Tensor`): `[k]` ascending indices into the first dimension of `losses`, int64.
+        dense_above (`float`, *optional*, defaults to 0.8): Kept share above which the backward pass is dense.
 
     Returns:
-        `torch.Tensor`: `[k]` losses, equal to `losses[kept]`; the gradients are those of `losses[kept]` too.
+        `torch.Tensor`: `[k, ...]` losses, equal to `losses[kept]`; the gradients are those of `losses[kept]` too.
 
     Raises:
-        `ValueError`: If `losses` is not one-dimensional, or `kept` is empty.
+        `ValueError`: If `losses` has no dimension, or `kept` is empty.
     """
-    if losses.ndim != 1 or kept.ndim != 1 or not kept.numel():
-        raise ValueError(f"Expected losses [n] and kept [k], k > 0; got {tuple(losses.shape)}, {tuple(kept.shape)}.")
-    if kept.numel() > DENSE_ABOVE * losses.numel() or losses.grad_fn is None or torch.compiler.is_compiling():
+    if losses.ndim == 0 or kept.ndim != 1 or not kept.numel():
+        raise ValueError(
+            f"Expected losses [n, ...] and kept [k], k > 0; got {tuple(losses.shape)}, {tuple(kept.shape)}."
+        )
+    if kept.numel() > dense_above * losses.shape[0] or losses.grad_fn is None or torch.compiler.is_compiling():
         return losses.index_select(0, kept)
     rows = Rows(kept, losses.shape[0])
     guard([losses.grad_fn], rows)
@@ -60,7 +63,7 @@ class _TakeRows(torch.autograd.Function):
         rows = ctx.rows
         # A graph of the backward pass, and the NaN checks of anomaly mode, are for ordinary tensors.
         if torch.is_grad_enabled() or torch.is_anomaly_enabled() or torch.compiler.is_compiling():
-            return grad.new_zeros(rows.batch).index_copy(0, rows.index, grad), None
+            return grad.new_zeros(rows.batch, *grad.shape[1:]).index_copy(0, rows.index, grad), None
         rows.task = torch._C._current_graph_task_id()
         return RowSparseTensor(grad.contiguous(), rows), None
 

@@ -1,0 +1,257 @@
+"""The trimming of one mini-batch: calls of loss functions → kept items → the loss to train with."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_trim.arguments import TrimmingConfig
+from hf_trim.backward import take_kept
+from hf_trim.backward.sparse import take_rows_sparse
+from hf_trim.heads import HOW_TO_PASS_A_LOSS
+from hf_trim.losses import LossCall
+from hf_trim.selection import num_kept, select_items
+
+
+@dataclass
+class StepShare:
+    """
+    A mini-batch among those of its optimizer step, on all devices; from labels alone, before any of them is run.
+
+    Args:
+        kept (`float`): Its share of the items that the step keeps.
+        valid (`float`): Its share of the items of the step.
+        items_per_kept (`float`): Items of the step by items it keeps, 1/p but for rounding.
+    """
+
+    kept: float = 1.0
+    valid: float = 1.0
+    items_per_kept: float = 1.0
+
+
+@dataclass
+class TrimmedBatch:
+    """
+    Turns the loss of a whole mini-batch into that of the items to keep.
+
+    Losses over the same items (start and end of an answer, a main and an auxiliary label map) are ranked by their sum,
+    weighted as in the model's loss; those over other items (tokens and pairs of sentences) apart. What else is in the
+    model's loss, such as the load balance of a mixture of experts, stays.
+
+    Args:
+        config ([`~hf_trim.arguments.TrimmingConfig`]): What is trimmed, and how.
+        keep (`float`): Fraction p to keep.
+        backward (`str`): `"dense"`, `"sparse"` or `"replay"`.
+        batch_size (`int`): Number B of samples.
+        share (`Callable`): `f(call, per_token)` → the [`StepShare`] of this mini-batch.
+        zero (`Callable`): A zero whose gradient is zero for each parameter, for a mini-batch without items.
+        generator (`torch.Generator`, *optional*): Source of random subsets.
+        num_items (`torch.Tensor` or `int`, *optional*): Number of labels that the model divides by, if it does.
+        mean_scale (`float`, *optional*, defaults to 1.0): Factor of losses that are means.
+    """
+
+    config: TrimmingConfig
+    keep: float
+    backward: str
+    batch_size: int
+    share: Callable[[LossCall, bool], StepShare]
+    zero: Callable[[], Tensor]
+    generator: torch.Generator | None = None
+    num_items: Tensor | int | None = None
+    mean_scale: float = 1.0
+
+    def __post_init__(self):
+        self.samples: Tensor | None = None  # `[k]` kept ones, once they are chosen, where items are samples
+        self.dropped = 0  # samples left out for losses that are not finite
+        self.logged: list[Tensor] | None = None  # kept and valid items, threshold, mean over all
+        self._first_pass: list[tuple[list[Tensor], StepShare]] | None = None  # counts of all items
+        self._replays = False
+
+    def __call__(self, loss: Tensor, calls: list[LossCall]) -> Tensor:
+        """
+        Args:
+            loss (`torch.Tensor`): The model's scalar loss, computed from the calls' values.
+            calls (`list` of [`~hf_trim.losses.LossCall`]): What it averaged.
+
+        Returns:
+            `torch.Tensor`: The scalar loss to train with: of a mean, this mini-batch's share in that of its optimizer
+            step; of a sum, the sum scaled up to that of all items.
+        """
+        values = [call.value for call in calls]
+        if loss.requires_grad:
+            weights = torch.autograd.grad(loss, values, create_graph=True, allow_unused=True)
+            if any(weight is not None and weight.requires_grad for weight in weights):
+                raise ValueError(
+                    "The model's loss is no linear function of the means that torch's loss functions gave it, and "
+                    f"cannot be trimmed by itself. {HOW_TO_PASS_A_LOSS}"
+                )
+        else:  # scores only
+            weights = [torch.ones_like(value) for value in values]
+        # A value that the loss does not depend on was a metric.
+        used = [(call, weight.detach()) for call, weight in zip(calls, weights, strict=True) if weight is not None]
+        if not used:
+            raise ValueError(
+                f"The model's loss does not depend on any call of a loss function of torch. {HOW_TO_PASS_A_LOSS}"
+            )
+        groups: dict[int, list[tuple[LossCall, Tensor]]] = {}
+        for call, weight in used:
+            groups.setdefault(call.losses.numel(), []).append((call, weight))
+        self._first_pass = self._first_pass or []
+        for index, group in enumerate(groups.values()):
+            trimmed, whole = self._trim(group, self._first_pass[index] if self._replays else None)
+            if trimmed is None:
+                loss = loss + self.zero()
+            else:
+                loss = loss + (trimmed - whole).to(loss.dtype)
+        if all(call.reduction == "sum" for call, _ in used):
+            return loss
+        # A mean over tokens that is trimmed by samples keeps a number of tokens that only the selection tells.
+        _, share = self._first_pass[0]
+        return loss * self.mean_scale * (share.kept if self._is_natural(used[0][0]) else share.valid)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether there was a loss to trim."""
+        return self._first_pass is not None
+
+    def begin_replay(self) -> Tensor:
+        """
+        After a forward pass without gradients, whose loss chose the samples, comes one on these.
+
+        Returns:
+            `torch.Tensor`: `[k]` indices of samples; without a valid item the first, so that there is a graph.
+        """
+        kept = self.samples if self.samples.numel() else self.samples.new_zeros(1)
+        self.batch_size, self._replays = len(kept), True
+        return kept
+
+    def _is_natural(self, call: LossCall) -> bool:
+        """Whether an item is what the loss function has a value for."""
+        return call.losses.numel() == self.batch_size or self.config.trim_unit != "sample"
+
+    def _trim(self, group, replayed) -> tuple[Tensor | None, Tensor]:
+        """The trimmed sum of some losses over the same items (`None`: no item), and what it replaces."""
+        calls = [call for call, _ in group]
+        whole = sum(weight * call.value.detach() for call, weight in group)
+        total = calls[0].losses.numel()
+        samples = total == self.batch_size or self.config.trim_unit == "sample"
+        if replayed is not None:  # the second forward pass: these are the kept ones
+            (all_counts, share), kept = replayed, torch.arange(total, device=calls[0].losses.device)
+            if not self.samples.numel():
+                return None, whole
+            elements = kept
+        else:
+            all_counts = [call.counts.where(call.finite, 0).sum() for call in calls]
+            share = self.share(calls[0], total != self.batch_size)
+            self._first_pass.append((all_counts, share))
+            scores, valid = self._scores(group, all_counts, samples)
+            kept = select_items(
+                scores, self.keep, valid=valid, select=self.config.trim_select, generator=self.generator
+            )
+            self._log(scores, valid, kept)
+            if samples:
+                self.samples = kept
+            if not kept.numel():
+                return None, whole
+            size = total // len(scores)
+            elements = kept if size == 1 else (kept[:, None] * size + torch.arange(size, device=kept.device)).flatten()
+        terms = []
+        for (call, weight), counts in zip(group, all_counts, strict=True):
+            kept_counts = call.counts[elements].sum()
+            if call.reduction == "mean":
+                factor = weight
+            elif self._is_natural(call):
+                factor = weight * share.items_per_kept * kept_counts
+            else:
+                factor = weight * counts
+            terms.append((call, torch.where(kept_counts > 0, factor / kept_counts, 0)))
+        return self._take(terms, kept, elements, samples), whole
+
+    def _scores(self, group, all_counts, samples: bool) -> tuple[Tensor, Tensor]:
+        """What items are ranked by, and which are items at all."""
+        scores, valid, finite = 0, False, True
+        for (call, weight), counts in zip(group, all_counts, strict=True):
+            losses, labelled, is_finite = call.losses.detach(), call.counts > 0, call.finite | (call.counts == 0)
+            if samples and losses.numel() != self.batch_size:
+                losses, labelled, is_finite = (self._by_sample(each) for each in (losses, labelled, is_finite))
+                sample_counts = call.counts.view(labelled.shape).sum(1)
+                losses = losses.where(labelled, 0).sum(1) / sample_counts.where(sample_counts > 0, 1)
+                labelled, is_finite = labelled.any(1), is_finite.all(1)
+            if call.reduction == "sum":
+                weight = weight * (counts if self.num_items is None else self.num_items)
+            scores, valid, finite = scores + weight * losses, valid | labelled, finite & is_finite
+        return scores, valid & self._finite(finite)
+
+    def _by_sample(self, values: Tensor) -> Tensor:
+        if values.numel() % self.batch_size:
+            raise ValueError(
+                f"The model has {values.numel()} losses for {self.batch_size} samples, and which belong to which is "
+                "not known: use trim_unit='token' and trim_nonfinite='error'."
+            )
+        return values.view(self.batch_size, -1)
+
+    def _finite(self, finite: Tensor) -> Tensor:
+        """Which items may be kept as far as NaN and infinity go: those of samples without them."""
+        bad = int((~finite).sum())
+        if not bad:
+            return finite
+        if self.config.trim_nonfinite == "error":
+            raise ValueError(
+                f"{bad} of {finite.numel()} losses of this mini-batch are NaN or infinite, and ranking them means "
+                "nothing. Look at the data and the learning rate; trim_nonfinite='drop' leaves such samples out."
+            )
+        good = self._by_sample(finite).all(1)
+        self.dropped += int((~good).sum())
+        return good.repeat_interleave(finite.numel() // self.batch_size)
+
+    def _take(self, terms, kept: Tensor, elements: Tensor, samples: bool) -> Tensor:
+        """The weighted sum of the kept losses, with the backward pass that was asked for."""
+        rows, dense_above = kept if samples else None, {}
+        if self.dropped:  # whatever came before must not even see a zero gradient for them: 0 · NaN = NaN
+            dense_above = {"dense_above": 1.0}
+            if rows is None:
+                rows = (elements // (terms[0][0].losses.numel() // self.batch_size)).unique()
+        elif self.backward != "sparse":
+            rows = None
+        lazy = [(call, factor) for call, factor in terms if call.logits is not None]
+        total = sum(
+            factor * call.logits.sum_of(elements, rows, self.batch_size, **dense_above) for call, factor in lazy
+        )
+        weighted = [factor * call.losses for call, factor in terms if call.logits is None]
+        if not weighted:
+            return total
+        losses = sum(weighted)
+        if rows is None:
+            return total + take_kept(losses, elements, "dense").sum()
+        taken = take_rows_sparse(losses.view(self.batch_size, -1), rows, **dense_above)
+        if not samples:
+            place = torch.zeros(self.batch_size, dtype=torch.long, device=rows.device)
+            place[rows] = torch.arange(len(rows), device=rows.device)
+            taken = taken[place[elements // (len(losses) // self.batch_size)], elements % taken.shape[1]]
+        return total + taken.sum()
+
+    def _log(self, scores: Tensor, valid: Tensor, kept: Tensor) -> None:
+        count = valid.sum()
+        mean = scores.where(valid, 0).sum() / count
+        if not kept.numel():
+            return
+        new = [scores.new_tensor(float(kept.numel())), count.to(scores), scores[kept].min(), mean]
+        if self.logged is not None:
+            kept_before, valid_before, threshold, mean_before = self.logged
+            new = [new[0] + kept_before, new[1] + valid_before, threshold, mean + mean_before]
+        self.logged = new
+
+
+def step_share(keep: float, own: int, kept: int, valid: int) -> StepShare:
+    """
+    Args:
+        keep (`float`): Fraction p to keep.
+        own (`int`): Items of this mini-batch.
+        kept (`int`): Items that the whole optimizer step keeps.
+        valid (`int`): Items of the whole optimizer step.
+
+    Returns:
+        [`StepShare`]: What this mini-batch counts for.
+    """
+    return StepShare(num_kept(keep, own) / kept, own / valid, valid / kept) if kept else StepShare()
