@@ -1,7 +1,7 @@
 """The trimming of one mini-batch: calls of loss functions → kept items → the loss to train with."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -49,6 +49,7 @@ class TrimmedBatch:
         generator (`torch.Generator`, *optional*): Source of random subsets.
         num_items (`torch.Tensor` or `int`, *optional*): Number of labels that the model divides by, if it does.
         mean_scale (`float`, *optional*, defaults to 1.0): Factor of losses that are means.
+        labels (`torch.Tensor`, *optional*): `[B, ...]` labels, to make sure which losses are which sample's.
     """
 
     config: TrimmingConfig
@@ -60,6 +61,7 @@ class TrimmedBatch:
     generator: torch.Generator | None = None
     num_items: Tensor | int | None = None
     mean_scale: float = 1.0
+    labels: Tensor | None = None
 
     def __post_init__(self):
         self.samples: Tensor | None = None  # `[k]` kept ones, once they are chosen, where items are samples
@@ -145,7 +147,8 @@ class TrimmedBatch:
             all_counts = [call.counts.where(call.finite, 0).sum() for call in calls]
             share = self.share(calls[0], total != self.batch_size)
             self._first_pass.append((all_counts, share))
-            scores, valid = self._scores(group, all_counts, samples)
+            scores, labelled, finite = self._scores(group, all_counts, samples)
+            valid = labelled & finite
             kept = select_items(
                 scores, self.keep, valid=valid, select=self.config.trim_select, generator=self.generator
             )
@@ -155,6 +158,11 @@ class TrimmedBatch:
             if not kept.numel():
                 return None, whole
             size = total // len(scores)
+            if self.dropped:  # the others stand in for what is missing, as they do in a mean
+                share = replace(
+                    share, items_per_kept=share.items_per_kept * num_kept(self.keep, int(labelled.sum())) / len(kept)
+                )
+                self._first_pass[-1] = (all_counts, share)
             elements = kept if size == 1 else (kept[:, None] * size + torch.arange(size, device=kept.device)).flatten()
         terms = []
         for (call, weight), counts in zip(group, all_counts, strict=True):
@@ -168,28 +176,40 @@ class TrimmedBatch:
             terms.append((call, torch.where(kept_counts > 0, factor / kept_counts, 0)))
         return self._take(terms, kept, elements, samples), whole
 
-    def _scores(self, group, all_counts, samples: bool) -> tuple[Tensor, Tensor]:
-        """What items are ranked by, and which are items at all."""
+    def _scores(self, group, all_counts, samples: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """What items are ranked by, which have a label, and which may be kept as far as NaN and infinity go."""
         scores, valid, finite = 0, False, True
         for (call, weight), counts in zip(group, all_counts, strict=True):
             losses, labelled, is_finite = call.losses.detach(), call.counts > 0, call.finite | (call.counts == 0)
             if samples and losses.numel() != self.batch_size:
                 losses, labelled, is_finite = (self._by_sample(each) for each in (losses, labelled, is_finite))
+                self._check_samples(labelled.sum(1), call.ignore_index)
                 sample_counts = call.counts.view(labelled.shape).sum(1)
                 losses = losses.where(labelled, 0).sum(1) / sample_counts.where(sample_counts > 0, 1)
                 labelled, is_finite = labelled.any(1), is_finite.all(1)
             if call.reduction == "sum":
                 weight = weight * (counts if self.num_items is None else self.num_items)
             scores, valid, finite = scores + weight * losses, valid | labelled, finite & is_finite
-        return scores, valid & self._finite(finite)
+        return scores, valid, self._finite(finite)
 
     def _by_sample(self, values: Tensor) -> Tensor:
         if values.numel() % self.batch_size:
-            raise ValueError(
-                f"The model has {values.numel()} losses for {self.batch_size} samples, and which belong to which is "
-                "not known: use trim_unit='token' and trim_nonfinite='error'."
-            )
+            raise self._mixed_up(values.numel())
         return values.view(self.batch_size, -1)
+
+    def _check_samples(self, found: Tensor, ignore_index: int) -> None:
+        """Some models leave out what has no label: then losses are not in the places of their labels."""
+        if self.labels is None:
+            return
+        labelled = self.labels.to(found.device) != ignore_index
+        if not any(torch.equal(found, each.flatten(1).sum(1)) for each in (labelled, labelled[..., 1:])):
+            raise self._mixed_up(int(found.sum()))
+
+    def _mixed_up(self, count: int) -> ValueError:
+        return ValueError(
+            f"The model has {count} losses for {self.batch_size} samples, and which belong to which is not known: use "
+            "trim_unit='token' and trim_nonfinite='error'."
+        )
 
     def _finite(self, finite: Tensor) -> Tensor:
         """Which items may be kept as far as NaN and infinity go: those of samples without them."""

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from hf_trim.backward import BACKWARD_CHOICES, take_kept
 from hf_trim.backward.replay import scoring
 from hf_trim.messages import check_choice
-from hf_trim.selection import SELECT_CHOICES, select_items
+from hf_trim.selection import NONFINITE_CHOICES, SELECT_CHOICES, select_items
 
 
 def trimmed_mean(
@@ -18,6 +18,7 @@ def trimmed_mean(
     valid: Tensor | None = None,
     select: str = "hardest",
     backward: str = "dense",
+    nonfinite: str = "error",
     generator: torch.Generator | None = None,
     model: nn.Module | None = None,
 ) -> Tensor:
@@ -43,6 +44,9 @@ def trimmed_mean(
             the same here) for a backward pass that costs what is kept, with the same gradients; `"replay"` to score
             without gradients, then run forward and backward on the kept samples, which needs their memory only but
             draws dropout masks anew.
+        nonfinite (`str`, *optional*, defaults to `"error"`): What to do with losses that are NaN or infinite: raise an
+            `"error"`, or `"drop"` them. Where activations are not finite either, only `"sparse"` and `"replay"` keep
+            them out of the gradients.
         generator (`torch.Generator`, *optional*): Source of the random subset, on the CPU; the default is torch's.
         model (`torch.nn.Module`, *optional*): For `"replay"`: the model that `losses` calls.
 
@@ -50,10 +54,11 @@ def trimmed_mean(
         `torch.Tensor`: The scalar loss, in the data type of `losses`; zero if no item is valid.
 
     Raises:
-        `ValueError`: If an argument is out of its range.
+        `ValueError`: If an argument is out of its range, or a loss is not finite.
     """
     check_choice("select", select, SELECT_CHOICES)
     check_choice("backward", backward, BACKWARD_CHOICES)
+    check_choice("nonfinite", nonfinite, NONFINITE_CHOICES)
     if (backward == "replay") != callable(losses) or (backward == "replay") != (model is not None):
         raise ValueError(
             'backward="replay" runs the model twice: give it, and it alone, a function as losses (indices of samples, '
@@ -75,6 +80,14 @@ def trimmed_mean(
             f"valid must be a boolean mask of the losses' shape {list(losses.shape)}, and is {valid.dtype} of shape "
             f"{list(valid.shape)}."
         )
+    bad = ~losses.detach().isfinite() if valid is None else ~losses.detach().isfinite() & valid
+    if (count := int(bad.sum())) and nonfinite == "error":
+        raise ValueError(
+            f"{count} of {losses.numel()} losses are NaN or infinite, and ranking them means nothing. "
+            'nonfinite="drop" leaves them out.'
+        )
+    if count:
+        valid = ~bad if valid is None else valid & ~bad
     kept = select_items(losses, keep, valid=valid, select=select, generator=generator)
     if backward == "replay":
         # Without a valid item the first sample stands in, so that there is a graph.

@@ -192,6 +192,7 @@ class TrimmingMixin:
             generator=self._generator(),
             num_items=num_items_in_batch,
             mean_scale=1.0 if counted else float(processes),
+            labels=labels.get("shift_labels", labels.get("labels")),
         )
         try:
             if backward == "replay":

@@ -89,7 +89,17 @@ class Losses(TrainerCallback):
 
 
 def train(
-    model, rows, output_dir, *, trainer_cls=TrimmingTrainer, resume=None, callbacks=(), trainer_kwargs=None, **args
+    model,
+    rows,
+    output_dir,
+    *,
+    trainer_cls=TrimmingTrainer,
+    args_cls=TrimmingArguments,
+    collator=default_data_collator,
+    resume=None,
+    callbacks=(),
+    trainer_kwargs=None,
+    **args,
 ):
     """
     Train with SGD for two epochs of mini-batches of 8 unless told otherwise, logging each step. The trainer comes back
@@ -105,12 +115,12 @@ def train(
     recorder, batches = Losses(), []
 
     def collate(rows):
-        batches.append(default_data_collator(rows))
+        batches.append(collator(rows))
         return batches[-1]
 
     trainer = trainer_cls(
         model=model,
-        args=TrimmingArguments(str(output_dir), **{**defaults, **args}),
+        args=args_cls(str(output_dir), **{**defaults, **args}),
         train_dataset=rows,
         data_collator=collate,
         callbacks=[recorder, *callbacks],
