@@ -35,7 +35,7 @@ from transformers import (
 
 from hf_trim.backward.replay import rows_of
 from hf_trim.backward.sparse import fallback_report, reset_fallbacks
-from hf_trim.functional import trimmed_mean
+from hf_trim.functional import trimmed_linear_cross_entropy, trimmed_mean
 from hf_trim.messages import check_choice
 from hf_trim.records import hardware, versions, write_json
 from hf_trim.report import print_wide
@@ -57,7 +57,8 @@ class BenchArguments:
 
     Args:
         models (`list[str]`): Names of models. `bert`, `gpt2`, `llama`, `vit` and `convnext` have the size that
-            `layers` and `hidden_size` say, `bert-base`, `vit-base` and `llama-1b` their own.
+            `layers` and `hidden_size` say, `bert-base`, `vit-base` and `llama-1b` their own; `lm-head` is the last
+            layer of a language model alone, of that width, trimmed by tokens in chunks (`sparse`).
         keep (`list[float]`): Fractions p of the batch to keep.
         modes (`list[str]`): Backward passes; `dense` is the reference, and always runs.
         batch_size (`int`): Samples a step.
@@ -79,7 +80,7 @@ class BenchArguments:
     models: list[str] = field(
         default_factory=lambda: ["bert", "gpt2", "llama", "vit", "convnext"],
         metadata={
-            "help": "bert, gpt2, llama, vit, convnext; with a size of their own: bert-base, vit-base, llama-1b."
+            "help": "bert, gpt2, llama, vit, convnext, lm-head; with a size of their own: bert-base, vit-base, llama-1b."
         },
     )
     keep: list[float] = field(
@@ -216,6 +217,16 @@ def _convnext(args: BenchArguments) -> PreTrainedModel:
     return ConvNextForImageClassification(config)
 
 
+class LMHeadOnly(nn.Module):
+    """The last layer of a language model with a vocabulary of 128,256, on inputs that want a gradient."""
+
+    def __init__(self, args: BenchArguments):
+        super().__init__()
+        self.config = None
+        self.tokens = nn.Parameter(torch.randn(args.batch_size * args.seq_length, args.hidden_size))
+        self.head = nn.Linear(args.hidden_size, args.vocab_size or LLAMA_1B["vocab_size"], bias=False)
+
+
 LLAMA_1B = {
     "vocab_size": 128256,
     "hidden_size": 2048,
@@ -236,6 +247,7 @@ MODELS: dict[str, Callable[[BenchArguments], PreTrainedModel]] = {
     "bert-base": _bert,
     "vit-base": _vit,
     "llama-1b": lambda args: _llama(args, **LLAMA_1B),
+    "lm-head": LMHeadOnly,
 }
 
 
@@ -269,6 +281,10 @@ def random_batch(config, args: BenchArguments) -> dict[str, Tensor]:
         `dict[str, Tensor]`: `labels`, and `input_ids` or `pixel_values`.
     """
     generator = torch.Generator().manual_seed(1)
+    if config is None:  # the inputs are the model's
+        shape = (args.batch_size * args.seq_length,)
+        vocabulary = args.vocab_size or LLAMA_1B["vocab_size"]
+        return {"labels": torch.randint(vocabulary, shape, generator=generator).to(args.device)}
     if hasattr(config, "image_size"):
         shape = (args.batch_size, config.num_channels, config.image_size, config.image_size)
         batch = {"pixel_values": torch.randn(shape, generator=generator)}
@@ -350,6 +366,22 @@ class Steps:
             if cell.mode == "replay":
                 return trimmed_mean(self.losses, cell.keep, backward="replay", model=self.model)
             return trimmed_mean(self.losses(), cell.keep, backward=cell.mode)
+
+
+class HeadSteps(Steps):
+    """Steps of a language model's last layer and its loss: with whole logits, or (`sparse`) with chunks of them."""
+
+    def losses(self, kept: Tensor | None = None) -> Tensor:
+        logits = F.linear(self.model.tokens, self.model.head.weight)
+        return F.cross_entropy(logits.float(), self.batch["labels"], reduction="none")
+
+    def forward(self, cell: Cell) -> Tensor:
+        if cell.mode != "sparse":
+            return super().forward(cell)
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.dtype == "bfloat16"):
+            return trimmed_linear_cross_entropy(
+                self.model.tokens, self.model.head.weight, self.batch["labels"], cell.keep
+            )
 
 
 def time_step(steps: Steps, cell: Cell, seed: int) -> tuple[float, float]:
@@ -659,12 +691,13 @@ def bench_model(name: str, args: BenchArguments) -> dict:
         `dict`: What the JSON holds of it; times in seconds.
     """
     model = build_model(name, args)
-    steps = Steps(model, random_batch(model.config, args), args.dtype)
-    cells = [UNTRIMMED, *(Cell(mode, keep) for keep in args.keep for mode in args.modes)]
+    steps_class, modes = (HeadSteps, MODES[:2]) if name == "lm-head" else (Steps, MODES)
+    steps = steps_class(model, random_batch(model.config, args), args.dtype)
+    cells = [UNTRIMMED, *(Cell(mode, keep) for keep in args.keep for mode in args.modes if mode in modes)]
     checks = check_cells(steps, cells)
-    dense, rows = summarize(time_cells(steps, cells, args.repeats), args.batch_size)
+    dense, rows = summarize(time_cells(steps, cells, args.repeats), steps.size)
     return {
-        "parameters": model.num_parameters(),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "dense_seconds": dense,
         "cells": [{**row, **check} for row, check in zip(rows, checks.values(), strict=True)],
         "schedule_speedup": schedule_speedup(rows, args.schedule_epochs),

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from hf_trim.backward import BACKWARD_CHOICES, take_kept
 from hf_trim.backward.replay import scoring
+from hf_trim.lm_head import LazyLogits
 from hf_trim.messages import check_choice
 from hf_trim.selection import NONFINITE_CHOICES, SELECT_CHOICES, select_items
 
@@ -95,3 +96,59 @@ def trimmed_mean(
     if kept.numel() == 0:
         return losses.sum() * 0
     return take_kept(losses, kept, backward).mean()
+
+
+def trimmed_linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    keep: float,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    select: str = "hardest",
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """
+    The last layer of a language model, cross entropy, and the mean over the hardest fraction of the tokens, of which
+    only a chunk of logits is ever in memory. Tokens are scored without a graph; gradients are computed for the kept.
+
+    ```python
+    hidden = model.model(input_ids).last_hidden_state[:, :-1]
+    trimmed_linear_cross_entropy(hidden, model.lm_head.weight, labels[:, 1:], keep=0.2).backward()
+    ```
+
+    Args:
+        hidden (`torch.Tensor`): `[..., H]` inputs of the layer.
+        weight (`torch.Tensor`): `[V, H]` weight of the layer.
+        target (`torch.Tensor`): `[...]` classes, or `ignore_index`: no item.
+        keep (`float`): Fraction p of the tokens to keep, in (0, 1]; k = max(1, round(p·n)).
+        bias (`torch.Tensor`, *optional*): `[V]` bias of the layer.
+        ignore_index (`int`, *optional*, defaults to -100): The target that means that there is none.
+        label_smoothing (`float`, *optional*, defaults to 0.0): As in `torch.nn.functional.cross_entropy`.
+        select (`str`, *optional*, defaults to `"hardest"`): `"hardest"`, `"random"` or `"none"`.
+        generator (`torch.Generator`, *optional*): Source of the random subset, on the CPU; the default is torch's.
+
+    Returns:
+        `torch.Tensor`: The scalar loss in float32 at least; zero if there is no target. It has one backward pass.
+
+    Raises:
+        `ValueError`: If an argument is out of its range, shapes do not match, or a loss is not finite.
+    """
+    check_choice("select", select, SELECT_CHOICES)
+    if not 0 < keep <= 1:
+        raise ValueError(f"keep must be a fraction in (0, 1], and is {keep}: 0.2 keeps the hardest fifth.")
+    if hidden.shape[:-1] != target.shape or weight.ndim != 2 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"Expected hidden [..., H], weight [V, H] and target [...]; got {list(hidden.shape)}, "
+            f"{list(weight.shape)} and {list(target.shape)}."
+        )
+    logits = LazyLogits(hidden.flatten(0, -2), weight, bias, keep_all=keep == 1 or select == "none")
+    target = target.flatten()
+    losses = logits.score(target, ignore_index=ignore_index, label_smoothing=label_smoothing)
+    valid = target != ignore_index
+    if not (finite := losses.isfinite()).all():
+        raise ValueError(f"{int((~finite).sum())} of {losses.numel()} losses are NaN or infinite: see trimmed_mean.")
+    kept = select_items(losses, keep, valid=valid, select=select, generator=generator)
+    return logits.sum_of(kept) / kept.numel() if kept.numel() else hidden.sum() * 0

@@ -7,7 +7,6 @@ ones together with the gradients of the layer and of its input.
 from __future__ import annotations
 
 from math import prod
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -87,7 +86,7 @@ class LazyLogits(Tensor):
     else is done with it finds the ordinary tensor.
     """
 
-    __slots__ = ("hidden", "weight", "bias", "steps", "head", "whole", "arguments", "gradients")
+    __slots__ = ("hidden", "weight", "bias", "steps", "keep_all", "whole", "options", "gradients")
 
     @staticmethod
     def __new__(cls, hidden: Tensor, weight: Tensor, bias: Tensor | None = None, **others):
@@ -95,17 +94,16 @@ class LazyLogits(Tensor):
         shape = (*hidden.shape[:-1], weight.shape[0])
         return Tensor._make_wrapper_subclass(cls, shape, dtype=others.get("dtype", dtype), device=hidden.device)
 
-    def __init__(self, hidden, weight, bias=None, *, head, steps=(), dtype=None):
-        self.hidden, self.weight, self.bias, self.steps, self.head = hidden, weight, bias, tuple(steps), head
-        self.whole = self.gradients = self.arguments = None
+    def __init__(self, hidden, weight, bias=None, *, keep_all, steps=(), dtype=None):
+        self.hidden, self.weight, self.bias, self.steps, self.keep_all = hidden, weight, bias, steps, keep_all
+        self.whole = self.gradients = self.options = None
 
     def like(self, hidden: Tensor | None = None, step: tuple | None = None, dtype=None) -> LazyLogits:
         """The same logits of other tokens, or after one more operation."""
         hidden = self.hidden if hidden is None else hidden
         steps = self.steps if step is None else (*self.steps, step)
-        return LazyLogits(
-            hidden, self.weight, self.bias, head=self.head, steps=steps, dtype=self.dtype if dtype is None else dtype
-        )
+        dtype = self.dtype if dtype is None else dtype
+        return LazyLogits(hidden, self.weight, self.bias, keep_all=self.keep_all, steps=steps, dtype=dtype)
 
     def materialize(self) -> Tensor:
         """The ordinary tensor, with its graph."""
@@ -144,21 +142,28 @@ class LazyLogits(Tensor):
 
     # ---- losses ---------------------------------------------------------------------------------------------------
 
-    def score(self, arguments: dict[str, Any]) -> Tensor:
+    def score(
+        self,
+        target: Tensor,
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+        **others,
+    ) -> Tensor:
         """
         All losses, without a graph.
 
         Args:
-            arguments (`dict`): Arguments of `torch.nn.functional.cross_entropy`, with logits `[N, V]` and targets
-                `[N]`.
+            target (`torch.Tensor`): `[N]` classes, for logits `[N, V]`.
+            weight, ignore_index, label_smoothing: Arguments of `torch.nn.functional.cross_entropy`.
 
         Returns:
-            `torch.Tensor`: `[N]` losses in float32; zero where there is no label.
+            `torch.Tensor`: `[N]` losses in float32 at least; zero where there is no label.
         """
-        self.arguments = {name: value for name, value in arguments.items() if name != "input"}
-        target = self.arguments["target"]
-        labelled = (target != self.arguments["ignore_index"]).nonzero().flatten()
-        if self.head.keep_all and torch.is_grad_enabled():
+        self.options = {"weight": weight, "ignore_index": ignore_index, "label_smoothing": label_smoothing}
+        self.options["target"] = target
+        labelled = (target != ignore_index).nonzero().flatten()
+        if self.keep_all and torch.is_grad_enabled():
             losses, *gradients = self._compute(labelled, True)
             self.gradients = (labelled, losses.sum(), *gradients)
         else:
@@ -166,7 +171,7 @@ class LazyLogits(Tensor):
         return losses.new_zeros(len(target)).index_copy(0, labelled, losses)
 
     def sum_of(
-        self, kept: Tensor, samples: Tensor | None, batch_size: int, dense_above: float = DENSE_ABOVE
+        self, kept: Tensor, samples: Tensor | None = None, batch_size: int = 1, dense_above: float = DENSE_ABOVE
     ) -> Tensor:
         """
         The sum of the losses of kept tokens, with gradients of which only theirs are computed.
@@ -175,13 +180,13 @@ class LazyLogits(Tensor):
             kept (`torch.Tensor`): `[k]` indices of tokens.
             samples (`torch.Tensor`, *optional*): `[s]` indices of the samples that they are of, for a row-sparse
                 gradient of what is before this layer.
-            batch_size (`int`): Number B of samples.
+            batch_size (`int`, *optional*, defaults to 1): Number B of samples.
             dense_above (`float`, *optional*, defaults to 0.8): Share of samples above which that is dense.
 
         Returns:
             `torch.Tensor`: A scalar.
         """
-        kept = kept[self.arguments["target"][kept] != self.arguments["ignore_index"]]
+        kept = kept[self.options["target"][kept] != self.options["ignore_index"]]
         if self.gradients is None or len(self.gradients[0]) != len(kept):
             losses, *gradients = self._compute(kept, True)
             self.gradients = (kept, losses.sum(), *gradients)
@@ -195,7 +200,7 @@ class LazyLogits(Tensor):
     @torch.no_grad()
     def _compute(self, tokens: Tensor, with_gradients: bool):
         """Losses of some tokens, and the gradients of their sum for their inputs, the weight and the bias."""
-        hidden, target = self.hidden.detach(), self.arguments["target"]
+        hidden, target = self.hidden.detach(), self.options["target"]
         weight, bias = self.weight.detach(), None if self.bias is None else self.bias.detach()
         if _autocast(hidden):
             dtype = torch.get_autocast_dtype(hidden.device.type)
@@ -229,7 +234,7 @@ class LazyLogits(Tensor):
 
     def _losses(self, logits: Tensor, target: Tensor, with_gradients: bool) -> tuple[Tensor, Tensor | None]:
         """Losses of a chunk, and the gradient of their sum for its logits as the layer gives them."""
-        options = {**self.arguments, "target": target, "reduction": "none"}
+        options = {**self.options, "target": target, "reduction": "none"}
         plain = options["weight"] is None and not options["label_smoothing"]
         if plain and all(func in _CASTS for func, *_ in self.steps):
             scores = F.log_softmax(logits, 1, dtype=torch.promote_types(logits.dtype, torch.float32))

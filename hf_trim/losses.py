@@ -55,7 +55,7 @@ def _class_losses(func: Callable, arguments: dict[str, Any], batch_size: int, re
     """Of `[N, C, ...]` logits or log-probabilities: one loss for each target `[N, ...]`."""
     logits, target, weight = arguments["input"], arguments["target"], arguments["weight"]
     if isinstance(logits, LazyLogits) and logits.can_score(target):
-        losses = logits.score(arguments)
+        losses = logits.score(**arguments)
     else:
         losses, logits = func(**arguments), None
     if target.is_floating_point():
@@ -121,7 +121,7 @@ class LossCalls(TorchFunctionMode):
             if bound.arguments["reduction"] in ("mean", "sum"):
                 return self._unreduced(func, bound.arguments)
         elif func is F.linear and self.head is not None and self.head.computes(*args, **kwargs):
-            return LazyLogits(*args, **kwargs, head=self.head)
+            return LazyLogits(*args, **kwargs, keep_all=self.head.keep_all)
         return func(*args, **kwargs)
 
     def _unreduced(self, func: Callable, arguments: dict[str, Any]) -> Tensor:

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import Gemma2Config, Gemma2ForCausalLM, set_seed
 
-from hf_trim import lm_head
+from hf_trim import lm_head, trimmed_linear_cross_entropy, trimmed_mean
 from hf_trim.backward.sparse import fallback_report, reset_fallbacks
 from hf_trim.lm_head import LazyLogits, LMHead, find_lm_head
 from hf_trim.losses import LossCalls
@@ -158,7 +158,7 @@ def test_losses_and_gradients(options, dtype):
     tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
     torch.testing.assert_close(call.losses, expected.float(), **tolerance)
     leaves = (hidden, layer.weight, layer.bias)
-    ours = torch.autograd.grad(3 * call.logits.sum_of(kept, None, 4), leaves)
+    ours = torch.autograd.grad(3 * call.logits.sum_of(kept), leaves)
     reference = torch.autograd.grad(3 * expected[kept].sum(), leaves)
     for a, b in zip(ours, reference, strict=True):
         assert relative_difference(a, b) < (1e-6 if dtype == torch.float32 else 2e-2)
@@ -189,9 +189,34 @@ def test_which_layer_is_a_chunked_head(monkeypatch):
 def test_a_second_backward_pass_is_refused():
     layer, hidden, lazy, whole = lazy_and_whole()
     lazy = lazy.view(-1, 20)
-    lazy.score({"input": lazy, "target": torch.zeros(20, dtype=torch.long), "weight": None, "ignore_index": -100,
-                "label_smoothing": 0.0})  # fmt: skip
-    loss = lazy.sum_of(torch.arange(3), None, 4)
+    lazy.score(torch.zeros(20, dtype=torch.long))
+    loss = lazy.sum_of(torch.arange(3))
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="its gradients are gone"):
         loss.backward()
+
+
+@pytest.mark.parametrize("keep", [0.3, 1.0])
+def test_trimmed_linear_cross_entropy(keep):
+    torch.manual_seed(0)
+    layer, hidden = nn.Linear(6, 20), torch.randn(4, 5, 6, requires_grad=True)
+    target = torch.randint(0, 20, (4, 5))
+    target[:, 0] = -100
+    leaves = (hidden, layer.weight, layer.bias)
+    loss = trimmed_linear_cross_entropy(hidden, layer.weight, target, keep, bias=layer.bias, label_smoothing=0.1)
+    losses = F.cross_entropy(layer(hidden).transpose(1, 2), target, reduction="none", label_smoothing=0.1)
+    expected = trimmed_mean(losses, keep, valid=target != -100)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    for ours, reference in zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(expected, leaves), strict=True):
+        assert relative_difference(ours, reference) < 1e-6
+    nothing = trimmed_linear_cross_entropy(hidden, layer.weight, torch.full_like(target, -100), keep)
+    assert nothing == 0 and torch.autograd.grad(nothing, hidden)[0].count_nonzero() == 0
+    for arguments, match in (
+        ({"keep": 0.0}, "keep must be a fraction"),
+        ({"target": target[:, 1:]}, "Expected hidden"),
+        ({"select": "hard"}, "select must be one of"),
+        ({"hidden": hidden * torch.inf}, "losses are NaN or infinite"),
+    ):
+        given = {"hidden": hidden, "weight": layer.weight, "target": target, "keep": 0.5, **arguments}
+        with pytest.raises(ValueError, match=match):
+            trimmed_linear_cross_entropy(**given)
