@@ -79,9 +79,7 @@ class BenchArguments:
 
     models: list[str] = field(
         default_factory=lambda: ["bert", "gpt2", "llama", "vit", "convnext"],
-        metadata={
-            "help": "bert, gpt2, llama, vit, convnext, lm-head; with a size of their own: bert-base, vit-base, llama-1b."
-        },
+        metadata={"help": "bert, gpt2, llama, vit, convnext, lm-head; of fixed size: bert-base, vit-base, llama-1b."},
     )
     keep: list[float] = field(
         default_factory=lambda: [0.2, 0.4, 0.6, 0.8, 1.0], metadata={"help": "Fractions p of the batch to keep."}

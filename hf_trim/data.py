@@ -21,6 +21,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from hf_trim.messages import check_choice, closest
 
 
+TASK_CHOICES = ("classification", "causal-lm")
 AUGMENT_CHOICES = ("none", "crop", "crop-flip")
 FASHION_MNIST_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 FASHION_MNIST_CLASSES = [
@@ -45,6 +46,9 @@ class DataArguments:
             the Hub.
         dataset_config_name (`str`, *optional*):
             The configuration of a Hub data set.
+        task (`str`, *optional*, defaults to `"classification"`):
+            `"classification"`, or `"causal-lm"`: the texts, one after the other, are cut into blocks of
+            `max_seq_length` tokens, each of which is to be predicted from those before it.
         train_split (`str`, *optional*, defaults to `"train"`):
             The split to train on.
         test_split (`str`, *optional*):
@@ -71,7 +75,7 @@ class DataArguments:
         augment (`str`, *optional*, defaults to `"none"`):
             `"crop"` shifts each training image by up to an eighth of its size, `"crop-flip"` mirrors half of them too.
         max_seq_length (`int`, *optional*):
-            Number of tokens after which a text is cut. By default the tokenizer's limit, at most 512.
+            Number of tokens after which a text is cut, or of a block. By default the tokenizer's limit, at most 512.
         max_train_samples (`int`, *optional*):
             Train on a random subset of this size.
         max_test_samples (`int`, *optional*):
@@ -84,6 +88,13 @@ class DataArguments:
     )
     dataset_config_name: str | None = field(
         default=None, metadata={"help": "The configuration of a Hub data set, such as 'cropped_digits'."}
+    )
+    task: str = field(
+        default="classification",
+        metadata={
+            "help": "What to learn: classes of images or texts, or to predict the next token of texts (causal-lm).",
+            "choices": TASK_CHOICES,
+        },
     )
     train_split: str = field(default="train", metadata={"help": "The split to train on."})
     test_split: str | None = field(
@@ -134,6 +145,7 @@ class DataArguments:
             raise ValueError(
                 f"dataset must be {', '.join(EMBEDDED)}, a local path or a Hub name, and is {self.dataset!r}."
             )
+        check_choice("task", self.task, TASK_CHOICES)
         check_choice("augment", self.augment, AUGMENT_CHOICES)
         if self.image_channels not in (1, 3):
             raise ValueError(f"image_channels must be 1 (grey) or 3 (colour), and is {self.image_channels!r}.")
@@ -169,13 +181,14 @@ class Data:
 
     Args:
         kind (`str`):
-            `"image"` or `"text"`.
+            `"image"` or `"text"` to classify, or `"language"` to model.
         train_dataset (`datasets.Dataset`):
-            Columns `labels` (int) and `pixel_values` (float `[C, H, W]`), or what the tokenizer returns.
+            Columns `labels` (int) and `pixel_values` (float `[C, H, W]`), or what the tokenizer returns; for a
+            language model `labels` are the `input_ids`.
         test_dataset (`datasets.Dataset`):
             The same, never augmented.
         label_names (`list[str]`):
-            The classes, in the order of their numbers.
+            The classes, in the order of their numbers; none for a language model.
         data_collator (`Callable`):
             Makes batches with `pixel_values` `[B, C, H, W]` or `input_ids` and `attention_mask` `[B, T]` (padded to
             the longest in the batch), and `labels` `[B]`.
@@ -218,6 +231,8 @@ def load_data(args: DataArguments, processing_class=None) -> Data:
     """
     splits = _load_raw(args)
     train, test = _pick_splits(args, splits)
+    if args.task == "causal-lm":
+        return _prepare_language(args, train, test, processing_class)
     kind, input_column, label_column = _find_columns(args, train, test)
     train, test, label_names = _encode_labels(args, label_column, train, test)
     if test is None:
@@ -413,7 +428,7 @@ def _find_columns(args: DataArguments, train: Dataset, test: Dataset | None) -> 
     image, text, label = given("image_column"), given("text_column"), given("label_column")
     if image and text:
         raise ValueError(f"image_column '{image}' and text_column '{text}' exclude each other: give one of them.")
-    if label is None:
+    if label is None and args.task == "classification":
         named = [column for column in LABEL_COLUMNS if column in features][:1]
         classes = [column for column, feature in features.items() if isinstance(feature, ClassLabel)]
         label = only(named or classes, "label_column")
@@ -426,7 +441,11 @@ def _find_columns(args: DataArguments, train: Dataset, test: Dataset | None) -> 
             strings = [column for column, feature in features.items() if column != label and _is_string(feature)]
             text = only(named or strings, "text_column (or image_column)")
     column = image or text
-    if column == label:
+    if label is None:  # a language model needs none
+        if image:
+            raise ValueError(f"task 'causal-lm' needs texts, and dataset '{args.dataset}' holds images.")
+        label = column
+    elif column == label:
         raise ValueError(f"label_column and the column of the inputs are both '{label}': give different ones.")
     if text and not _is_string(features[text]):
         raise ValueError(f"text_column '{text}' must hold strings, and holds {features[text]}.")
@@ -639,17 +658,7 @@ def random_shift(images: Tensor, padding: int, flip: bool) -> Tensor:
 def _prepare_texts(
     args: DataArguments, train: Dataset, test: Dataset, column: str, label_names: list[str], tokenizer: Any
 ) -> Data:
-    if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        raise ValueError(
-            f"dataset '{args.dataset}' holds texts, and there is no tokenizer: give model_name_or_path of a text "
-            "model, or tokenizer_name."
-        )
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    max_length = args.max_seq_length or min(tokenizer.model_max_length, 512)
-    for split, name in ((train, "training"), (test, "test")):
-        if any(text is None for text in split[column][:]):
-            raise ValueError(f"text_column '{column}' is empty in some rows of the {name} split: drop these rows.")
+    max_length = _check_texts(args, train, test, column, tokenizer)
     tokenize = partial(_tokenize, column=column, tokenizer=tokenizer, max_length=max_length)
     prepared = []
     for split in (train, test):
@@ -664,6 +673,59 @@ def _prepare_texts(
         processing_class=tokenizer,
         max_seq_length=max_length,
     )
+
+
+def _check_texts(args: DataArguments, train: Dataset, test: Dataset, column: str, tokenizer: Any) -> int:
+    """Refuse what cannot be tokenized; the number of tokens to cut texts at."""
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise ValueError(
+            f"dataset '{args.dataset}' holds texts, and there is no tokenizer: give model_name_or_path of a text "
+            "model, or tokenizer_name."
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    for split, name in ((train, "training"), (test, "test")):
+        if any(text is None for text in split[column][:]):
+            raise ValueError(f"text_column '{column}' is empty in some rows of the {name} split: drop these rows.")
+    return args.max_seq_length or min(tokenizer.model_max_length, 512)
+
+
+def _prepare_language(args: DataArguments, train: Dataset, test: Dataset | None, tokenizer: Any) -> Data:
+    _, column, _ = _find_columns(args, train, test)
+    if test is None:
+        parts = train.train_test_split(args.test_fraction, seed=args.split_seed)
+        train, test = parts["train"], parts["test"]
+    length = _check_texts(args, train, test, column, tokenizer)
+    prepared = []
+    for split, name, size in ((train, "training", args.max_train_samples), (test, "test", args.max_test_samples)):
+        blocks = split.map(
+            partial(_blocks, column=column, tokenizer=tokenizer, length=length),
+            batched=True,
+            batch_size=None,  # else the end of each batch of texts would be lost
+            remove_columns=split.column_names,
+            desc="Tokenizing",
+        )
+        if not len(blocks):
+            raise ValueError(
+                f"The texts of the {name} split have fewer than max_seq_length = {length} tokens together: lower it."
+            )
+        prepared.append(_subset(blocks, size, args.split_seed))
+    return Data(
+        kind="language",
+        train_dataset=prepared[0],
+        test_dataset=prepared[1],
+        label_names=[],
+        data_collator=DefaultDataCollator(),
+        processing_class=tokenizer,
+        max_seq_length=length,
+    )
+
+
+def _blocks(batch: dict[str, list], column: str, tokenizer: Any, length: int) -> dict[str, list]:
+    """Texts one after the other, in blocks; the last tokens, too few for one, are left out."""
+    tokens = [token for text in tokenizer(batch[column], verbose=False)["input_ids"] for token in text]
+    blocks = [tokens[start : start + length] for start in range(0, len(tokens) - length + 1, length)]
+    return {"input_ids": blocks, "labels": [list(block) for block in blocks]}
 
 
 def _tokenize(batch: dict[str, list], column: str, tokenizer: Any, max_length: int) -> dict[str, list]:

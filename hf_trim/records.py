@@ -64,16 +64,18 @@ def make_record(recipe: str, arm: str, seed: int, settings: dict, metrics: dict,
         arm (`str`): `"plain"`, `"trimmed"` or `"random"`.
         seed (`int`): Seed of weights, data order and random control.
         settings (`dict`): Values of all arguments that were set.
-        metrics (`dict`): Metrics on the test split after training, with `eval_error` in percent.
+        metrics (`dict`): Metrics on the test split after training: `eval_loss`, and `eval_error` in percent or
+            `eval_perplexity`.
         log_history (`list[dict]`): `TrainerState.log_history`.
 
     Returns:
         `dict`: The record.
     """
+    metric = "error" if "eval_error" in metrics else "perplexity"
     history: dict[int, dict] = {}
     for log in log_history:
-        names = {"eval_error": "test_error", "eval_loss": "test_loss", "loss": "loss", "full_loss": "full_loss",
-                 "trim_fraction": "trim_fraction"}  # fmt: skip
+        names = {f"eval_{metric}": f"test_{metric}", "eval_loss": "test_loss", "loss": "loss",
+                 "full_loss": "full_loss", "trim_fraction": "trim_fraction"}  # fmt: skip
         found = {ours: log[name] for name, ours in names.items() if name in log}
         if found:
             history.setdefault(log["step"], {"epoch": log["epoch"]}).update(found)
@@ -81,7 +83,8 @@ def make_record(recipe: str, arm: str, seed: int, settings: dict, metrics: dict,
         "recipe": recipe,
         "arm": arm,
         "seed": seed,
-        "test_error": metrics["eval_error"],
+        "metric": metric,
+        f"test_{metric}": metrics[f"eval_{metric}"],
         "test_loss": metrics["eval_loss"],
         "train_seconds": train_seconds(log_history),
         "history": [history[step] for step in sorted(history)],
@@ -89,6 +92,28 @@ def make_record(recipe: str, arm: str, seed: int, settings: dict, metrics: dict,
         "versions": versions(),
         "hardware": hardware(),
     }
+
+
+def metric_name(record: dict) -> str:
+    """
+    Args:
+        record (`dict`): A record.
+
+    Returns:
+        `str`: `"error"` (in percent) or `"perplexity"`.
+    """
+    return record.get("metric", "error")
+
+
+def test_score(record: dict) -> float:
+    """
+    Args:
+        record (`dict`): A record.
+
+    Returns:
+        `float`: Its metric on the test split after training.
+    """
+    return record[f"test_{metric_name(record)}"]
 
 
 def fingerprint(settings: dict) -> str:
@@ -115,7 +140,7 @@ def read_record(path: Path) -> dict | None:
     """
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        record["arm"], record["seed"], record["test_error"], record["train_seconds"], record["history"]
+        record["arm"], record["seed"], test_score(record), record["train_seconds"], record["history"]
     except FileNotFoundError:
         return None
     except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:

@@ -9,8 +9,11 @@ from rich.console import Console
 from rich.table import Table
 from scipy.stats import t
 
+from hf_trim.records import metric_name, test_score
+
 
 ARMS = ("plain", "trimmed", "random")
+TITLES = {"error": "test error %", "perplexity": "test perplexity"}
 COLORS = {"plain": "tab:gray", "trimmed": "tab:red", "random": "tab:blue"}
 
 
@@ -21,10 +24,11 @@ class Summary(NamedTuple):
     Args:
         arm (`str`): `"plain"`, `"trimmed"` or `"random"`.
         runs (`int`): Number of runs.
-        mean (`float`): Mean test error in percent.
+        metric (`str`): `"error"` or `"perplexity"`.
+        mean (`float`): Its mean on the test split; of the error, in percent.
         sd (`float` or `None`): Its standard deviation over the seeds; `None` for a single run.
         difference (`float` or `None`): Mean of the paired differences from the plain arm, seed by seed, in percentage
-            points; `None` for the plain arm.
+            points for errors; `None` for the plain arm.
         interval (`tuple[float, float]` or `None`): 95 % interval of that mean (Student's t); needs two seeds.
         seconds (`float`): Mean seconds of training per run, without evaluation.
         speedup (`float` or `None`): The plain arm's seconds over this arm's, on the seeds they share.
@@ -32,6 +36,7 @@ class Summary(NamedTuple):
 
     arm: str
     runs: int
+    metric: str
     mean: float
     sd: float | None
     difference: float | None
@@ -72,15 +77,16 @@ def summarize(records: list[dict]) -> list[Summary]:
     for arm, runs in by_arm.items():
         if not runs:
             continue
-        errors = [run["test_error"] for run in runs.values()]
+        scores = [test_score(run) for run in runs.values()]
         shared = sorted(runs.keys() & plain.keys()) if arm != "plain" else []
-        differences = [runs[seed]["test_error"] - plain[seed]["test_error"] for seed in shared]
+        differences = [test_score(runs[seed]) - test_score(plain[seed]) for seed in shared]
         summaries.append(
             Summary(
                 arm,
                 len(runs),
-                statistics.mean(errors),
-                statistics.stdev(errors) if len(errors) > 1 else None,
+                metric_name(records[0]),
+                statistics.mean(scores),
+                statistics.stdev(scores) if len(scores) > 1 else None,
                 statistics.mean(differences) if differences else None,
                 paired_interval(differences),
                 statistics.mean(run["train_seconds"] for run in runs.values()),
@@ -101,7 +107,8 @@ def table_rows(summaries: list[Summary]) -> tuple[list[str], list[list[str]]]:
     Returns:
         `tuple[list[str], list[list[str]]]`: Head and rows of the table, as text.
     """
-    head = ["arm", "runs", "test error %", "difference to plain (95 % interval)", "train time per run", "speed-up"]
+    title = TITLES[summaries[0].metric]
+    head = ["arm", "runs", title, "difference to plain (95 % interval)", "train time per run", "speed-up"]
     rows = []
     for s in summaries:
         error = f"{s.mean:.2f}" + ("" if s.sd is None else f" ± {s.sd:.2f}")
@@ -143,18 +150,20 @@ def print_wide(table: Table) -> None:
 
 def plot(records: list[dict], path: Path, title: str) -> None:
     """
-    Test error of each arm (mean, and the span of the seeds) and p of the trimmed one, over the epochs.
+    The metric of each arm (mean, and the span of the seeds) and p of the trimmed one, over the epochs.
 
     Args:
         records (`list[dict]`): Records of finished runs, of one recipe.
         path (`Path`): The PNG file.
         title (`str`): The plot's title.
     """
+    metric = metric_name(records[0])
+    key = f"test_{metric}"
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     for arm in ARMS:
         runs = [record for record in records if record["arm"] == arm]
-        curves = [{h["epoch"]: h["test_error"] for h in run["history"] if "test_error" in h} for run in runs]
+        curves = [{h["epoch"]: h[key] for h in run["history"] if key in h} for run in runs]
         epochs = sorted(set.intersection(*map(set, curves))) if curves else []
         if not epochs:
             continue
@@ -162,7 +171,7 @@ def plot(records: list[dict], path: Path, title: str) -> None:
         label = f"{arm} ({len(runs)} run{'s' if len(runs) > 1 else ''})"
         axes.plot(epochs, [statistics.mean(v) for v in values], color=COLORS[arm], label=label)
         axes.fill_between(epochs, list(map(min, values)), list(map(max, values)), color=COLORS[arm], alpha=0.15, lw=0)
-    axes.set(title=title, xlabel="epoch", ylabel="test error (%)", yscale="log")
+    axes.set(title=title, xlabel="epoch", ylabel=TITLES[metric], yscale="log")
     axes.grid(alpha=0.3, which="both")
     trimmed = [record for record in records if record["arm"] == "trimmed"]
     if trimmed:

@@ -15,7 +15,7 @@ from hf_trim.arguments import TrimmingArguments
 from hf_trim.checkpoints import last_complete_checkpoint
 from hf_trim.clock import TrainingClock, train_seconds
 from hf_trim.data import Data, DataArguments, load_data
-from hf_trim.metrics import compute_metrics
+from hf_trim.metrics import ERROR, PERPLEXITY, Metric
 from hf_trim.models import ModelArguments, build_model, load_processing_class
 from hf_trim.recipe import (
     RecipeError,
@@ -26,7 +26,7 @@ from hf_trim.recipe import (
     recipe_names,
     user_errors,
 )
-from hf_trim.records import hardware, make_record, read_record, write_json
+from hf_trim.records import hardware, make_record, metric_name, read_record, test_score, write_json
 from hf_trim.report import plot, print_table, print_wide, summarize
 from hf_trim.trainer import TrimmingTrainer
 
@@ -109,6 +109,17 @@ def load(job: Job) -> Data:
         return load_data(job.data, load_processing_class(job.model))
 
 
+def metric_of(data: Data) -> Metric:
+    """
+    Args:
+        data ([`Data`]): A recipe's data.
+
+    Returns:
+        [`Metric`]: What its model is judged by.
+    """
+    return PERPLEXITY if data.kind == "language" else ERROR
+
+
 def make_trainer(job: Job, data: Data, arm: str, seed: int, output_dir: Path) -> RecipeTrainer:
     """
     A fresh model and its trainer. The seed decides on weights, data order and dropout, so that the arms of one seed
@@ -139,8 +150,8 @@ def make_trainer(job: Job, data: Data, arm: str, seed: int, output_dir: Path) ->
             eval_dataset=data.test_dataset,
             data_collator=data.data_collator,
             processing_class=data.processing_class,
-            compute_metrics=compute_metrics,
             callbacks=[TrainingClock()],
+            **metric_of(data).arguments,
         )
 
 
@@ -202,7 +213,11 @@ def train(job: Job) -> None:
     # Last, and whole or not at all: this file says that the run is finished.
     if trainer.is_world_process_zero():
         write_json(results, {**metrics, **test_metrics})
-    print(f"Test error {test_metrics['eval_error']:.2f} %. Model and results are in {job.output_dir}.")
+    metric = metric_of(data)
+    print(
+        f"Test {metric.name} {test_metrics[f'eval_{metric.name}']:.2f}{metric.unit}. Model and results are in "
+        f"{job.output_dir}."
+    )
 
 
 def compare(job: Job) -> None:
@@ -233,7 +248,9 @@ def compare(job: Job) -> None:
                 write_json(path, record)
                 # The record is what is kept; checkpoints of many runs would fill the disk.
                 shutil.rmtree(folder, ignore_errors=True)
-        print(f"[{number}/{len(runs)}] {job.name}: {arm}, seed {seed}: test error {record['test_error']:.2f} %")
+        unit = " %" if metric_name(record) == "error" else ""
+        score = f"test {metric_name(record)} {test_score(record):.2f}{unit}"
+        print(f"[{number}/{len(runs)}] {job.name}: {arm}, seed {seed}: {score}")
         records.append(record)
     picture = job.output_dir / "comparison.png"
     plot(records, picture, job.name)
