@@ -12,6 +12,7 @@ from hf_trim import trimmed_mean
 from hf_trim.backward.choice import choose_backward, mixing_modules
 from hf_trim.backward.replay import rows_of, scoring
 from tests.helpers import digit_texts, digits, relative_difference, tiny_bert, tiny_resnet, tiny_vit, train, weights
+from tests.test_heads import HEADS, make
 
 
 class Adder(torch.autograd.Function):
@@ -166,3 +167,33 @@ def test_an_op_of_ones_own_is_counted_once_and_strict_refuses_it(tmp_path, caplo
 def test_strict_needs_sparse(tmp_path):
     with pytest.raises(ValueError, match="trim_strict needs trim_backward='sparse'"):
         train(tiny_vit(), digits(), tmp_path, trim_strict=True)
+
+
+@pytest.mark.parametrize("keep, mode", [(0.5, "replay"), (0.75, "dense")])
+def test_a_compiled_model_is_trimmed_by_its_logits(keep, mode, tmp_path, caplog):
+    """Loss functions inside a compiled graph cannot be met; the model's own is called on its logits."""
+    arguments = {"trim_start": keep, "trim_end": keep, "max_steps": 2}
+    eager = train(tiny_bert(dropout=0.0), digit_texts(), tmp_path, **arguments)
+    compiled = train(
+        tiny_bert(dropout=0.0),
+        digit_texts(),
+        tmp_path,
+        torch_compile=True,
+        torch_compile_backend="aot_eager",
+        **arguments,
+    )
+    assert f"trimmed batches: {mode} (the model is compiled" in caplog.text
+    assert compiled.losses == pytest.approx(eager.losses, rel=1e-5)
+    assert relative_difference(weights(compiled), weights(eager)) < 1e-6
+
+
+def test_compiled_heads(tmp_path):
+    for head in ("llama", "token-classification", "masked-lm"):
+        rows = HEADS[head][1]()
+        arguments = {"trim_start": 0.3, "trim_end": 0.3, "max_steps": 2, "gradient_accumulation_steps": 2}
+        eager = train(make(head), rows, tmp_path, **arguments)
+        compiled = train(
+            make(head), rows, tmp_path, torch_compile=True, torch_compile_backend="aot_eager", **arguments
+        )
+        assert compiled.losses == pytest.approx(eager.losses, rel=1e-5), head
+        assert relative_difference(weights(compiled), weights(eager)) < 1e-5, head

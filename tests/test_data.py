@@ -79,6 +79,29 @@ def test_bbc_news(minilm_tokenizer):
     assert inputs["labels"].dtype == torch.int64
 
 
+def test_blocks_of_a_language_model(minilm_tokenizer):
+    args = DataArguments("bbc-news", task="causal-lm", max_seq_length=64, max_train_samples=50, max_test_samples=5)
+    data = load_data(args, minilm_tokenizer)
+    assert (data.kind, data.label_names, data.max_seq_length) == ("language", [], 64)
+    assert (len(data.train_dataset), len(data.test_dataset)) == (50, 5)
+    inputs = batch(data)
+    assert inputs["input_ids"].shape == (4, 64) and torch.equal(inputs["input_ids"], inputs["labels"])
+    whole = load_data(DataArguments("bbc-news", task="causal-lm", max_seq_length=512), minilm_tokenizer)
+    texts = hf_trim.data._load_bbc_news()["train"]["text"][:]
+    ids = minilm_tokenizer(texts, verbose=False)["input_ids"]
+    blocks = torch.tensor(whole.train_dataset["input_ids"][:] + whole.test_dataset["input_ids"][:])
+    assert 0 <= sum(map(len, ids)) - blocks.numel() < 2 * 512  # nothing is lost but the two ends
+    assert (blocks == minilm_tokenizer.sep_token_id).sum() >= len(texts) - 4  # where a text ends
+    for arguments, match in (
+        ({"dataset": "digits"}, "task 'causal-lm' needs texts, and dataset 'digits' holds images"),
+        ({"dataset": "bbc-news", "max_seq_length": 10**7}, "fewer than max_seq_length = 10000000 tokens"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            load_data(DataArguments(task="causal-lm", **arguments), minilm_tokenizer)
+    with pytest.raises(ValueError, match="task must be one of.*Did you mean 'causal-lm'"):
+        DataArguments("bbc-news", task="causal-ml")
+
+
 def write_idx(path, array):
     header = struct.pack(">HBB", 0, 8, array.ndim) + struct.pack(f">{array.ndim}I", *array.shape)
     path.write_bytes(gzip.compress(header + array.tobytes()))

@@ -12,13 +12,13 @@ import pytest
 import torch
 import yaml
 from scipy.stats import ttest_rel
-from transformers import AutoModelForImageClassification
+from transformers import AutoModelForCausalLM, AutoModelForImageClassification, AutoTokenizer
 
 from hf_trim.checkpoints import last_complete_checkpoint
 from hf_trim.clock import train_seconds
 from hf_trim.recipe import parse, recipe_names
 from hf_trim.records import read_record, write_json
-from hf_trim.report import paired_interval, plot, summarize, table_rows
+from hf_trim.report import ARMS, paired_interval, plot, summarize, table_rows
 from hf_trim.run import Job, load, main, make_trainer
 from tests.test_models import save_like_the_hub
 
@@ -256,6 +256,32 @@ def test_records_are_written_whole(tmp_path):
     path.write_text(path.read_text()[:40])
     with pytest.raises(ValueError, match="is no record of a finished run"):
         read_record(path)
+
+
+def test_language_models_are_compared_by_perplexity(tmp_path, capsys):
+    options = ["--compare", "--seeds", "1", "--max_train_samples", "48", "--max_test_samples", "8", "--use_cpu",
+               "--max_seq_length", "32", "--output_dir", str(tmp_path / "out"), "--num_train_epochs", "1"]  # fmt: skip
+    assert main(["bbc-gpt2", *options]) == 0
+    printed = capsys.readouterr().out
+    assert "bbc-gpt2: trimmed, seed 42: test perplexity" in printed and "test perplexity" in printed.split("┃")[3]
+    records = {arm: read_record(tmp_path / "out" / "records" / f"{arm}-seed42.json") for arm in ARMS}
+    assert all(record["metric"] == "perplexity" for record in records.values())
+    assert len({record["test_perplexity"] for record in records.values()}) == 3
+    assert all(1000 < record["test_perplexity"] < 50_000 for record in records.values())
+
+
+def test_a_trained_language_model_loads_back(tmp_path):
+    out = tmp_path / "out"
+    options = ["--max_train_samples", "32", "--max_test_samples", "8", "--max_seq_length", "32", "--use_cpu"]
+    assert main(["bbc-gpt2", *options, "--num_train_epochs", "1", "--output_dir", str(out)]) == 0
+    results = json.loads((out / "all_results.json").read_text())
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
+    assert (model.config.bos_token_id, model.config.eos_token_id) == (tokenizer.cls_token_id, tokenizer.sep_token_id)
+    data = load(Job(*parse("bbc-gpt2", options))).test_dataset.with_format("torch")
+    with torch.no_grad():
+        logits = model(data["input_ids"][:]).logits[:, :-1]
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), data["labels"][:][:, 1:].flatten())
+    assert results["eval_perplexity"] == pytest.approx(loss.exp().item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ["svhn-resnet34", "cifar10-densenet121", "cifar100-resnet34", "cifar10-vit"])
