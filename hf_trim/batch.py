@@ -80,8 +80,9 @@ class TrimmedBatch:
             `torch.Tensor`: The scalar loss to train with: of a mean, this mini-batch's share in that of its optimizer
             step; of a sum, the sum scaled up to that of all items.
         """
-        values = [call.value for call in calls]
         if loss.requires_grad:
+            calls = [call for call in calls if call.value.requires_grad]  # others were metrics
+            values = [call.value for call in calls]
             weights = torch.autograd.grad(loss, values, create_graph=True, allow_unused=True)
             if any(weight is not None and weight.requires_grad for weight in weights):
                 raise ValueError(
@@ -89,8 +90,7 @@ class TrimmedBatch:
                     f"cannot be trimmed by itself. {HOW_TO_PASS_A_LOSS}"
                 )
         else:  # scores only
-            weights = [torch.ones_like(value) for value in values]
-        # A value that the loss does not depend on was a metric.
+            weights = [torch.ones_like(call.value) for call in calls]
         used = [(call, weight.detach()) for call, weight in zip(calls, weights, strict=True) if weight is not None]
         if not used:
             raise ValueError(

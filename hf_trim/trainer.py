@@ -270,22 +270,25 @@ class TrimmingMixin:
     def _loss_of_compiled(self, outputs, inputs, num_items_in_batch) -> Tensor:
         """Loss functions inside a compiled graph are out of reach: the model's own is called again, on its logits."""
         model = self._inner_model()
-        given = {**inputs, **outputs, "config": model.config, "vocab_size": outputs["logits"].shape[-1]}
-        given["pooled_logits"] = outputs["logits"]
+        given = {**inputs, **outputs, "config": model.config, "pooled_logits": outputs.get("logits")}
+        if outputs.get("logits") is not None:
+            given["vocab_size"] = outputs["logits"].shape[-1]
         names = inspect.signature(model.loss_function).parameters
-        with LossCalls(self._batch.batch_size) as losses:
-            try:
-                loss = model.loss_function(**{name: given[name] for name in names if name in given})
-            except TypeError as error:
-                raise ValueError(f"The loss of the compiled {type(model).__name__} is not known: {error}.") from None
-        ours, theirs = loss.item(), outputs["loss"].mean().item()
-        if num_items_in_batch is None and abs(ours - theirs) > 1e-3 + 0.01 * abs(theirs):
-            raise ValueError(
-                f"The compiled {type(model).__name__} returned the loss {theirs:.6g}, and its loss function gives "
-                f"{ours:.6g} for its logits. Do not compile it, or pass compute_loss_func. {HOW_TO_PASS_A_LOSS}"
-            )
-        loss = self._batch(loss, losses.calls)
-        return loss * (self.accelerator.num_processes if self._batch.mean_scale == 1 else 1)
+        given = {name: given[name] for name in names if name in given}
+        scale = self.accelerator.num_processes if self._batch.mean_scale == 1 else 1  # by `Trainer`, of its loss
+        theirs = outputs["loss"].mean().item() / scale
+        for divisor in ({"num_items_in_batch": num_items_in_batch}, {}):  # not all models divide by it
+            with LossCalls(self._batch.batch_size) as losses:
+                try:
+                    loss = model.loss_function(**given, **divisor)
+                except TypeError as error:
+                    raise ValueError(f"The loss of compiled {type(model).__name__} is not known: {error}.") from None
+            if abs(loss.item() - theirs) <= 1e-3 + 0.01 * abs(theirs):
+                return self._batch(loss, losses.calls) * scale
+        raise ValueError(
+            f"The compiled {type(model).__name__} returned the loss {theirs:.6g}, and its loss function gives "
+            f"{loss.item():.6g} for its logits. Do not compile it, or pass compute_loss_func. {HOW_TO_PASS_A_LOSS}"
+        )
 
     def training_step(self, *args, **kwargs):
         with strict(self.trim.trim_strict):
