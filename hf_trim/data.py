@@ -74,6 +74,8 @@ class DataArguments:
             Standard deviation of each channel. By default the pretrained model's, else 0.5.
         augment (`str`, *optional*, defaults to `"none"`):
             `"crop"` shifts each training image by up to an eighth of its size, `"crop-flip"` mirrors half of them too.
+        label_noise (`float`, *optional*, defaults to 0.0):
+            Give this fraction of the training samples another class, drawn with `split_seed`; test labels stay right.
         max_seq_length (`int`, *optional*):
             Number of tokens after which a text is cut, or of a block. By default the tokenizer's limit, at most 512.
         max_train_samples (`int`, *optional*):
@@ -134,6 +136,9 @@ class DataArguments:
             "choices": AUGMENT_CHOICES,
         },
     )
+    label_noise: float = field(
+        default=0.0, metadata={"help": "Give this fraction of the training samples another, wrong class."}
+    )
     max_seq_length: int | None = field(
         default=None, metadata={"help": "Tokens after which a text is cut. Default: the tokenizer's, at most 512."}
     )
@@ -153,6 +158,12 @@ class DataArguments:
             raise ValueError(
                 f"test_fraction must lie between 0 and 1, and is {self.test_fraction!r}: 0.2 tests on a fifth."
             )
+        if not _is_number(self.label_noise) or not 0 <= self.label_noise < 1:
+            raise ValueError(
+                f"label_noise must lie in [0, 1), and is {self.label_noise!r}: 0.2 gives a fifth a wrong class."
+            )
+        if self.label_noise and self.task != "classification":
+            raise ValueError(f"label_noise is for classes, and task is '{self.task}': leave it out.")
         if not isinstance(self.split_seed, int) or isinstance(self.split_seed, bool) or self.split_seed < 0:
             raise ValueError(f"split_seed must be a whole number from 0, and is {self.split_seed!r}.")
         for name in ("image_size", "max_seq_length", "max_train_samples", "max_test_samples"):
@@ -239,6 +250,7 @@ def load_data(args: DataArguments, processing_class=None) -> Data:
         train, test = _stratified_split(args, train, label_names)
     train = _subset(train, args.max_train_samples, args.split_seed)
     test = _subset(test, args.max_test_samples, args.split_seed)
+    train = _mislabel(train, args.label_noise, len(label_names), args.split_seed)
     if kind == "image":
         return _prepare_images(args, train, test, input_column, label_names, processing_class)
     return _prepare_texts(args, train, test, input_column, label_names, processing_class)
@@ -542,6 +554,16 @@ def _stratified_split(args: DataArguments, train: Dataset, label_names: list[str
 
 def _subset(split: Dataset, size: int | None, seed: int) -> Dataset:
     return split if size is None or size >= len(split) else split.shuffle(seed=seed).select(range(size))
+
+
+def _mislabel(split: Dataset, fraction: float, classes: int, seed: int) -> Dataset:
+    if not fraction:
+        return split
+    generator = np.random.default_rng(seed)
+    labels = np.array(split["labels"][:])
+    which = generator.choice(len(labels), round(fraction * len(labels)), replace=False)
+    labels[which] = (labels[which] + generator.integers(1, classes, len(which))) % classes
+    return split.remove_columns("labels").add_column("labels", labels.tolist(), feature=split.features["labels"])
 
 
 # Images

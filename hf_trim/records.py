@@ -73,10 +73,14 @@ def make_record(recipe: str, arm: str, seed: int, settings: dict, metrics: dict,
     """
     metric = "error" if "eval_error" in metrics else "perplexity"
     history: dict[int, dict] = {}
+    seconds = 0.0
     for log in log_history:
         names = {f"eval_{metric}": f"test_{metric}", "eval_loss": "test_loss", "loss": "loss",
                  "full_loss": "full_loss", "trim_fraction": "trim_fraction"}  # fmt: skip
         found = {ours: log[name] for name, ours in names.items() if name in log}
+        if "train_seconds" in log:
+            seconds += log["train_seconds"]
+            found["train_seconds"] = seconds
         if found:
             history.setdefault(log["step"], {"epoch": log["epoch"]}).update(found)
     return {
@@ -127,6 +131,29 @@ def fingerprint(settings: dict) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
+def read_records(path: Path) -> list[dict]:
+    """
+    Args:
+        path (`Path`): A file with a record or a list of records.
+
+    Returns:
+        `list[dict]`: The records; none if there is no file.
+
+    Raises:
+        `ValueError`: If the file holds anything else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        records = content if isinstance(content, list) else [content]
+        for record in records:
+            record["arm"], record["seed"], test_score(record), record["train_seconds"], record["history"]
+    except FileNotFoundError:
+        return []
+    except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is no record of a finished run ({error!r}): delete it to repeat the run.") from None
+    return records
+
+
 def read_record(path: Path) -> dict | None:
     """
     Args:
@@ -138,11 +165,4 @@ def read_record(path: Path) -> dict | None:
     Raises:
         `ValueError`: If the file is not a record.
     """
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        record["arm"], record["seed"], test_score(record), record["train_seconds"], record["history"]
-    except FileNotFoundError:
-        return None
-    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is no record of a finished run ({error!r}): delete it to repeat the run.") from None
-    return record
+    return next(iter(read_records(path)), None)

@@ -1,20 +1,34 @@
-"""Run records → the comparison table and its plot."""
+"""`python -m hf_trim.report RUNS...`: run records → tables and plots, from the records alone."""
 
+import argparse
+import csv
+import io
 import statistics
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
-from scipy.stats import t
+from scipy.stats import bootstrap
 
-from hf_trim.records import metric_name, test_score
+from hf_trim.records import fingerprint, metric_name, read_records, test_score, write_json
 
 
 ARMS = ("plain", "trimmed", "random")
 TITLES = {"error": "test error %", "perplexity": "test perplexity"}
 COLORS = {"plain": "tab:gray", "trimmed": "tab:red", "random": "tab:blue"}
+# Test error in percent without and with trimming, mean of 10 runs (arXiv 2110.13058, Table 1).
+PAPER = {
+    "svhn-resnet34": (5.87, 5.76),
+    "svhn-densenet121": (4.62, 4.42),
+    "cifar10-resnet34": (17.43, 17.01),
+    "cifar10-densenet121": (10.10, 10.19),
+    "cifar100-resnet34": (48.19, 47.72),
+    "cifar100-densenet121": (32.95, 32.18),
+}
 
 
 class Summary(NamedTuple):
@@ -29,7 +43,8 @@ class Summary(NamedTuple):
         sd (`float` or `None`): Its standard deviation over the seeds; `None` for a single run.
         difference (`float` or `None`): Mean of the paired differences from the plain arm, seed by seed, in percentage
             points for errors; `None` for the plain arm.
-        interval (`tuple[float, float]` or `None`): 95 % interval of that mean (Student's t); needs two seeds.
+        interval (`tuple[float, float]` or `None`): 95 % bootstrap interval of that mean; needs two seeds.
+        wins (`int` or `None`): Number of seeds with a lower value than the plain arm's.
         seconds (`float`): Mean seconds of training per run, without evaluation.
         speedup (`float` or `None`): The plain arm's seconds over this arm's, on the seeds they share.
     """
@@ -41,13 +56,15 @@ class Summary(NamedTuple):
     sd: float | None
     difference: float | None
     interval: tuple[float, float] | None
+    wins: int | None
     seconds: float
     speedup: float | None
 
 
 def paired_interval(differences: list[float], confidence: float = 0.95) -> tuple[float, float] | None:
     """
-    Interval of a mean of paired differences.
+    Percentile bootstrap interval of a mean of paired differences. (With few seeds it is too narrow rather than too
+    wide; a test of significance could not tell anything with so few.)
 
     Args:
         differences (`list[float]`): One difference per seed.
@@ -58,9 +75,10 @@ def paired_interval(differences: list[float], confidence: float = 0.95) -> tuple
     """
     if len(differences) < 2:
         return None
-    half = statistics.stdev(differences) / len(differences) ** 0.5 * t.ppf((1 + confidence) / 2, len(differences) - 1)
-    mean = statistics.mean(differences)
-    return mean - half, mean + half
+    found = bootstrap(
+        (differences,), np.mean, confidence_level=confidence, method="percentile", rng=np.random.default_rng(0)
+    ).confidence_interval
+    return float(found.low), float(found.high)
 
 
 def summarize(records: list[dict]) -> list[Summary]:
@@ -77,7 +95,7 @@ def summarize(records: list[dict]) -> list[Summary]:
     for arm, runs in by_arm.items():
         if not runs:
             continue
-        scores = [test_score(run) for run in runs.values()]
+        scores = [test_score(runs[seed]) for seed in sorted(runs)]
         shared = sorted(runs.keys() & plain.keys()) if arm != "plain" else []
         differences = [test_score(runs[seed]) - test_score(plain[seed]) for seed in shared]
         summaries.append(
@@ -89,6 +107,7 @@ def summarize(records: list[dict]) -> list[Summary]:
                 statistics.stdev(scores) if len(scores) > 1 else None,
                 statistics.mean(differences) if differences else None,
                 paired_interval(differences),
+                sum(difference < 0 for difference in differences) if differences else None,
                 statistics.mean(run["train_seconds"] for run in runs.values()),
                 sum(plain[seed]["train_seconds"] for seed in shared)
                 / sum(runs[seed]["train_seconds"] for seed in shared)
@@ -99,36 +118,59 @@ def summarize(records: list[dict]) -> list[Summary]:
     return summaries
 
 
-def table_rows(summaries: list[Summary]) -> tuple[list[str], list[list[str]]]:
+def table_rows(summaries: list[Summary], recipe: str = "") -> tuple[list[str], list[list[str]]]:
     """
     Args:
         summaries (`list[Summary]`): The arms.
+        recipe (`str`, *optional*): Its name: the paper's numbers stand beside ours if it is one of the paper's.
 
     Returns:
         `tuple[list[str], list[list[str]]]`: Head and rows of the table, as text.
     """
     title = TITLES[summaries[0].metric]
-    head = ["arm", "runs", title, "difference to plain (95 % interval)", "train time per run", "speed-up"]
+    head = ["arm", "runs", title, "difference to plain (95 % interval)", "better", "train time per run", "speed-up"]
     rows = []
     for s in summaries:
-        error = f"{s.mean:.2f}" + ("" if s.sd is None else f" ± {s.sd:.2f}")
-        difference = "–" if s.difference is None else f"{s.difference:+.2f}"
+        score = f"{s.mean:.2f}" + ("" if s.sd is None else f" ± {s.sd:.2f}")
+        difference = "–" if s.difference is None else _signed(s.difference)
         if s.interval is not None:
-            difference += f" ({s.interval[0]:+.2f} … {s.interval[1]:+.2f})"
+            difference += f" ({_signed(s.interval[0])} … {_signed(s.interval[1])})"
+        wins = "–" if s.wins is None else f"{s.wins} of {s.runs}"
         speedup = "–" if s.speedup is None else f"{s.speedup:.2f}×"
-        rows.append([s.arm, str(s.runs), error, difference, f"{s.seconds:.1f} s", speedup])
+        rows.append([s.arm, str(s.runs), score, difference, wins, f"{s.seconds:.1f} s", speedup])
+        if recipe in PAPER and s.arm != "random":
+            paper = PAPER[recipe]
+            change = "–" if s.arm == "plain" else _signed(paper[1] - paper[0])
+            rows.append([f"{s.arm} (paper)", "10", f"{paper[s.arm == 'trimmed']:.2f}", change, "–", "–", "–"])
     return head, rows
 
 
-def print_table(title: str, summaries: list[Summary]) -> None:
+def _signed(value: float) -> str:
+    return f"{value:+.2f}".replace("-", "−")
+
+
+def markdown_table(records: list[dict]) -> str:
     """
-    Print the comparison.
+    Args:
+        records (`list[dict]`): Records of finished runs, of one recipe with one setting.
+
+    Returns:
+        `str`: The table in Markdown.
+    """
+    head, rows = table_rows(summarize(records), records[0].get("recipe", ""))
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def print_table(title: str, head: list[str], rows: list[list[str]]) -> None:
+    """
+    Print a table.
 
     Args:
         title (`str`): What was compared.
-        summaries (`list[Summary]`): The arms.
+        head (`list[str]`): Its columns.
+        rows (`list[list[str]]`): Its rows.
     """
-    head, rows = table_rows(summaries)
     table = Table(title=title, title_justify="left")
     for number, column in enumerate(head):
         table.add_column(column, justify="left" if number == 0 else "right")
@@ -150,7 +192,8 @@ def print_wide(table: Table) -> None:
 
 def plot(records: list[dict], path: Path, title: str) -> None:
     """
-    The metric of each arm (mean, and the span of the seeds) and p of the trimmed one, over the epochs.
+    Three plots: the metric of each arm (mean, and the span of the seeds) and p of the trimmed one over the epochs; the
+    metric over the seconds of training; and the differences from the plain arm, seed by seed.
 
     Args:
         records (`list[dict]`): Records of finished runs, of one recipe.
@@ -158,28 +201,161 @@ def plot(records: list[dict], path: Path, title: str) -> None:
         title (`str`): The plot's title.
     """
     metric = metric_name(records[0])
-    key = f"test_{metric}"
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for arm in ARMS:
-        runs = [record for record in records if record["arm"] == arm]
-        curves = [{h["epoch"]: h[key] for h in run["history"] if key in h} for run in runs]
-        epochs = sorted(set.intersection(*map(set, curves))) if curves else []
-        if not epochs:
-            continue
-        values = [[curve[epoch] for curve in curves] for epoch in epochs]
-        label = f"{arm} ({len(runs)} run{'s' if len(runs) > 1 else ''})"
-        axes.plot(epochs, [statistics.mean(v) for v in values], color=COLORS[arm], label=label)
-        axes.fill_between(epochs, list(map(min, values)), list(map(max, values)), color=COLORS[arm], alpha=0.15, lw=0)
-    axes.set(title=title, xlabel="epoch", ylabel=TITLES[metric], yscale="log")
-    axes.grid(alpha=0.3, which="both")
-    trimmed = [record for record in records if record["arm"] == "trimmed"]
-    if trimmed:
-        steps = [(h["epoch"], h["trim_fraction"]) for h in trimmed[0]["history"] if "trim_fraction" in h]
-        fractions = axes.twinx()
+    figure = Figure(figsize=(15, 4.5), layout="constrained")
+    figure.suptitle(title)
+    epochs, seconds, seeds = figure.subplots(1, 3)
+    by_arm = {arm: sorted((r for r in records if r["arm"] == arm), key=lambda r: r["seed"]) for arm in ARMS}
+    for arm, runs in by_arm.items():
+        if runs:
+            _plot_curves(epochs, seconds, runs, f"test_{metric}", arm)
+    for axes, label in ((epochs, "epoch"), (seconds, "seconds of training")):
+        axes.set(xlabel=label, ylabel=TITLES[metric], yscale="log")
+        axes.grid(alpha=0.3, which="both")
+    steps = [
+        (h["epoch"], h["trim_fraction"]) for r in by_arm["trimmed"][:1] for h in r["history"] if "trim_fraction" in h
+    ]
+    if steps:
+        fractions = epochs.twinx()
         fractions.plot(*zip(*steps, strict=True), color="black", ls=":", drawstyle="steps-pre")
         fractions.set(ylabel="kept fraction p", ylim=(0, 1.05))
-        axes.plot([], [], color="black", ls=":", label="kept fraction p (right)")
-    axes.legend()
+        epochs.plot([], [], color="black", ls=":", label="kept fraction p (right)")
+    epochs.legend()
+    plain = {record["seed"]: test_score(record) for record in by_arm["plain"]}
+    for shift, arm in ((-0.1, "trimmed"), (0.1, "random")):
+        pairs = [(r["seed"] + shift, test_score(r) - plain[r["seed"]]) for r in by_arm[arm] if r["seed"] in plain]
+        if pairs:
+            seeds.plot(*zip(*pairs, strict=True), "o", color=COLORS[arm], label=arm)
+            seeds.legend()
+    seeds.axhline(0, color=COLORS["plain"])
+    seeds.set(xlabel="seed", ylabel=f"{TITLES[metric]}, difference to plain")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150, metadata={"Software": None})
+
+
+def _plot_curves(epochs, seconds, runs: list[dict], key: str, arm: str) -> None:
+    curves = [{h["epoch"]: h[key] for h in run["history"] if key in h} for run in runs]
+    shared = sorted(set.intersection(*map(set, curves)))
+    if not shared:
+        return
+    values = [[curve[epoch] for curve in curves] for epoch in shared]
+    label = f"{arm} ({len(runs)} run{'s' if len(runs) > 1 else ''})"
+    mean = [statistics.mean(v) for v in values]
+    epochs.plot(shared, mean, color=COLORS[arm], label=label)
+    epochs.fill_between(shared, list(map(min, values)), list(map(max, values)), color=COLORS[arm], alpha=0.15, lw=0)
+    clocks = [{h["epoch"]: h["train_seconds"] for h in run["history"] if "train_seconds" in h} for run in runs]
+    if all(epoch in clock for clock in clocks for epoch in shared):
+        times = [statistics.mean(clock[epoch] for clock in clocks) for epoch in shared]
+        seconds.plot(times, mean, color=COLORS[arm])
+
+
+# ---- many runs -----------------------------------------------------------------------------------------------------
+
+
+def find_records(paths: list[str]) -> list[dict]:
+    """
+    Args:
+        paths (`list[str]`): Files with records, or folders that hold such files in `records` (at any depth) or are of
+            nothing else.
+
+    Returns:
+        `list[dict]`: All records, without repetitions, in a fixed order.
+
+    Raises:
+        `ValueError`: If there is none, or a file is broken.
+    """
+    files: list[Path] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            files += sorted(path.rglob("records/*.json")) or sorted(path.glob("*.json"))
+        elif path.is_file():
+            files.append(path)
+        else:
+            raise ValueError(f"there is no file or folder {path}: give folders of comparisons, or files of records.")
+    found = {_identity(record): record for file in files for record in read_records(file)}
+    if not found:
+        raise ValueError(f"no records in {', '.join(paths)}: `python -m hf_trim.run RECIPE --compare` makes some.")
+    return [found[key] for key in sorted(found)]
+
+
+def _identity(record: dict) -> tuple:
+    arm = ARMS.index(record["arm"])
+    return record.get("recipe", ""), fingerprint(record.get("settings", {})), arm, record["seed"]
+
+
+def group(records: list[dict]) -> dict[str, list[dict]]:
+    """
+    Args:
+        records (`list[dict]`): Records of any runs.
+
+    Returns:
+        `dict[str, list[dict]]`: Those of each recipe and settings, by a title that names the settings in which the
+        groups of one recipe differ.
+    """
+    by_settings: dict[tuple, list[dict]] = {}
+    for record in records:
+        by_settings.setdefault(_identity(record)[:2], []).append(record)
+    groups = {}
+    for (recipe, _), members in by_settings.items():
+        settings = [other[0].get("settings", {}) for key, other in by_settings.items() if key[0] == recipe]
+        ours = members[0].get("settings", {})
+        varied = [
+            name for name in sorted({n for s in settings for n in s}) if len({str(s.get(name)) for s in settings}) > 1
+        ]
+        changes = [f"{name} {ours[name]}" for name in varied if name in ours]
+        groups[", ".join([recipe, *changes])] = members
+    return dict(sorted(groups.items()))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """
+    The command line.
+
+    Args:
+        argv (`list[str]`, *optional*): Arguments; the default is `sys.argv[1:]`.
+
+    Returns:
+        `int`: Exit status: 0, or 2 if there are no records.
+    """
+    parser = argparse.ArgumentParser("python -m hf_trim.report", description="Tables and plots of finished runs.")
+    parser.add_argument("runs", nargs="+", help="Folders that --compare wrote, or JSON files of records.")
+    parser.add_argument("--output", help="Folder for report.md, report.csv, plots and records.json.")
+    args = parser.parse_args(argv)
+    try:
+        records = find_records(args.runs)
+    except ValueError as error:
+        print(f"hf_trim.report: {error}", file=sys.stderr)
+        return 2
+    groups = group(records)
+    for title, members in groups.items():
+        print_table(title, *table_rows(summarize(members), members[0].get("recipe", "")))
+    if args.output:
+        write_report(groups, Path(args.output))
+        print(f"Written to {args.output}.")
+    return 0
+
+
+def write_report(groups: dict[str, list[dict]], folder: Path) -> None:
+    """
+    Args:
+        groups (`dict[str, list[dict]]`): What [`group`] returned.
+        folder (`Path`): Where to write `report.md`, `report.csv`, a plot each, and all `records.json`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    text, sheet = [], io.StringIO()
+    writer = csv.writer(sheet, lineterminator="\n")
+    writer.writerow(["runs of", *Summary._fields])
+    for title, members in groups.items():
+        name = "".join(c if c.isalnum() or c in "-_." else "_" for c in title)
+        plot(members, folder / f"{name}.png", title)
+        about = sorted({f"{r.get('hardware', '?')}, torch {r.get('versions', {}).get('torch', '?')}" for r in members})
+        text.append(f"## {title}\n\n{'; '.join(about)}\n\n{markdown_table(members)}\n![{title}]({name}.png)\n")
+        for s in summarize(members):
+            interval = "" if s.interval is None else f"{s.interval[0]} {s.interval[1]}"
+            writer.writerow([title, *s._replace(interval=interval)])
+    (folder / "report.md").write_text("\n".join(text), encoding="utf-8")
+    (folder / "report.csv").write_text(sheet.getvalue(), encoding="utf-8")
+    write_json(folder / "records.json", [record for members in groups.values() for record in members])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -27,7 +27,7 @@ from hf_trim.recipe import (
     user_errors,
 )
 from hf_trim.records import hardware, make_record, metric_name, read_record, test_score, write_json
-from hf_trim.report import plot, print_table, print_wide, summarize
+from hf_trim.report import plot, print_table, print_wide, summarize, table_rows
 from hf_trim.trainer import TrimmingTrainer
 
 
@@ -254,7 +254,8 @@ def compare(job: Job) -> None:
         records.append(record)
     picture = job.output_dir / "comparison.png"
     plot(records, picture, job.name)
-    print_table(f"{job.name}, {len(seeds)} seed{'s' if len(seeds) > 1 else ''}, {hardware()}", summarize(records))
+    title = f"{job.name}, {len(seeds)} seed{'s' if len(seeds) > 1 else ''}, {hardware()}"
+    print_table(title, *table_rows(summarize(records), job.name))
     print(f"Records: {job.output_dir / 'records'}; plot: {picture}")
 
 

@@ -138,3 +138,11 @@ def weights(trainer_or_model):
 
 def relative_difference(a, b):
     return float((a - b).norm() / b.norm())
+
+
+def record(arm, seed, error, seconds=10.0, recipe="tiny", **settings):
+    """A record of a run, as a comparison writes it."""
+    history = [{"epoch": 1.0, "test_error": error + 1, "trim_fraction": 1.0, "train_seconds": seconds / 2},
+               {"epoch": 2.0, "test_error": error, "train_seconds": seconds}]  # fmt: skip
+    return {"recipe": recipe, "arm": arm, "seed": seed, "metric": "error", "test_error": error,
+            "train_seconds": seconds, "history": history, "settings": settings}  # fmt: skip

@@ -102,6 +102,23 @@ def test_blocks_of_a_language_model(minilm_tokenizer):
         DataArguments("bbc-news", task="causal-ml")
 
 
+def test_label_noise():
+    def train_labels(noise, **arguments):
+        data = load_data(DataArguments("digits", label_noise=noise, **arguments))
+        return np.array(labels(data.train_dataset)), labels(data.test_dataset)
+
+    right, test = train_labels(0.0)
+    noisy, noisy_test = train_labels(0.2)
+    assert (right != noisy).sum() == round(0.2 * len(right)) and noisy_test == test
+    assert (np.bincount(noisy[right != noisy], minlength=10) > 0).all()
+    assert (train_labels(0.2)[0] == noisy).all() and (train_labels(0.2, split_seed=1)[0] != noisy).any()
+    for noise, match in ((1.0, "label_noise must lie in"), ("a", "label_noise must lie in")):
+        with pytest.raises(ValueError, match=match):
+            DataArguments("digits", label_noise=noise)
+    with pytest.raises(ValueError, match="label_noise is for classes"):
+        DataArguments("bbc-news", task="causal-lm", label_noise=0.1)
+
+
 def write_idx(path, array):
     header = struct.pack(">HBB", 0, 8, array.ndim) + struct.pack(f">{array.ndim}I", *array.shape)
     path.write_bytes(gzip.compress(header + array.tobytes()))
