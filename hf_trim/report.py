@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from rich.console import Console
 from rich.table import Table
 from scipy.stats import bootstrap
@@ -220,12 +221,14 @@ def plot(records: list[dict], path: Path, title: str) -> None:
         fractions.set(ylabel="kept fraction p", ylim=(0, 1.05))
         epochs.plot([], [], color="black", ls=":", label="kept fraction p (right)")
     epochs.legend()
+    seconds.set_visible(bool(seconds.lines))  # older records do not say how long each epoch took
     plain = {record["seed"]: test_score(record) for record in by_arm["plain"]}
     for shift, arm in ((-0.1, "trimmed"), (0.1, "random")):
         pairs = [(r["seed"] + shift, test_score(r) - plain[r["seed"]]) for r in by_arm[arm] if r["seed"] in plain]
         if pairs:
             seeds.plot(*zip(*pairs, strict=True), "o", color=COLORS[arm], label=arm)
             seeds.legend()
+    seeds.xaxis.set_major_locator(MaxNLocator(integer=True))
     seeds.axhline(0, color=COLORS["plain"])
     seeds.set(xlabel="seed", ylabel=f"{TITLES[metric]}, difference to plain")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -311,6 +311,21 @@ def test_what_is_not_supported_is_refused_at_construction(tmp_path):
     refused("use_liger_kernel=True replaces the loss by a fused one", tiny_vit(), tmp_path, **half)
 
 
+def test_parallelism_that_would_rank_wrongly_is_refused(tmp_path):
+    args = TrimmingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    args._n_gpu = 2
+    with pytest.raises(ValueError, match="DataParallel over 2 GPUs would trim each replica"):
+        TrimmingTrainer(tiny_vit(), args, train_dataset=digits())
+
+    class ContextParallel(TrimmingTrainer):
+        def get_cp_size(self):
+            return 2
+
+    args = TrimmingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    with pytest.raises(ValueError, match="Context or sequence parallelism splits a sample"):
+        ContextParallel(tiny_vit(), args, train_dataset=digits())
+
+
 @pytest.mark.parametrize(
     "arguments, match",
     [
