@@ -25,6 +25,7 @@ from transformers import (
     ConvNextForImageClassification,
     GPT2Config,
     GPT2ForSequenceClassification,
+    GPT2LMHeadModel,
     HfArgumentParser,
     LlamaConfig,
     LlamaForSequenceClassification,
@@ -57,8 +58,9 @@ class BenchArguments:
 
     Args:
         models (`list[str]`): Names of models. `bert`, `gpt2`, `llama`, `vit` and `convnext` have the size that
-            `layers` and `hidden_size` say, `bert-base`, `vit-base` and `llama-1b` their own; `lm-head` is the last
-            layer of a language model alone, of that width, trimmed by tokens in chunks (`sparse`).
+            `layers` and `hidden_size` say, `bert-base`, `vit-base` and `llama-1b` their own; `gpt2-lm`
+            (a language model) and `lm-head` (its last layer alone) are trimmed by tokens, with whole logits (`dense`)
+            or in chunks (`sparse`); as the rest of a language model does not shrink with p, it stays below the bound.
         keep (`list[float]`): Fractions p of the batch to keep.
         modes (`list[str]`): Backward passes; `dense` is the reference, and always runs.
         batch_size (`int`): Samples a step.
@@ -79,7 +81,7 @@ class BenchArguments:
 
     models: list[str] = field(
         default_factory=lambda: ["bert", "gpt2", "llama", "vit", "convnext"],
-        metadata={"help": "bert, gpt2, llama, vit, convnext, lm-head; of fixed size: bert-base, vit-base, llama-1b."},
+        metadata={"help": "bert, gpt2, llama, vit, convnext, gpt2-lm, lm-head; bert-base, vit-base, llama-1b."},
     )
     keep: list[float] = field(
         default_factory=lambda: [0.2, 0.4, 0.6, 0.8, 1.0], metadata={"help": "Fractions p of the batch to keep."}
@@ -173,7 +175,7 @@ def _bert(args: BenchArguments, **sizes) -> PreTrainedModel:
     return BertForSequenceClassification._from_config(config, attn_implementation="sdpa")
 
 
-def _gpt2(args: BenchArguments) -> PreTrainedModel:
+def _gpt2(args: BenchArguments, model_class=GPT2ForSequenceClassification) -> PreTrainedModel:
     config = GPT2Config(
         n_embd=args.hidden_size,
         n_layer=args.layers,
@@ -185,7 +187,7 @@ def _gpt2(args: BenchArguments) -> PreTrainedModel:
         **_vocabulary(args),
         **_dropout(args, "resid_pdrop", "embd_pdrop", "attn_pdrop"),
     )
-    return GPT2ForSequenceClassification._from_config(config, attn_implementation="sdpa")
+    return model_class._from_config(config, attn_implementation="sdpa")
 
 
 def _llama(args: BenchArguments, **sizes) -> PreTrainedModel:
@@ -246,7 +248,9 @@ MODELS: dict[str, Callable[[BenchArguments], PreTrainedModel]] = {
     "vit-base": _vit,
     "llama-1b": lambda args: _llama(args, **LLAMA_1B),
     "lm-head": LMHeadOnly,
+    "gpt2-lm": lambda args: _gpt2(args, GPT2LMHeadModel),
 }
+TOKEN_MODELS = ("lm-head", "gpt2-lm")
 
 
 def build_model(name: str, args: BenchArguments) -> PreTrainedModel:
@@ -366,20 +370,30 @@ class Steps:
             return trimmed_mean(self.losses(), cell.keep, backward=cell.mode)
 
 
-class HeadSteps(Steps):
-    """Steps of a language model's last layer and its loss: with whole logits, or (`sparse`) with chunks of them."""
+class TokenSteps(Steps):
+    """Steps of a language model, trimmed by tokens: with whole logits, or (`sparse`) with chunks of them."""
+
+    def __init__(self, model: nn.Module, batch: dict[str, Tensor], dtype: str):
+        super().__init__(model, batch, dtype)
+        self.target = batch["input_ids"][:, 1:] if "input_ids" in batch else batch["labels"]
+        self.size = self.target.numel()
+
+    def _head(self) -> tuple[Tensor, Tensor]:
+        """Inputs and weight of the last layer."""
+        if isinstance(self.model, LMHeadOnly):
+            return self.model.tokens, self.model.head.weight
+        hidden = self.model.transformer(self.batch["input_ids"]).last_hidden_state
+        return hidden[:, :-1], self.model.lm_head.weight
 
     def losses(self, kept: Tensor | None = None) -> Tensor:
-        logits = F.linear(self.model.tokens, self.model.head.weight)
-        return F.cross_entropy(logits.float(), self.batch["labels"], reduction="none")
+        logits = F.linear(*self._head()).flatten(0, -2)
+        return F.cross_entropy(logits.float(), self.target.flatten(), reduction="none")
 
     def forward(self, cell: Cell) -> Tensor:
         if cell.mode != "sparse":
             return super().forward(cell)
         with torch.autocast(self.device, torch.bfloat16, enabled=self.dtype == "bfloat16"):
-            return trimmed_linear_cross_entropy(
-                self.model.tokens, self.model.head.weight, self.batch["labels"], cell.keep
-            )
+            return trimmed_linear_cross_entropy(*self._head(), self.target, cell.keep)
 
 
 def time_step(steps: Steps, cell: Cell, seed: int) -> tuple[float, float]:
@@ -689,7 +703,7 @@ def bench_model(name: str, args: BenchArguments) -> dict:
         `dict`: What the JSON holds of it; times in seconds.
     """
     model = build_model(name, args)
-    steps_class, modes = (HeadSteps, MODES[:2]) if name == "lm-head" else (Steps, MODES)
+    steps_class, modes = (TokenSteps, MODES[:2]) if name in TOKEN_MODELS else (Steps, MODES)
     steps = steps_class(model, random_batch(model.config, args), args.dtype)
     cells = [UNTRIMMED, *(Cell(mode, keep) for keep in args.keep for mode in args.modes if mode in modes)]
     checks = check_cells(steps, cells)

@@ -37,7 +37,7 @@ def test_end_to_end(tmp_path, capsys, extra):
         assert len(cells["sparse", 0.34]["rounds"]) == 2
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "convnext"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "convnext", "gpt2-lm", "lm-head"])
 def test_other_models(tmp_path, name):
     output = tmp_path / "bench.json"
     assert main([*TINY, "--models", name, "--keep", "0.5", "--modes", "sparse", "--repeats", "1", "--device", "cpu",
