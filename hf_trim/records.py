@@ -23,8 +23,10 @@ def write_json(path: Path, content) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     with open(part, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2, sort_keys=True)
-        file.write("\n")
+        if isinstance(content, list):  # one element a line
+            file.write("[\n" + ",\n".join(json.dumps(each, sort_keys=True) for each in content) + "\n]\n")
+        else:
+            file.write(json.dumps(content, indent=2, sort_keys=True) + "\n")
         file.flush()
         os.fsync(file.fileno())
     os.replace(part, path)
