@@ -325,7 +325,11 @@ def _remember(func, lazy: LazyLogits, args: tuple, kwargs: dict) -> LazyLogits |
         dtype = func(torch.empty(0, dtype=lazy.dtype), *args, **kwargs).dtype
         return lazy.like(step=(func, args, kwargs), dtype=dtype)
     if func in _ELEMENTWISE and all(
-        not each.requires_grad and each.numel() in (1, each.shape[-1]) and each.ndim <= lazy.ndim for each in others
+        not isinstance(each, LazyLogits)
+        and not each.requires_grad
+        and each.numel() in (1, each.shape[-1])
+        and each.ndim <= lazy.ndim
+        for each in others
     ):
         # Broadcast over tokens: chunks have one dimension for these.
         args = tree_map_only(Tensor, lambda each: each.flatten() if each.numel() > 1 else each.reshape(()), args)

@@ -137,6 +137,12 @@ def test_other_operations_find_the_ordinary_logits(name):
         assert torch.allclose(grad, hidden.grad)
 
 
+def test_logits_of_one_token_times_themselves():
+    layer, hidden, lazy, whole = lazy_and_whole(torch.randn(1, 6, requires_grad=True))
+    ours, expected = ((x * x).sum() for x in (lazy, whole))
+    assert relative_difference(*(torch.autograd.grad(x, hidden)[0] for x in (ours, expected))) < 1e-6
+
+
 def test_an_operation_in_place_reaches_the_logits():
     layer, hidden, lazy, whole = lazy_and_whole()
     lazy.mul_(2.0)
