@@ -246,9 +246,7 @@ class TrimmedBatch:
             return total + take_kept(losses, elements, "dense").sum()
         taken = take_rows_sparse(losses.view(self.batch_size, -1), rows, **dense_above)
         if not samples:
-            place = torch.zeros(self.batch_size, dtype=torch.long, device=rows.device)
-            place[rows] = torch.arange(len(rows), device=rows.device)
-            taken = taken[place[elements // (len(losses) // self.batch_size)], elements % taken.shape[1]]
+            taken = taken[torch.searchsorted(rows, elements // taken.shape[1]), elements % taken.shape[1]]
         return total + taken.sum()
 
     def _log(self, scores: Tensor, valid: Tensor, kept: Tensor) -> None:

@@ -12,6 +12,11 @@ from hf_trim.messages import check_choice
 from hf_trim.selection import NONFINITE_CHOICES, SELECT_CHOICES, select_items
 
 
+def _check_keep(keep: float) -> None:
+    if not 0 < keep <= 1:
+        raise ValueError(f"keep must be a fraction in (0, 1], and is {keep}: 0.2 keeps the hardest fifth.")
+
+
 def trimmed_mean(
     losses: Tensor | Callable[[Tensor | None], Tensor],
     keep: float,
@@ -74,14 +79,15 @@ def trimmed_mean(
             f"trimmed_mean needs unreduced floating-point losses, e.g. [B] or [B, T], and got {losses.dtype} of shape "
             f'{list(losses.shape)}: compute the loss with reduction="none".'
         )
-    if not 0 < keep <= 1:
-        raise ValueError(f"keep must be a fraction in (0, 1], and is {keep}: 0.2 keeps the hardest fifth.")
+    _check_keep(keep)
     if valid is not None and (valid.shape != losses.shape or valid.dtype != torch.bool):
         raise ValueError(
             f"valid must be a boolean mask of the losses' shape {list(losses.shape)}, and is {valid.dtype} of shape "
             f"{list(valid.shape)}."
         )
-    bad = ~losses.detach().isfinite() if valid is None else ~losses.detach().isfinite() & valid
+    bad = ~losses.detach().isfinite()
+    if valid is not None:
+        bad &= valid
     if (count := int(bad.sum())) and nonfinite == "error":
         raise ValueError(
             f"{count} of {losses.numel()} losses are NaN or infinite, and ranking them means nothing. "
@@ -137,8 +143,7 @@ def trimmed_linear_cross_entropy(
         `ValueError`: If an argument is out of its range, shapes do not match, or a loss is not finite.
     """
     check_choice("select", select, SELECT_CHOICES)
-    if not 0 < keep <= 1:
-        raise ValueError(f"keep must be a fraction in (0, 1], and is {keep}: 0.2 keeps the hardest fifth.")
+    _check_keep(keep)
     if hidden.shape[:-1] != target.shape or weight.ndim != 2 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"Expected hidden [..., H], weight [V, H] and target [...]; got {list(hidden.shape)}, "

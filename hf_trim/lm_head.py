@@ -279,9 +279,7 @@ def _place(values: Tensor, tokens: Tensor, rows: Rows | None, shape: torch.Size)
         return values.new_zeros(shape).index_copy(0, tokens, values)
     length = shape[0] // rows.batch
     # From a token's place in the batch to its place among the kept samples.
-    place = torch.zeros(rows.batch, dtype=torch.long, device=tokens.device)
-    place[rows.index] = torch.arange(rows.count, device=tokens.device)
-    at = place[tokens // length] * length + tokens % length
+    at = torch.searchsorted(rows.index, tokens // length) * length + tokens % length
     payload = values.new_zeros(rows.count * length, shape[1]).index_copy(0, at, values)
     rows.task = torch._C._current_graph_task_id()
     return RowSparseTensor(payload, rows, 0, 1, length)

@@ -89,16 +89,14 @@ class Metric(NamedTuple):
 
     Args:
         name (`str`): Its name in the records.
-        unit (`str`): Behind a number.
         arguments (`dict`): Arguments of `Trainer`.
     """
 
     name: str
-    unit: str
     arguments: dict[str, Callable]
 
 
-ERROR = Metric("error", " %", {"compute_metrics": compute_metrics})
+ERROR = Metric("error", {"compute_metrics": compute_metrics})
 PERPLEXITY = Metric(
-    "perplexity", "", {"compute_metrics": compute_perplexity, "preprocess_logits_for_metrics": token_losses}
+    "perplexity", {"compute_metrics": compute_perplexity, "preprocess_logits_for_metrics": token_losses}
 )

@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -28,13 +28,24 @@ from hf_trim.messages import closest
 
 
 SOURCES = ("model_name_or_path", "model_type", "timm_model")
-MODELS = {
-    "image": (AutoModelForImageClassification, MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING),
-    "text": (AutoModelForSequenceClassification, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING),
-    "language": (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING),
+
+
+class Kind(NamedTuple):
+    """What transformers has for a kind of data: auto class, configurations → classes, name, and a model type."""
+
+    auto_class: Any
+    mapping: Any
+    name: str
+    example: str
+
+
+KINDS = {
+    "image": Kind(AutoModelForImageClassification, MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, "image classifier", "vit"),
+    "text": Kind(
+        AutoModelForSequenceClassification, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, "text classifier", "bert"
+    ),
+    "language": Kind(AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING, "causal language model", "gpt2"),
 }
-EXAMPLES = {"image": "vit", "text": "bert", "language": "gpt2"}
-NAMES = {"image": "image classifier", "text": "text classifier", "language": "causal language model"}
 
 
 @dataclass
@@ -159,22 +170,22 @@ def build_model(args: ModelArguments, data: Data) -> PreTrainedModel:
         labels = {}
     if source == "timm_model":
         return _build_timm(args, data, labels)
-    auto_class, mapping = MODELS[data.kind]
+    kind = KINDS[data.kind]
     if source == "model_type":
-        return auto_class.from_config(_scratch_config(args, data, labels, mapping))
+        return kind.auto_class.from_config(_scratch_config(args, data, labels))
 
     config = _pretrained_config(args)
-    if type(config) not in mapping:
+    if type(config) not in kind.mapping:
         raise ValueError(
             f"model_name_or_path '{args.model_name_or_path}' is of type '{config.model_type}', for which transformers "
-            f"has no {NAMES[data.kind]}, and that is what task and dataset ask for: choose another model."
+            f"has no {kind.name}, and that is what task and dataset ask for: choose another model."
         )
     _override(config, args.config_overrides, f"model_name_or_path '{args.model_name_or_path}'")
     for label, value in labels.items():
         setattr(config, label, value)
     _check_fit(config, data)
     try:
-        return auto_class.from_pretrained(
+        return kind.auto_class.from_pretrained(
             _folder_of(args.model_name_or_path),
             config=config,
             dtype=torch.float32,
@@ -208,12 +219,13 @@ def _build_timm(args: ModelArguments, data: Data, labels: dict[str, Any]) -> Pre
         ) from error
 
 
-def _scratch_config(args: ModelArguments, data: Data, labels: dict[str, Any], mapping: Any) -> PreTrainedConfig:
-    types = [config.model_type for config in mapping]
+def _scratch_config(args: ModelArguments, data: Data, labels: dict[str, Any]) -> PreTrainedConfig:
+    kind = KINDS[data.kind]
+    types = [config.model_type for config in kind.mapping]
     if args.model_type not in types:
         raise ValueError(
-            f"model_type '{args.model_type}' is not one for which transformers has a {NAMES[data.kind]}."
-            + (closest(args.model_type, types) or f" Use '{EXAMPLES[data.kind]}', for example.")
+            f"model_type '{args.model_type}' is not one for which transformers has a {kind.name}."
+            + (closest(args.model_type, types) or f" Use '{kind.example}', for example.")
         )
     config = AutoConfig.for_model(args.model_type)
     wanted = {"image_size": data.image_size, "num_channels": data.num_channels}

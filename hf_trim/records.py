@@ -12,6 +12,10 @@ import transformers
 from hf_trim.clock import train_seconds
 
 
+# Behind a value of each metric.
+UNITS = {"error": " %", "perplexity": ""}
+
+
 def write_json(path: Path, content) -> None:
     """
     Write a file so that a reader, or a rerun after a crash, sees the old content or the new, never a part of it.

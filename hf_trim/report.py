@@ -15,11 +15,11 @@ from rich.console import Console
 from rich.table import Table
 from scipy.stats import bootstrap
 
-from hf_trim.records import fingerprint, metric_name, read_records, test_score, write_json
+from hf_trim.records import UNITS, fingerprint, metric_name, read_records, test_score, write_json
 
 
 ARMS = ("plain", "trimmed", "random")
-TITLES = {"error": "test error %", "perplexity": "test perplexity"}
+TITLES = {metric: f"test {metric}{unit}" for metric, unit in UNITS.items()}
 COLORS = {"plain": "tab:gray", "trimmed": "tab:red", "random": "tab:blue"}
 # Test error in percent without and with trimming, mean of 10 runs (arXiv 2110.13058, Table 1).
 PAPER = {

@@ -26,7 +26,7 @@ from hf_trim.recipe import (
     recipe_names,
     user_errors,
 )
-from hf_trim.records import hardware, make_record, metric_name, read_record, test_score, write_json
+from hf_trim.records import UNITS, hardware, make_record, metric_name, read_record, test_score, write_json
 from hf_trim.report import plot, print_table, print_wide, summarize, table_rows
 from hf_trim.trainer import TrimmingTrainer
 
@@ -215,7 +215,7 @@ def train(job: Job) -> None:
         write_json(results, {**metrics, **test_metrics})
     metric = metric_of(data)
     print(
-        f"Test {metric.name} {test_metrics[f'eval_{metric.name}']:.2f}{metric.unit}. Model and results are in "
+        f"Test {metric.name} {test_metrics[f'eval_{metric.name}']:.2f}{UNITS[metric.name]}. Model and results are in "
         f"{job.output_dir}."
     )
 
@@ -248,8 +248,8 @@ def compare(job: Job) -> None:
                 write_json(path, record)
                 # The record is what is kept; checkpoints of many runs would fill the disk.
                 shutil.rmtree(folder, ignore_errors=True)
-        unit = " %" if metric_name(record) == "error" else ""
-        score = f"test {metric_name(record)} {test_score(record):.2f}{unit}"
+        metric = metric_name(record)
+        score = f"test {metric} {test_score(record):.2f}{UNITS[metric]}"
         print(f"[{number}/{len(runs)}] {job.name}: {arm}, seed {seed}: {score}")
         records.append(record)
     picture = job.output_dir / "comparison.png"

@@ -176,7 +176,8 @@ class TrimmingMixin:
             )
         keep = self.trim_fraction
         size, labels = self._labels_of(inputs)
-        head = self._chunked_head(model, keep)
+        compiled = self._user_loss is None and is_compiled(model)
+        head = None if compiled else self._chunked_head(keep)
         backward = self._backward_mode(model, labels, keep, head is not None)
         # Gradients are averaged over the processes, while means are over the items of all of them; `Trainer` allows
         # for that where it believes that the model divides by the number of labels.
@@ -197,9 +198,9 @@ class TrimmingMixin:
         try:
             if backward == "replay":
                 with scoring(model):
-                    kept = self._choose(model, inputs, num_items_in_batch)
-                inputs = rows_of(inputs, kept, size)
-            loss, outputs = self._run(model, inputs, head, return_outputs, num_items_in_batch)
+                    self._run(model, inputs, None, compiled, True, num_items_in_batch)
+                inputs = rows_of(inputs, self._batch.begin_replay(), size)
+            loss, outputs = self._run(model, inputs, head, compiled, return_outputs, num_items_in_batch)
             if not self._batch.is_done:
                 raise ValueError(
                     f"{type(self._inner_model()).__name__} called none of torch's loss functions in its forward pass: "
@@ -211,9 +212,9 @@ class TrimmingMixin:
         self._step_position += 1
         return (loss, outputs) if return_outputs else loss
 
-    def _run(self, model, inputs, head, return_outputs, num_items_in_batch) -> tuple[Tensor, Any]:
+    def _run(self, model, inputs, head, compiled, return_outputs, num_items_in_batch) -> tuple[Tensor, Any]:
         """The trainer's own way to the loss, with our hands on the model's loss functions."""
-        if self._user_loss is None and is_compiled(model):
+        if compiled:
             _, outputs = super().compute_loss(model, inputs.copy(), True, num_items_in_batch)
             return self._loss_of_compiled(outputs, inputs, num_items_in_batch), outputs
         inner = self.accelerator.unwrap_model(self.model)
@@ -224,11 +225,6 @@ class TrimmingMixin:
             finally:
                 hook.remove()
         return result if return_outputs else (result, None)
-
-    def _choose(self, model, inputs, num_items_in_batch) -> Tensor:
-        """Samples for the second of two forward passes; this is the first."""
-        self._run(model, inputs, None, True, num_items_in_batch)
-        return self._batch.begin_replay()
 
     def _trim_outputs(self, outputs: Any, losses: LossCalls) -> Any:
         """Put the trimmed loss in the place of the model's; inside the model, where no wrapper has seen it yet."""
@@ -294,8 +290,8 @@ class TrimmingMixin:
         with strict(self.trim.trim_strict):
             return super().training_step(*args, **kwargs)
 
-    def _chunked_head(self, model: nn.Module, keep: float) -> LMHead | None:
-        if self.trim.trim_backward not in ("auto", "sparse") or self._user_loss is not None or is_compiled(model):
+    def _chunked_head(self, keep: float) -> LMHead | None:
+        if self.trim.trim_backward not in ("auto", "sparse") or self._user_loss is not None:
             return None
         if self.label_smoother is not None or self.is_fsdp_enabled:
             return None
