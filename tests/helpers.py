@@ -131,6 +131,19 @@ def train(
     return trainer
 
 
+def descend(model, steps, loss_of):
+    """Plain gradient descent as `train` does it; returns the losses, one for each of `steps`."""
+    optimizer, logged = torch.optim.SGD(model.parameters(), lr=0.1), []
+    model.train()
+    for step in steps:
+        loss = loss_of(step)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step(), optimizer.zero_grad()
+        logged.append(loss.item())
+    return logged
+
+
 def weights(trainer_or_model):
     model = trainer_or_model.model if isinstance(trainer_or_model, Trainer) else trainer_or_model
     return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])

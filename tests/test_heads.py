@@ -32,7 +32,7 @@ from transformers import (
     set_seed,
 )
 
-from tests.helpers import digit_texts, digits, relative_difference, train, weights
+from tests.helpers import descend, digit_texts, digits, relative_difference, train, weights
 
 
 BERT = {
@@ -271,24 +271,22 @@ def hardest_mean(micro_batches, fraction):
 
 def reference_loop(head, batches, accumulate, fraction):
     model, item_losses = make(head), HEADS[head][2]
-    optimizer, logged = torch.optim.SGD(model.parameters(), lr=0.1), []
-    model.train()
-    for start in range(0, len(batches), accumulate):
+
+    def loss_of(step):
         found, rest = [], 0.0
-        for batch in batches[start : start + accumulate]:
+        for batch in step:
             outputs = model(**batch)
             found.append(item_losses(outputs, batch))
             if "aux_loss" in outputs:
                 rest = rest + 0.1 * outputs.aux_loss
         loss = hardest_mean(found, fraction) + rest
         if head == "gpt2":  # Trainer counts the first label of each text as well, which predicts nothing
-            labels = torch.cat([batch["labels"] for batch in batches[start : start + accumulate]])
+            labels = torch.cat([batch["labels"] for batch in step])
             loss = loss * (labels[:, 1:] != -100).sum() / (labels != -100).sum()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step(), optimizer.zero_grad()
-        logged.append(loss.item())
-    return model, logged
+        return loss
+
+    steps = [batches[start : start + accumulate] for start in range(0, len(batches), accumulate)]
+    return model, descend(model, steps, loss_of)
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])

@@ -9,7 +9,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerFast, Seq2SeqTrainer, Seq2SeqTrainingArguments, set_seed
 
 from hf_trim import TrimmingConfig, TrimmingMixin
-from tests.helpers import relative_difference, train, weights
+from tests.helpers import descend, relative_difference, train, weights
 from tests.test_heads import HEADS, make, reference_loop
 
 
@@ -96,23 +96,20 @@ def test_with_trl(unit, tmp_path):
     assert first.losses == pytest.approx(plain.losses[:1], rel=1e-5)
 
     ours = trained(trim_start=0.3, trim_end=0.3, trim_unit=unit)
-    model, logged = make("llama"), []
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    for batch in ours.batches:
+    model = make("llama")
+
+    def loss_of(batch):
         labels = batch["labels"][:, 1:]
         logits = model(batch["input_ids"], batch["attention_mask"]).logits[:, :-1]
         losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
         if unit == "token":
             valid = losses[labels != -100]
-            loss = valid.topk(round(0.3 * len(valid))).values.mean()
-        else:
-            tokens = (labels != -100).sum(1)
-            kept = (losses.sum(1) / tokens).topk(max(1, round(0.3 * len(losses)))).indices
-            loss = losses[kept].sum() / tokens[kept].sum()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step(), optimizer.zero_grad()
-        logged.append(loss.item())
+            return valid.topk(round(0.3 * len(valid))).values.mean()
+        tokens = (labels != -100).sum(1)
+        kept = (losses.sum(1) / tokens).topk(max(1, round(0.3 * len(losses)))).indices
+        return losses[kept].sum() / tokens[kept].sum()
+
+    logged = descend(model, ours.batches, loss_of)
     assert ours.losses == pytest.approx(logged, rel=1e-4)
     assert relative_difference(weights(ours) - weights(make("llama")), weights(model) - weights(make("llama"))) < 1e-4
     assert ours.state.log_history[0]["kept_fraction"] == pytest.approx(0.3, abs=0.05)

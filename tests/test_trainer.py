@@ -15,7 +15,17 @@ from transformers import (
 )
 
 from hf_trim import TrimmingArguments, TrimmingTrainer
-from tests.helpers import digit_texts, digits, relative_difference, tiny_bert, tiny_resnet, tiny_vit, train, weights
+from tests.helpers import (
+    descend,
+    digit_texts,
+    digits,
+    relative_difference,
+    tiny_bert,
+    tiny_resnet,
+    tiny_vit,
+    train,
+    weights,
+)
 
 
 HEADS = {
@@ -67,23 +77,20 @@ def test_label_smoothing_equals_plain_trainer(tmp_path):
     assert trimmed.losses[:6] == pytest.approx(plain.losses[:6], rel=1e-5)
 
 
-def reference_loop(model, batches, fractions, loss_func, lr=0.1):
+def reference_loop(model, batches, fractions, loss_func):
     """Mini-batch trimming as the paper has it, in plain PyTorch: `batches[epoch][step]` is a list of mini-batches."""
-    optimizer, logged = torch.optim.SGD(model.parameters(), lr=lr), []
-    model.train()
-    for epoch, fraction in zip(batches, fractions, strict=True):
-        for step in epoch:
-            kept = []
-            for batch in step:
-                losses = loss_func(model(**{k: v for k, v in batch.items() if k != "labels"}).logits, batch["labels"])
-                losses = losses[batch["labels"] != -100] if batch["labels"].dtype == torch.long else losses
-                kept.append(torch.topk(losses, max(1, round(fraction * len(losses)))).values)
-            loss = torch.cat(kept).mean()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step(), optimizer.zero_grad()
-            logged.append(loss.item())
-    return logged
+
+    def loss_of(step):
+        fraction, batches = step
+        kept = []
+        for batch in batches:
+            losses = loss_func(model(**{k: v for k, v in batch.items() if k != "labels"}).logits, batch["labels"])
+            losses = losses[batch["labels"] != -100] if batch["labels"].dtype == torch.long else losses
+            kept.append(torch.topk(losses, max(1, round(fraction * len(losses)))).values)
+        return torch.cat(kept).mean()
+
+    steps = [(fraction, step) for epoch, fraction in zip(batches, fractions, strict=True) for step in epoch]
+    return descend(model, steps, loss_of)
 
 
 LOSSES = {
@@ -258,20 +265,17 @@ def test_a_loss_per_label_is_trimmed_per_token_or_per_sample(unit, tmp_path):
 
 def reference_loop_per_sample(model, batches, loss_func):
     """Of the samples with the highest mean losses all tokens; mini-batches count as they have tokens."""
-    optimizer, logged = torch.optim.SGD(model.parameters(), lr=0.1), []
-    model.train()
-    for step in [step for epoch in batches for step in epoch]:
+
+    def loss_of(step):
         loss, tokens = 0.0, sum(int((batch["labels"] != -100).sum()) for batch in step)
         for batch in step:
             losses = loss_func(model(batch["input_ids"], batch["attention_mask"]).logits, batch["labels"])
             valid = batch["labels"] != -100
             kept = torch.topk(losses.sum(1) / valid.sum(1), max(1, round(0.3 * len(losses)))).indices
             loss = loss + losses[kept].sum() / valid[kept].sum() * valid.sum() / tokens
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step(), optimizer.zero_grad()
-        logged.append(loss.item())
-    return logged
+        return loss
+
+    return descend(model, [step for epoch in batches for step in epoch], loss_of)
 
 
 def test_peft_model_trains_trimmed(tmp_path):
