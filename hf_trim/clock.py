@@ -1,8 +1,10 @@
-"""Wall-clock time of training alone, kept across interruptions."""
+"""Wall-clock time of training alone, kept across interruptions, and the speed of its input."""
 
 import time
 
-from transformers import TrainerCallback
+import torch
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_pt_utils import find_batch_size
 
 
 class TrainingClock(TrainerCallback):
@@ -46,3 +48,31 @@ def train_seconds(log_history: list[dict]) -> float:
         `float`: Seconds spent training so far.
     """
     return sum(log.get("train_seconds", 0.0) for log in log_history)
+
+
+def samples_per_second(trainer: Trainer, seconds: float = 0.3) -> dict[str, float]:
+    """
+    How fast a finished training was, and how fast its input alone is: the data set, its augmentation, collating and
+    the way to the device. The input slows a training down if the two come near each other.
+
+    Args:
+        trainer ([`~transformers.Trainer`]): After its training, with a [`TrainingClock`].
+        seconds (`float`, *optional*, defaults to 0.3): How long to draw mini-batches.
+
+    Returns:
+        `dict[str, float]`: `train_samples_per_second` and `input_samples_per_second`, of all processes together.
+    """
+    trained = trainer.state.epoch * len(trainer.train_dataset)
+    loader, drawn, start = trainer.get_train_dataloader(), 0, time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        for batch in loader:
+            drawn += find_batch_size(batch) * trainer.args.world_size
+            if time.perf_counter() - start >= seconds:
+                break
+    if torch.accelerator.is_available() and not trainer.args.use_cpu:
+        torch.accelerator.synchronize()
+    taken = time.perf_counter() - start
+    return {
+        "train_samples_per_second": round(trained / train_seconds(trainer.state.log_history), 1),
+        "input_samples_per_second": round(drawn / taken, 1),
+    }

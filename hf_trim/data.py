@@ -18,6 +18,7 @@ from torchvision.transforms.v2 import functional as F
 from transformers import DataCollatorWithPadding, DefaultDataCollator, ViTImageProcessor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from hf_trim.images import DeviceImages, augmented, normalized, only_batch
 from hf_trim.messages import check_choice, closest
 
 
@@ -30,8 +31,8 @@ FASHION_MNIST_CLASSES = [
 LABEL_COLUMNS = ("label", "labels", "class", "category", "target")
 TEXT_COLUMNS = ("text", "sentence", "content", "document")
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
-# Images that take no more bytes than this are decoded once, others each time they are drawn.
-DECODE_ONCE_BYTES = 2**30
+# Images that take no more bytes than this are decoded once and kept on the device, others each time they are drawn.
+IN_MEMORY_BYTES = 2**30
 
 
 @dataclass
@@ -193,10 +194,10 @@ class Data:
     Args:
         kind (`str`):
             `"image"` or `"text"` to classify, or `"language"` to model.
-        train_dataset (`datasets.Dataset`):
+        train_dataset (`datasets.Dataset` or [`~hf_trim.images.DeviceImages`]):
             Columns `labels` (int) and `pixel_values` (float `[C, H, W]`), or what the tokenizer returns; for a
             language model `labels` are the `input_ids`.
-        test_dataset (`datasets.Dataset`):
+        test_dataset (`datasets.Dataset` or [`~hf_trim.images.DeviceImages`]):
             The same, never augmented.
         label_names (`list[str]`):
             The classes, in the order of their numbers; none for a language model.
@@ -214,8 +215,8 @@ class Data:
     """
 
     kind: str
-    train_dataset: Dataset
-    test_dataset: Dataset
+    train_dataset: Dataset | DeviceImages
+    test_dataset: Dataset | DeviceImages
     label_names: list[str]
     data_collator: Any
     processing_class: Any
@@ -224,7 +225,7 @@ class Data:
     max_seq_length: int | None = None
 
 
-def load_data(args: DataArguments, processing_class=None) -> Data:
+def load_data(args: DataArguments, processing_class=None, device: torch.device | str = "cpu") -> Data:
     """
     Load, check, split and prepare a data set.
 
@@ -233,6 +234,8 @@ def load_data(args: DataArguments, processing_class=None) -> Data:
         processing_class (tokenizer or image processor, *optional*):
             Of the model, as [`load_processing_class`] returns it: a tokenizer for texts; for images the defaults of
             size, mean and standard deviation are taken from it.
+        device (`torch.device`, *optional*, defaults to the CPU):
+            Where the images of a small set are kept.
 
     Returns:
         [`Data`]: Both splits and what belongs to them.
@@ -252,7 +255,7 @@ def load_data(args: DataArguments, processing_class=None) -> Data:
     test = _subset(test, args.max_test_samples, args.split_seed)
     train = _mislabel(train, args.label_noise, len(label_names), args.split_seed)
     if kind == "image":
-        return _prepare_images(args, train, test, input_column, label_names, processing_class)
+        return _prepare_images(args, train, test, input_column, label_names, processing_class, device)
     return _prepare_texts(args, train, test, input_column, label_names, processing_class)
 
 
@@ -570,7 +573,13 @@ def _mislabel(split: Dataset, fraction: float, classes: int, seed: int) -> Datas
 
 
 def _prepare_images(
-    args: DataArguments, train: Dataset, test: Dataset, column: str, label_names: list[str], processor: Any
+    args: DataArguments,
+    train: Dataset,
+    test: Dataset,
+    column: str,
+    label_names: list[str],
+    processor: Any,
+    device: torch.device,
 ) -> Data:
     if isinstance(processor, PreTrainedTokenizerBase):
         raise ValueError(f"dataset '{args.dataset}' holds images, and the model is one for text: choose another.")
@@ -582,19 +591,16 @@ def _prepare_images(
 
     size, mean, std = _image_settings(args, train, processor)
     decode = partial(_decode, size=size, channels=args.image_channels)
-    if (len(train) + len(test)) * args.image_channels * size**2 <= DECODE_ONCE_BYTES:
-        features = datasets.Features({"pixel_values": Value("binary"), "labels": train.features["labels"]})
-        pack = partial(_pack, decode=decode)
-        options = {"batched": True, "features": features, "desc": "Decoding images"}
-        train, test = train.map(pack, **options), test.map(pack, **options)
-        decode = partial(_unpack, shape=(args.image_channels, size, size))
-    transform = partial(_transform, decode=decode, mean=mean, std=std)
+    if (len(train) + len(test)) * args.image_channels * size**2 <= IN_MEMORY_BYTES:
+        prepare, collator = partial(_in_memory, decode=decode, mean=mean, std=std, device=device), only_batch
+    else:
+        prepare, collator = partial(_when_drawn, decode=decode, mean=mean, std=std), DefaultDataCollator()
     return Data(
         kind="image",
-        train_dataset=train.with_transform(partial(transform, augment=args.augment)),
-        test_dataset=test.with_transform(transform),
+        train_dataset=prepare(train, augment=args.augment),
+        test_dataset=prepare(test),
         label_names=label_names,
-        data_collator=DefaultDataCollator(),
+        data_collator=collator,
         processing_class=ViTImageProcessor(size={"height": size, "width": size}, image_mean=mean, image_std=std),
         image_size=size,
         num_channels=args.image_channels,
@@ -634,44 +640,20 @@ def _decode(images: list, size: int, channels: int) -> Tensor:
     )
 
 
-def _pack(batch: dict[str, list], decode: Any) -> dict[str, list]:
-    return {"pixel_values": [each.tobytes() for each in decode(batch["pixel_values"]).numpy()]}
+def _in_memory(split: Dataset, decode: Any, device: torch.device, **settings) -> DeviceImages:
+    images = [decode(batch["pixel_values"]) for batch in split.iter(1000)]
+    return DeviceImages(torch.cat(images), torch.tensor(split["labels"][:]), device=device, **settings)
 
 
-def _unpack(images: list[bytes], shape: tuple[int, int, int]) -> Tensor:
-    return torch.frombuffer(bytearray(b"".join(images)), dtype=torch.uint8).view(-1, *shape)
+def _when_drawn(split: Dataset, **settings) -> Dataset:
+    return split.with_transform(partial(_transform, **settings))
 
 
 def _transform(
     batch: dict[str, list], decode: Any, mean: list[float], std: list[float], augment: str = "none"
 ) -> dict[str, Any]:
-    images = decode(batch["pixel_values"])
-    if augment != "none":
-        images = random_shift(images, images.shape[-1] // 8, flip=augment == "crop-flip")
-    images = F.normalize(F.to_dtype(images, torch.float32, scale=True), mean, std)
+    images = normalized(augmented(decode(batch["pixel_values"]), augment), mean, std)
     return {"pixel_values": images, "labels": batch["labels"]}
-
-
-def random_shift(images: Tensor, padding: int, flip: bool) -> Tensor:
-    """
-    Random crop of the zero-padded images, and random mirroring, drawn for each image from torch's global generator.
-    (torchvision's transforms draw once for a whole batch.)
-
-    Args:
-        images (`torch.Tensor`): `[B, C, H, W]`.
-        padding (`int`): The farthest shift, in pixels.
-        flip (`bool`): Whether to mirror each image with a chance of one half.
-
-    Returns:
-        `torch.Tensor`: `[B, C, H, W]`.
-    """
-    batch, channels, height, width = images.shape
-    top, left = torch.randint(0, 2 * padding + 1, (2, batch, 1))
-    rows, columns = top + torch.arange(height), left + torch.arange(width)
-    if flip:
-        columns = torch.where(torch.rand(batch, 1) < 0.5, columns.flip(1), columns)
-    each, channel = torch.arange(batch).view(-1, 1, 1, 1), torch.arange(channels).view(1, -1, 1, 1)
-    return F.pad(images, [padding])[each, channel, rows[:, None, :, None], columns[:, None, None, :]]
 
 
 # Texts

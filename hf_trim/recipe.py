@@ -107,12 +107,15 @@ def recipe_folder() -> Path:
     return installed if installed.is_dir() else Path(__file__).parent.parent / "recipes"
 
 
-def recipe_names() -> list[str]:
+def recipe_names(folder: str = ".") -> list[str]:
     """
+    Args:
+        folder (`str`, *optional*, defaults to `"."`): `"grids"` for those.
+
     Returns:
         `list[str]`: Names of the recipes that come with the package.
     """
-    return sorted(path.stem for path in recipe_folder().glob("*.yaml"))
+    return sorted(path.stem for path in (recipe_folder() / folder).glob("*.yaml"))
 
 
 def read_recipe(recipe: str) -> tuple[str, dict]:
@@ -130,12 +133,13 @@ def read_recipe(recipe: str) -> tuple[str, dict]:
     """
     path = Path(recipe)
     if path.suffix not in (".yaml", ".yml"):
-        path = recipe_folder() / f"{recipe}.yaml"
-        if recipe not in recipe_names():
+        names = recipe_names() + recipe_names("grids")
+        if recipe not in names:
             raise RecipeError(
-                f"there is no recipe '{recipe}'.{closest(recipe, recipe_names())} `python -m hf_trim.run --list` "
+                f"there is no recipe '{recipe}'.{closest(recipe, names)} `python -m hf_trim.run --list` "
                 "shows them all; a file of your own needs the ending .yaml."
             )
+        path = recipe_folder() / ("." if recipe in recipe_names() else "grids") / f"{recipe}.yaml"
     if not path.is_file():
         raise RecipeError(f"there is no file {path}.{closest(path.stem, recipe_names())}")
     try:

@@ -119,26 +119,23 @@ def summarize(records: list[dict]) -> list[Summary]:
     return summaries
 
 
-def table_rows(summaries: list[Summary], recipe: str = "") -> tuple[list[str], list[list[str]]]:
+def table_rows(records: list[dict]) -> tuple[list[str], list[list[str]]]:
     """
     Args:
-        summaries (`list[Summary]`): The arms.
-        recipe (`str`, *optional*): Its name: the paper's numbers stand beside ours if it is one of the paper's.
+        records (`list[dict]`): Records of finished runs, of one recipe with one setting. The paper's numbers stand
+            beside ours if the recipe is one of the paper's.
 
     Returns:
-        `tuple[list[str], list[list[str]]]`: Head and rows of the table, as text.
+        `tuple[list[str], list[list[str]]]`: Head and rows of the table, one an arm, as text.
     """
+    summaries, recipe = summarize(records), records[0].get("recipe", "")
     title = TITLES[summaries[0].metric]
     head = ["arm", "runs", title, "difference to plain (95 % interval)", "better", "train time per run", "speed-up"]
     rows = []
     for s in summaries:
-        score = f"{s.mean:.2f}" + ("" if s.sd is None else f" ± {s.sd:.2f}")
-        difference = "–" if s.difference is None else _signed(s.difference)
-        if s.interval is not None:
-            difference += f" ({_signed(s.interval[0])} … {_signed(s.interval[1])})"
         wins = "–" if s.wins is None else f"{s.wins} of {s.runs}"
         speedup = "–" if s.speedup is None else f"{s.speedup:.2f}×"
-        rows.append([s.arm, str(s.runs), score, difference, wins, f"{s.seconds:.1f} s", speedup])
+        rows.append([s.arm, str(s.runs), _score(s), _difference(s), wins, f"{s.seconds:.1f} s", speedup])
         if recipe in PAPER and s.arm != "random":
             paper = PAPER[recipe]
             change = "–" if s.arm == "plain" else _signed(paper[1] - paper[0])
@@ -146,19 +143,55 @@ def table_rows(summaries: list[Summary], recipe: str = "") -> tuple[list[str], l
     return head, rows
 
 
+def overview_rows(groups: dict[str, list[dict]]) -> tuple[list[str], list[list[str]]]:
+    """
+    Args:
+        groups (`dict[str, list[dict]]`): What [`group`] returned.
+
+    Returns:
+        `tuple[list[str], list[list[str]]]`: Head and rows, one a group, as text.
+    """
+    titles = {TITLES[metric_name(members[0])] for members in groups.values()}
+    head = ["runs of", "seeds", *(f"{arm}, {' or '.join(sorted(titles))}" for arm in ARMS)]
+    head += ["trimmed − plain (95 % interval)", "random − plain"]
+    rows = []
+    for title, members in groups.items():
+        arms = {s.arm: s for s in summarize(members)}
+        found = [arms.get(arm) for arm in ARMS]
+        row = [title, str(max(s.runs for s in arms.values()))]
+        row += ["–" if s is None else _score(s) for s in found]
+        rows.append(row + ["–" if s is None else _difference(s) for s in found[1:]])
+        paper = PAPER.get(members[0].get("recipe"))
+        if paper:
+            plain, trimmed = (f"{value:.2f}" for value in paper)
+            rows.append([f"{title} (paper)", "10", plain, trimmed, "–", _signed(paper[1] - paper[0]), "–"])
+    return head, rows
+
+
+def _score(s: Summary) -> str:
+    return f"{s.mean:.2f}" + ("" if s.sd is None else f" ± {s.sd:.2f}")
+
+
+def _difference(s: Summary) -> str:
+    if s.difference is None:
+        return "–"
+    interval = "" if s.interval is None else f" ({_signed(s.interval[0])} … {_signed(s.interval[1])})"
+    return _signed(s.difference) + interval
+
+
 def _signed(value: float) -> str:
     return f"{value:+.2f}".replace("-", "−")
 
 
-def markdown_table(records: list[dict]) -> str:
+def markdown_table(head: list[str], rows: list[list[str]]) -> str:
     """
     Args:
-        records (`list[dict]`): Records of finished runs, of one recipe with one setting.
+        head (`list[str]`): Columns of a table.
+        rows (`list[list[str]]`): Its rows.
 
     Returns:
         `str`: The table in Markdown.
     """
-    head, rows = table_rows(summarize(records), records[0].get("recipe", ""))
     lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
@@ -329,12 +362,34 @@ def main(argv: list[str] | None = None) -> int:
         print(f"hf_trim.report: {error}", file=sys.stderr)
         return 2
     groups = group(records)
-    for title, members in groups.items():
-        print_table(title, *table_rows(summarize(members), members[0].get("recipe", "")))
+    print_report(groups)
     if args.output:
         write_report(groups, Path(args.output))
         print(f"Written to {args.output}.")
     return 0
+
+
+def print_report(groups: dict[str, list[dict]]) -> None:
+    """
+    Args:
+        groups (`dict[str, list[dict]]`): What [`group`] returned; a table of each is printed, and one of all.
+    """
+    for title, members in groups.items():
+        print_table(title, *table_rows(members))
+    if len(groups) > 1:
+        print_table("All", *overview_rows(groups))
+
+
+def _about(records: list[dict]) -> list[str]:
+    """What the runs ran on, and whether their input could keep up."""
+    lines = sorted({f"{r.get('hardware', '?')}, torch {r.get('versions', {}).get('torch', '?')}" for r in records})
+    timed = [r for r in records if "input_samples_per_second" in r]
+    if timed:
+        training, reading = (
+            statistics.median(r[f"{what}_samples_per_second"] for r in timed) for what in ("train", "input")
+        )
+        lines.append(f"training {training:,.0f} samples/s, input alone {reading:,.0f} samples/s")
+    return lines
 
 
 def write_report(groups: dict[str, list[dict]], folder: Path) -> None:
@@ -345,13 +400,15 @@ def write_report(groups: dict[str, list[dict]], folder: Path) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     text, sheet = [], io.StringIO()
+    if len(groups) > 1:
+        text.append(f"## All\n\n{markdown_table(*overview_rows(groups))}")
     writer = csv.writer(sheet, lineterminator="\n")
     writer.writerow(["runs of", *Summary._fields])
     for title, members in groups.items():
         name = "".join(c if c.isalnum() or c in "-_." else "_" for c in title)
         plot(members, folder / f"{name}.png", title)
-        about = sorted({f"{r.get('hardware', '?')}, torch {r.get('versions', {}).get('torch', '?')}" for r in members})
-        text.append(f"## {title}\n\n{'; '.join(about)}\n\n{markdown_table(members)}\n![{title}]({name}.png)\n")
+        about, table = "; ".join(_about(members)), markdown_table(*table_rows(members))
+        text.append(f"## {title}\n\n{about}\n\n{table}\n![{title}]({name}.png)\n")
         for s in summarize(members):
             interval = "" if s.interval is None else f"{s.interval[0]} {s.interval[1]}"
             writer.writerow([title, *s._replace(interval=interval)])

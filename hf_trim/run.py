@@ -4,17 +4,21 @@ import copy
 import json
 import shutil
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from filelock import FileLock, Timeout
 from rich.table import Table
 from transformers import set_seed
 
 from hf_trim.arguments import TrimmingArguments
 from hf_trim.checkpoints import last_complete_checkpoint
-from hf_trim.clock import TrainingClock, train_seconds
+from hf_trim.clock import TrainingClock, samples_per_second, train_seconds
 from hf_trim.data import Data, DataArguments, load_data
+from hf_trim.grid import expand, is_grid, leave_launcher
+from hf_trim.images import DeviceImages
 from hf_trim.metrics import ERROR, PERPLEXITY, Metric
 from hf_trim.models import ModelArguments, build_model, load_processing_class
 from hf_trim.recipe import (
@@ -27,11 +31,12 @@ from hf_trim.recipe import (
     user_errors,
 )
 from hf_trim.records import UNITS, hardware, make_record, metric_name, read_record, test_score, write_json
-from hf_trim.report import plot, print_table, print_wide, summarize, table_rows
+from hf_trim.report import find_records, group, plot, print_report, print_table, print_wide, table_rows, write_report
 from hf_trim.trainer import TrimmingTrainer
 
 
 USAGE = """usage: python -m hf_trim.run RECIPE [--compare] [--seeds N] [--any_field value ...]
+       python -m hf_trim.run GRID [--seeds N] [--any_field value ...]
        python -m hf_trim.run --list
 
 RECIPE is a name that --list shows, or the path of a YAML file. Its values are defaults that the
@@ -106,7 +111,7 @@ def load(job: Job) -> Data:
         [`Data`]: Its data, prepared for its model.
     """
     with user_errors():
-        return load_data(job.data, load_processing_class(job.model))
+        return load_data(job.data, load_processing_class(job.model), job.training.device)
 
 
 def metric_of(data: Data) -> Metric:
@@ -140,6 +145,9 @@ def make_trainer(job: Job, data: Data, arm: str, seed: int, output_dir: Path) ->
     # In a log file bars are noise, and so is a warning per data loader about memory that can't be pinned.
     args.disable_tqdm = args.disable_tqdm or not sys.stderr.isatty()
     args.dataloader_pin_memory = args.dataloader_pin_memory and torch.accelerator.is_available()
+    if isinstance(data.train_dataset, DeviceImages) and args.device.type != "cpu":
+        # They are where they are needed, and no other process can reach them there.
+        args.dataloader_pin_memory, args.dataloader_num_workers = False, 0
     set_seed(seed)
     with user_errors():
         return RecipeTrainer(
@@ -205,6 +213,7 @@ def train(job: Job) -> None:
     metrics["train_seconds"] = train_seconds(trainer.state.log_history)
     trainer.save_model()
     trainer.save_state()
+    metrics.update(samples_per_second(trainer))
     trainer.log_metrics("train", metrics)
     trainer.save_metrics("train", metrics, combined=False)
     test_metrics = trainer.evaluate()
@@ -220,10 +229,48 @@ def train(job: Job) -> None:
     )
 
 
+def finish_run(job: Job, data: Data, arm: str, seed: int) -> dict:
+    """
+    Train one run of a comparison, from its last checkpoint if there is one, and write its record.
+
+    Args:
+        job ([`Job`]): The recipe.
+        data ([`Data`]): Its data.
+        arm (`str`): `"plain"`, `"trimmed"` or `"random"`.
+        seed (`int`): The seed.
+
+    Returns:
+        `dict`: The record.
+    """
+    folder = job.output_dir / f"{arm}-seed{seed}"
+    trainer = make_trainer(job, data, arm, seed, folder)
+    trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder))
+    record = make_record(job.name, arm, seed, job.settings, trainer.evaluate(), trainer.state.log_history)
+    record.update(samples_per_second(trainer))
+    if trainer.is_world_process_zero():
+        write_json(record_path(job, arm, seed), record)
+        # The record is what is kept; checkpoints of many runs would fill the disk.
+        shutil.rmtree(folder, ignore_errors=True)
+    return record
+
+
+def record_path(job: Job, arm: str, seed: int) -> Path:
+    """
+    Args:
+        job ([`Job`]): The recipe.
+        arm (`str`): `"plain"`, `"trimmed"` or `"random"`.
+        seed (`int`): The seed.
+
+    Returns:
+        `Path`: Where the run's record is written.
+    """
+    return job.output_dir / "records" / f"{arm}-seed{seed}.json"
+
+
 def compare(job: Job) -> None:
     """
-    Train each arm with each seed, and print and plot what came out. Finished runs are not repeated, and an
-    interrupted one goes on from its last checkpoint.
+    Train each arm with each seed, and print and plot what came out. Finished runs are not repeated, an interrupted
+    one goes on from its last checkpoint, and one that another process trains is left to it.
 
     Args:
         job ([`Job`]): The recipe.
@@ -233,30 +280,50 @@ def compare(job: Job) -> None:
     runs = [(seed, arm) for seed in seeds for arm in ARMS]
     records = []
     for number, (seed, arm) in enumerate(runs, start=1):
-        name = f"{arm}-seed{seed}"
-        path = job.output_dir / "records" / f"{name}.json"
-        record = read_record(path)
-        if record is None:
-            print(f"[{number}/{len(runs)}] {job.name}: {arm}, seed {seed}", flush=True)
-            if data is None:
-                data = load(job)
-            folder = job.output_dir / name
-            trainer = make_trainer(job, data, arm, seed, folder)
-            trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder))
-            record = make_record(job.name, arm, seed, job.settings, trainer.evaluate(), trainer.state.log_history)
-            if trainer.is_world_process_zero():
-                write_json(path, record)
-                # The record is what is kept; checkpoints of many runs would fill the disk.
-                shutil.rmtree(folder, ignore_errors=True)
+        about, path = f"[{number}/{len(runs)}] {job.name}: {arm}, seed {seed}", record_path(job, arm, seed)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            # The processes of one distributed run train it together.
+            with FileLock(f"{path}.lock", timeout=0) if job.training.world_size == 1 else nullcontext():
+                record = read_record(path)
+                if record is None:
+                    print(about, flush=True)
+                    data = load(job) if data is None else data
+                    record = finish_run(job, data, arm, seed)
+        except Timeout:
+            print(f"{about}: another process trains it", flush=True)
+            continue
         metric = metric_name(record)
-        score = f"test {metric} {test_score(record):.2f}{UNITS[metric]}"
-        print(f"[{number}/{len(runs)}] {job.name}: {arm}, seed {seed}: {score}")
+        print(f"{about}: test {metric} {test_score(record):.2f}{UNITS[metric]}", flush=True)
         records.append(record)
+    if not records:
+        return
     picture = job.output_dir / "comparison.png"
     plot(records, picture, job.name)
     title = f"{job.name}, {len(seeds)} seed{'s' if len(seeds) > 1 else ''}, {hardware()}"
-    print_table(title, *table_rows(summarize(records), job.name))
+    print_table(title, *table_rows(records))
     print(f"Records: {job.output_dir / 'records'}; plot: {picture}")
+
+
+def compare_grid(grid: str, options: list[str]) -> None:
+    """
+    Compare each recipe of a grid, and write one report of all. Nothing is trained before all arguments are checked.
+
+    Args:
+        grid (`str`): Name or path of the grid.
+        options (`list[str]`): The command line's changes to all of its recipes.
+    """
+    folder, comparisons = expand(grid, options)
+    jobs = [Job(*parse(recipe, recipe_options)) for recipe, recipe_options in comparisons]
+    for job in jobs:
+        check_settings(job)
+    for number, job in enumerate(jobs, start=1):
+        print(f"{number} of {len(jobs)}: {job.output_dir}", flush=True)
+        compare(job)
+    groups = group(find_records([folder]))
+    print_report(groups)
+    write_report(groups, Path(folder) / "report")
+    print(f"Report: {Path(folder) / 'report'}")
 
 
 def print_recipes() -> None:
@@ -266,6 +333,9 @@ def print_recipes() -> None:
         _, fields = read_recipe(name)
         model = next((fields[key] for key in ("model_name_or_path", "timm_model", "model_type") if key in fields), "?")
         table.add_row(name, fields.get("dataset", "?"), model, fields.get("expected_time", "unknown"))
+    for name in recipe_names("grids"):
+        _, fields = read_recipe(name)
+        table.add_row(name, ", ".join(fields["recipes"]), "a grid: compares each of these recipes")
     print_wide(table)
 
 
@@ -289,6 +359,9 @@ def main(argv: list[str] | None = None) -> int:
             raise RecipeError(f"the recipe comes first, and {recipe!r} is none.\n{USAGE}")
         elif {"-h", "--help"} & set(options):
             RecipeParser().print_help()
+        elif is_grid(recipe):
+            leave_launcher()
+            compare_grid(recipe, options)
         else:
             job = Job(*parse(recipe, options))
             check_settings(job)

@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
 import hf_trim.data
-from hf_trim.data import DataArguments, load_data, random_shift
+from hf_trim.data import DataArguments, load_data
+from hf_trim.images import DeviceImages, random_shift
 from hf_trim.models import ModelArguments, load_processing_class
 
 
@@ -41,7 +42,7 @@ def tiny(n=20, size=32, image="image", label="label", names=NAMES, **columns):
 
 
 def labels(split):
-    return split.with_format(None)["labels"][:]
+    return split.labels.tolist() if isinstance(split, DeviceImages) else split.with_format(None)["labels"][:]
 
 
 def batch(data, size=4, split="train"):
@@ -219,13 +220,15 @@ def test_a_folder_without_data_does_not_hide_a_hub_name(tmp_path, monkeypatch):
 # Images and texts
 
 
-def test_images_are_the_same_decoded_once_or_each_time(tmp_path, monkeypatch):
+def test_images_are_the_same_in_memory_or_decoded_when_drawn(tmp_path, monkeypatch):
     tiny(30).save_to_disk(tmp_path)
     args = DataArguments(str(tmp_path), image_size=16, test_fraction=0.5, augment="crop-flip")
     once = load_data(args)
-    monkeypatch.setattr(hf_trim.data, "DECODE_ONCE_BYTES", 0)
+    monkeypatch.setattr(hf_trim.data, "IN_MEMORY_BYTES", 0)
     each_time = load_data(args)
-    assert each_time.train_dataset.features["pixel_values"] == Image() != once.train_dataset.features["pixel_values"]
+    assert isinstance(once.train_dataset, DeviceImages) and each_time.train_dataset.features["pixel_values"] == Image()
+    assert once.test_dataset[3]["pixel_values"].equal(each_time.test_dataset[3]["pixel_values"])
+    assert once.test_dataset[3]["labels"] == each_time.test_dataset[3]["labels"]
     for split in ("train", "test"):
         torch.manual_seed(0)
         first = batch(once, 8, split)["pixel_values"]

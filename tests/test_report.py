@@ -9,7 +9,16 @@ from pathlib import Path
 import pytest
 
 from hf_trim.records import read_records, write_json
-from hf_trim.report import find_records, group, main, markdown_table, paired_interval, summarize, table_rows
+from hf_trim.report import (
+    find_records,
+    group,
+    main,
+    markdown_table,
+    overview_rows,
+    paired_interval,
+    summarize,
+    table_rows,
+)
 from tests.helpers import record
 
 
@@ -32,13 +41,17 @@ def test_summary():
     assert -1.5 <= low < ours.difference < high <= 0.5  # between the extremes of the three differences
     assert paired_interval([1.0]) is None
     assert paired_interval([1.0, 2.0, 4.0]) == paired_interval([1.0, 2.0, 4.0])
-    assert table_rows(summarize(three_seeds()[:1]))[1] == [["plain", "1", "5.00", "–", "–", "10.0 s", "–"]]
+    assert table_rows(three_seeds()[:1])[1] == [["plain", "1", "5.00", "–", "–", "10.0 s", "–"]]
 
 
 def test_the_papers_numbers_stand_beside_ours():
-    rows = table_rows(summarize(three_seeds()), "cifar10-densenet121")[1]
+    records = three_seeds(recipe="cifar10-densenet121")
+    rows = table_rows(records)[1]
     assert rows[1] == ["plain (paper)", "10", "10.10", "–", "–", "–", "–"]
     assert rows[3] == ["trimmed (paper)", "10", "10.19", "+0.09", "–", "–", "–"]
+    head, (ours, paper) = overview_rows(group(records))
+    assert ours[:6] == ["cifar10-densenet121", "3", rows[0][2], rows[2][2], "–", rows[2][3]]
+    assert paper == ["cifar10-densenet121 (paper)", "10", "10.10", "10.19", "–", "+0.09", "–"]
 
 
 def test_report_of_many_runs(tmp_path, capsys):
@@ -49,13 +62,15 @@ def test_report_of_many_runs(tmp_path, capsys):
     arguments = [str(tmp_path / "runs"), str(tmp_path / "other.json"), "--output"]
     assert main([*arguments, str(tmp_path / "report")]) == 0
     printed = capsys.readouterr().out
-    assert all(title in printed for title in ("other", "tiny, trim_end 0.2", "tiny, trim_end 0.5", "2 of 3"))
+    assert all(title in printed for title in ("All", "other", "tiny, trim_end 0.2", "tiny, trim_end 0.5", "2 of 3"))
     report = {path.name: path.read_bytes() for path in (tmp_path / "report").iterdir()}
     assert set(report) == {"report.md", "report.csv", "records.json", "other.png", "tiny__trim_end_0.2.png",
                            "tiny__trim_end_0.5.png"}  # fmt: skip
     rows = list(csv.DictReader(report["report.csv"].decode().splitlines()))
     assert [(row["runs of"], row["arm"]) for row in rows][:2] == [("other", "plain"), ("other", "trimmed")]
     assert float(rows[1]["mean"]) == 5.5
+    assert report["report.md"].decode().startswith("## All\n\n| runs of | seeds | plain, test error % |")
+    assert report["report.md"].decode().count("\n| tiny, trim_end 0.5 | 3 | 6.17 ± 1.26 | 5.50 ± 1.32 | – |") == 1
     # Made again of what it wrote, it is the same, byte for byte.
     assert main([str(tmp_path / "report" / "records.json"), "--output", str(tmp_path / "again")]) == 0
     assert {path.name: path.read_bytes() for path in (tmp_path / "again").iterdir()} == report
@@ -86,4 +101,5 @@ def test_readme_has_the_tables_of_the_committed_records():
     assert {name for name, _, _ in tables} == {path.name for path in RESULTS.glob("*.json")}
     for name, title, table in tables:
         groups = group(read_records(RESULTS / name))
-        assert markdown_table(groups[title]) == table, (name, title)
+        rows = overview_rows(groups) if title == "all" else table_rows(groups[title])
+        assert markdown_table(*rows) == table, (name, title)

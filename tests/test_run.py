@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,13 +11,15 @@ import time
 import pytest
 import torch
 import yaml
+from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification, AutoTokenizer
 
 from hf_trim.checkpoints import last_complete_checkpoint
 from hf_trim.clock import train_seconds
+from hf_trim.grid import expand
 from hf_trim.recipe import parse, recipe_names
 from hf_trim.records import read_record, write_json
-from hf_trim.report import ARMS, summarize, table_rows
+from hf_trim.report import ARMS, table_rows
 from hf_trim.run import Job, load, main, make_trainer
 from tests.helpers import record
 from tests.test_models import save_like_the_hub
@@ -113,6 +116,9 @@ def test_wrong_input_ends_in_one_message(arguments, message, recipe, tmp_path, m
         ({"training": {"learning_rate": "fast"}}, "--learning_rate/--learning-rate: invalid float value: 'fast'"),
         ({"training": 3}, "the group 'training' must hold fields"),
         ({"dataset": "digits"}, "'dataset' stands there twice"),
+        ({"recipes": "digits-vit"}, "'recipes' must be a list of recipes, and is 'digits-vit'"),
+        ({"recipes": ["digits-vit"], "vary": {"seed": 1}}, "'vary' must give each field a list of values"),
+        ({"recipes": ["digits-vti"]}, "Did you mean 'digits-vit'?"),
     ],
 )
 def test_wrong_recipes_end_in_one_message(change, message, tmp_path, capsys):
@@ -157,7 +163,7 @@ def test_training_saves_what_the_examples_save_and_is_not_repeated(recipe, tmp_p
 
 def table_of(folder):
     records = [read_record(path) for path in sorted((folder / "records").glob("*.json"))]
-    rows = table_rows(summarize(records))[1]
+    rows = table_rows(records)[1]
     curves = {(r["arm"], r["seed"]): [h.get("test_error") for h in r["history"]] for r in records}
     return [row[:5] for row in rows], curves
 
@@ -188,6 +194,67 @@ def test_a_killed_comparison_goes_on_and_gives_the_same_table(recipe, tmp_path, 
     assert table_of(killed) == table_of(whole)
     # The record holds the epochs before the kill as well.
     assert len(read_record(killed / "records" / "trimmed-seed42.json")["history"]) == 6
+
+
+@pytest.fixture
+def grid(recipe, tmp_path):
+    path = tmp_path / "grid.yaml"
+    vary = {"label_noise": [None, 0.5], "trim_schedule": ["epoch", "step"]}
+    path.write_text(yaml.safe_dump({"recipes": [recipe], "num_train_epochs": 1, "seeds": 1, "vary": vary}))
+    return str(path)
+
+
+def records_of(folder):
+    return {f"{path.parts[-3]} {path.stem}": read_record(path) for path in folder.glob("*/records/*.json")}
+
+
+def test_a_grid_compares_its_recipes_with_each_setting(grid, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main([grid, "--output_dir", str(out), "--max_train_samples", "64"]) == 0
+    names = ["tiny_trim_schedule-epoch", "tiny_trim_schedule-step", "tiny_label_noise-0.5_trim_schedule-epoch",
+             "tiny_label_noise-0.5_trim_schedule-step"]  # fmt: skip
+    records = records_of(out)
+    assert set(records) == {f"{name} {arm}-seed42" for name in names for arm in ARMS}
+    noisy = records[f"{names[3]} random-seed42"]["settings"]
+    assert (noisy["label_noise"], noisy["trim_schedule"], noisy["max_train_samples"]) == (0.5, "step", 64)
+    assert "label_noise" not in records[f"{names[1]} random-seed42"]["settings"]
+    assert all(record["input_samples_per_second"] > record["train_samples_per_second"] for record in records.values())
+    capsys.readouterr()
+    # Another process trains one of the runs: all others are finished and stay.
+    missing = out / names[0] / "records" / "plain-seed42.json"
+    content = missing.read_text()
+    missing.unlink()
+    with FileLock(f"{missing}.lock"):
+        assert main([grid, "--output_dir", str(out), "--max_train_samples", "64"]) == 0
+    printed = capsys.readouterr().out
+    assert "tiny: plain, seed 42: another process trains it" in printed and not missing.exists()
+    missing.write_text(content)
+    report = (out / "report" / "report.md").read_text()
+    assert "| tiny, label_noise 0.5, trim_schedule step | 1 |" in report and "input alone" in report
+
+
+def test_processes_of_a_launcher_share_the_runs_of_a_grid(grid, tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "hf_trim.run", grid,
+               "--output_dir", str(out), "--max_train_samples", "64"]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert len(records_of(out)) == 12
+    # Each run was trained once, by one process alone.
+    assert len(re.findall(r"(?m)^\[./3\] tiny: \w+, seed 42$", done.stdout)) == 12
+    assert "another process trains it" in done.stdout
+
+
+def test_grids_of_the_package_parse():
+    assert recipe_names("grids") == ["digits-ablation", "table1"]
+    folder, comparisons = expand("table1", ["--seeds", "10"])
+    assert folder == "runs/table1" and [recipe for recipe, _ in comparisons] == [
+        f"{data}-{model}" for data in ("svhn", "cifar10", "cifar100") for model in ("resnet34", "densenet121")
+    ]
+    for recipe, options in comparisons + expand("digits-ablation", [])[1]:
+        _, run, *_ = parse(recipe, options)
+        assert run.compare and run.seeds == (3 if recipe == "digits-vit" else 10)
+    assert len(expand("digits-ablation", [])[1]) == 16
 
 
 def test_arms_of_a_seed_start_from_the_same_weights(recipe):
