@@ -185,6 +185,22 @@ class DataArguments:
             if name == "image_std" and min(value) <= 0:
                 raise ValueError(f"image_std must be above 0 in each channel, and is {value!r}.")
 
+    def title(self) -> str:
+        """
+        Returns:
+            `str`: The data set's name, without the folders of this machine.
+        """
+        return self.dataset if self.dataset in EMBEDDED or self.hub_name() else Path(self.dataset).name
+
+    def hub_name(self) -> str | None:
+        """
+        Returns:
+            `str` or `None`: Its name on the Hub, as far as it is known to be there.
+        """
+        if self.dataset in EMBEDDED:
+            return HUB_NAMES.get(self.dataset)
+        return self.dataset if _local_path(self.dataset) is None else None
+
 
 @dataclass
 class Data:
@@ -336,6 +352,7 @@ def _image_dataset(images: np.ndarray, labels: np.ndarray, names: list[str]) -> 
     return Dataset.from_dict({"image": list(images), "label": labels.tolist()}, features=features)
 
 
+HUB_NAMES = {"fashion-mnist": "zalando-datasets/fashion_mnist"}
 EMBEDDED = {"digits": _load_digits, "bbc-news": _load_bbc_news, "fashion-mnist": _load_fashion_mnist}
 
 

@@ -114,6 +114,16 @@ class ModelArguments:
                 return name
         raise ValueError(f"No model is given: give exactly one of {', '.join(SOURCES)}.")
 
+    def hub_name(self) -> str | None:
+        """
+        Returns:
+            `str` or `None`: The pretrained model's name on the Hub.
+        """
+        if self.model_name_or_path == "minilm":
+            return "sentence-transformers/all-MiniLM-L6-v2"
+        name = self.model_name_or_path
+        return None if name is None or Path(name).expanduser().exists() else name
+
 
 def load_processing_class(args: ModelArguments) -> Any:
     """
@@ -210,7 +220,12 @@ def _build_timm(args: ModelArguments, data: Data, labels: dict[str, Any]) -> Pre
     if getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False):
         model_args["img_size"] = data.image_size  # others take images of any size
     model_args.update(args.config_overrides or {})
-    config = TimmWrapperConfig(architecture=name, model_args=model_args, **labels)
+    # For timm itself, which loads models from the Hub by this part of their configuration.
+    images = data.processing_class
+    known = timm.get_pretrained_cfg(name).to_dict(remove_source=True)
+    known.update(input_size=[data.num_channels, data.image_size, data.image_size], crop_pct=1.0)
+    known.update(mean=list(images.image_mean), std=list(images.image_std), interpolation="bilinear")
+    config = TimmWrapperConfig(architecture=name, model_args=model_args, pretrained_cfg=known, **labels)
     try:
         return TimmWrapperForImageClassification(config)
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:

@@ -3,6 +3,7 @@
 import argparse
 import json
 import re
+import shlex
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +33,8 @@ class RunArguments:
         lr_milestones (`list[float]`, *optional*): Epochs after which the learning rate is multiplied by `lr_gamma`,
             in place of `lr_scheduler_type`.
         lr_gamma (`float`): That factor.
+        license (`str`): The license on the model's page.
+        push_only (`bool`): Push what is in `output_dir` to the Hub, without training.
         expected_time (`str`): What `--list` says about the time a run takes.
     """
 
@@ -47,6 +50,11 @@ class RunArguments:
         default=None, metadata={"help": "Epochs after which the learning rate is multiplied by lr_gamma."}
     )
     lr_gamma: float = field(default=0.5, metadata={"help": "Factor of the learning rate at each milestone."})
+    license: str = field(default="apache-2.0", metadata={"help": "The license on the model's page."})
+    push_only: bool = field(
+        default=False,
+        metadata={"help": "Push what is in output_dir to the Hub, without training: after a failed push."},
+    )
     expected_time: str = field(default="unknown", metadata={"help": "What --list says about the time a run takes."})
 
     def __post_init__(self):
@@ -174,15 +182,17 @@ def as_options(fields: dict) -> list[str]:
     for name, value in fields.items():
         if value is None:
             continue
-        values = value if isinstance(value, list) else [value]
+        values = [] if value is True else value if isinstance(value, list) else [value]
         options.append(f"--{name}")
         options += [json.dumps(v) if isinstance(v, dict) else str(v) for v in values]
     return options
 
 
 # Fields that a result does not depend on, or that differ between the runs of a comparison.
-NO_SETTINGS = {"compare", "disable_tqdm", "expected_time", "output_dir", "report_to", "run_name", "save_total_limit",
-               "seed", "seeds", "trim_select"}  # fmt: skip
+NO_SETTINGS = {"compare", "disable_tqdm", "expected_time", "license", "output_dir", "report_to", "run_name",
+               "save_total_limit", "seed", "seeds", "trim_select"}  # fmt: skip
+# What concerns the Hub (a token among it) has no place in a record.
+HUB_FIELDS = ("hub_", "push_")
 
 
 def parse(recipe: str, command_line: list[str]) -> tuple:
@@ -195,7 +205,8 @@ def parse(recipe: str, command_line: list[str]) -> tuple:
 
     Returns:
         `tuple`: The recipe's name, instances of [`RunArguments`], [`ModelArguments`], [`DataArguments`] and
-        [`TrimmingArguments`], and a `dict` of the settings: the fields that were set and that a result depends on.
+        [`TrimmingArguments`], a `dict` of the settings (the fields that were set and that a result depends on), and
+        the command that repeats the run, without what concerns this machine or the Hub.
 
     Raises:
         [`RecipeError`]: If something is unknown or has a wrong value.
@@ -213,12 +224,15 @@ def parse(recipe: str, command_line: list[str]) -> tuple:
     if unknown:
         known = [option for action in parser._actions for option in action.option_strings]
         raise RecipeError(f"unknown argument '{unknown[0]}'.{closest(unknown[0].split('=')[0], known)}")
+    settings = {key: value for key, value in _given(parser, options).items() if key not in NO_SETTINGS}
+    hidden = NO_SETTINGS - {"compare", "seed", "seeds", "trim_select"}
+    changes = {key: value for key, value in _given(parser, command_line).items() if key not in hidden}
+    command = ["python", "-m", "hf_trim.run", Path(recipe).name, *as_options(changes)]
+    return name, *parsed, settings, shlex.join(command)
+
+
+def _given(parser: RecipeParser, options: list[str]) -> dict:
+    """The fields that are set, but for those of the Hub."""
     unset = object()
     given = vars(parser.parse_args(options, argparse.Namespace(**dict.fromkeys(parser.names(), unset))))
-    settings = {
-        key: value
-        for key, value in given.items()
-        # What concerns the Hub (a token among it) has no place in a record.
-        if value is not unset and key not in NO_SETTINGS and not key.startswith(("hub_", "push_to_hub"))
-    }
-    return name, *parsed, settings
+    return {key: value for key, value in given.items() if value is not unset and not key.startswith(HUB_FIELDS)}

@@ -18,8 +18,10 @@ from hf_trim.checkpoints import last_complete_checkpoint
 from hf_trim.clock import TrainingClock, samples_per_second, train_seconds
 from hf_trim.data import Data, DataArguments, load_data
 from hf_trim.grid import expand, is_grid, leave_launcher
+from hf_trim.hub import PushError, push_folder, save_arguments
 from hf_trim.images import DeviceImages
 from hf_trim.metrics import ERROR, PERPLEXITY, Metric
+from hf_trim.model_card import describe, plot_curves, render
 from hf_trim.models import ModelArguments, build_model, load_processing_class
 from hf_trim.recipe import (
     RecipeError,
@@ -56,6 +58,10 @@ class RecipeTrainer(TrimmingTrainer):
     def __init__(self, *, run_args: RunArguments, **kwargs):
         super().__init__(**kwargs)
         self.run_args = run_args
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
+        """`Trainer` would push whenever this is called; a recipe is pushed at its end, whole."""
+        super().save_model(output_dir, _internal_call=True)
 
     def create_optimizer(self, model=None):
         """Adam with an L2 penalty on all parameters: `Trainer` has AdamW only, and spares norms and biases."""
@@ -95,6 +101,7 @@ class Job(NamedTuple):
     training: TrimmingArguments
 
     settings: dict
+    command: str
 
     @property
     def output_dir(self) -> Path:
@@ -125,7 +132,9 @@ def metric_of(data: Data) -> Metric:
     return PERPLEXITY if data.kind == "language" else ERROR
 
 
-def make_trainer(job: Job, data: Data, arm: str, seed: int, output_dir: Path) -> RecipeTrainer:
+def make_trainer(
+    job: Job, data: Data, arm: str, seed: int, output_dir: Path, push_to_hub: bool = False
+) -> RecipeTrainer:
     """
     A fresh model and its trainer. The seed decides on weights, data order and dropout, so that the arms of one seed
     differ in nothing but what they keep.
@@ -136,11 +145,13 @@ def make_trainer(job: Job, data: Data, arm: str, seed: int, output_dir: Path) ->
         arm (`str`): `"plain"`, `"trimmed"` or `"random"`.
         seed (`int`): The seed.
         output_dir (`Path`): Folder of the run's checkpoints.
+        push_to_hub (`bool`, *optional*, defaults to `False`): Whether checkpoints go to the Hub (`hub_strategy`).
 
     Returns:
         [`RecipeTrainer`]: The trainer.
     """
     args = copy.copy(job.training)
+    args.push_to_hub = push_to_hub
     args.output_dir, args.seed, args.trim_select = str(output_dir), seed, ARMS[arm]
     # In a log file bars are noise, and so is a warning per data loader about memory that can't be pinned.
     args.disable_tqdm = args.disable_tqdm or not sys.stderr.isatty()
@@ -161,6 +172,61 @@ def make_trainer(job: Job, data: Data, arm: str, seed: int, output_dir: Path) ->
             callbacks=[TrainingClock()],
             **metric_of(data).arguments,
         )
+
+
+def save_run(job: Job, trainer: RecipeTrainer, data: Data, metrics: dict) -> None:
+    """
+    Save a finished training in the recipe's folder: model, arguments, trainer state, plot, page, results.
+
+    Args:
+        job ([`Job`]): The recipe.
+        trainer ([`RecipeTrainer`]): After training and evaluation.
+        data ([`Data`]): Its data.
+        metrics (`dict`): All that was measured.
+    """
+    folder = job.output_dir
+    trainer.save_model(str(folder))
+    if not trainer.is_world_process_zero():
+        return
+    trainer.state.save_to_json(str(folder / "trainer_state.json"))
+    save_arguments(trainer.args, folder)
+    facts = describe(
+        trainer,
+        (job.training.hub_model_id or job.name).split("/")[-1],
+        license=job.run.license,
+        finetuned_from=job.model.hub_name(),
+        dataset=job.data.title(),
+        dataset_tags=job.data.hub_name(),
+        dataset_args=job.data.dataset_config_name,
+    )
+    facts.update(
+        split="the test split",
+        train_seconds=train_seconds(trainer.state.log_history),
+        includes_evaluation=False,
+        command=job.command,
+    )
+    plot_curves(facts, folder / "curves.png")
+    render(facts, str(folder), folder).save(folder / "README.md")
+    write_json(folder / "run.json", facts)
+    # Last, and whole or not at all: this file says that the training is finished.
+    write_json(folder / "all_results.json", metrics)
+
+
+def push(job: Job) -> None:
+    """
+    Upload the folder of a finished recipe, and of its comparison if there was one.
+
+    Args:
+        job ([`Job`]): The recipe.
+
+    Raises:
+        [`RecipeError`]: If there is nothing to push yet.
+        [`PushError`]: If the Hub does not take it.
+    """
+    path = job.output_dir / "run.json"
+    if not (job.output_dir / "all_results.json").is_file() or not path.is_file():
+        raise RecipeError(f"{job.output_dir} holds no finished training: run the recipe without --push_only first.")
+    print(f"Pushed to {push_folder(job.output_dir, json.loads(path.read_text(encoding='utf-8')), job.training)}")
 
 
 def check_settings(job: Job) -> None:
@@ -208,20 +274,16 @@ def train(job: Job) -> None:
         return
     data = load(job)
     arm = next(arm for arm, select in ARMS.items() if select == job.training.trim_select)
-    trainer = make_trainer(job, data, arm, job.training.seed, job.output_dir)
+    trainer = make_trainer(job, data, arm, job.training.seed, job.output_dir, job.training.push_to_hub)
     metrics = trainer.train(resume_from_checkpoint=last_complete_checkpoint(job.output_dir)).metrics
     metrics["train_seconds"] = train_seconds(trainer.state.log_history)
-    trainer.save_model()
-    trainer.save_state()
     metrics.update(samples_per_second(trainer))
     trainer.log_metrics("train", metrics)
     trainer.save_metrics("train", metrics, combined=False)
     test_metrics = trainer.evaluate()
     trainer.log_metrics("eval", test_metrics)
     trainer.save_metrics("eval", test_metrics, combined=False)
-    # Last, and whole or not at all: this file says that the run is finished.
-    if trainer.is_world_process_zero():
-        write_json(results, {**metrics, **test_metrics})
+    save_run(job, trainer, data, {**metrics, **test_metrics})
     metric = metric_of(data)
     print(
         f"Test {metric.name} {test_metrics[f'eval_{metric.name}']:.2f}{UNITS[metric.name]}. Model and results are in "
@@ -245,8 +307,11 @@ def finish_run(job: Job, data: Data, arm: str, seed: int) -> dict:
     folder = job.output_dir / f"{arm}-seed{seed}"
     trainer = make_trainer(job, data, arm, seed, folder)
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder))
-    record = make_record(job.name, arm, seed, job.settings, trainer.evaluate(), trainer.state.log_history)
+    metrics = trainer.evaluate()
+    record = make_record(job.name, arm, seed, job.settings, metrics, trainer.state.log_history)
     record.update(samples_per_second(trainer))
+    if (arm, seed) == ("trimmed", job.training.seed):  # the one that can be used, and pushed
+        save_run(job, trainer, data, metrics)
     if trainer.is_world_process_zero():
         write_json(record_path(job, arm, seed), record)
         # The record is what is kept; checkpoints of many runs would fill the disk.
@@ -326,6 +391,32 @@ def compare_grid(grid: str, options: list[str]) -> None:
     print(f"Report: {Path(folder) / 'report'}")
 
 
+def run(job: Job, recipe: str) -> None:
+    """
+    Train or compare, and push if that was asked for.
+
+    Args:
+        job ([`Job`]): The recipe.
+        recipe (`str`): Its name or path, as it was given.
+
+    Raises:
+        [`PushError`]: If the Hub does not take what was trained.
+    """
+    check_settings(job)
+    if not job.run.push_only:
+        (compare if job.run.compare else train)(job)
+        if not job.training.push_to_hub:
+            return
+    if not job.training.should_save:  # another process does
+        return
+    try:
+        push(job)
+    except PushError as error:
+        raise PushError(
+            f"{error} `python -m hf_trim.run {recipe} --push_only` pushes it later.", error.refused
+        ) from None
+
+
 def print_recipes() -> None:
     """Print the recipes that come with the package."""
     table = Table("recipe", "data", "model", "expected time", title="Recipes", title_justify="left")
@@ -347,7 +438,7 @@ def main(argv: list[str] | None = None) -> int:
         argv (`list[str]`, *optional*): Arguments; the default is `sys.argv[1:]`.
 
     Returns:
-        `int`: Exit status: 0, or 2 if the recipe, an argument or the data is wrong.
+        `int`: Exit status: 0, 2 if the recipe, an argument or the data is wrong, or 1 if the Hub took nothing.
     """
     recipe, *options = (sys.argv[1:] if argv is None else argv) or ["--help"]
     try:
@@ -363,12 +454,13 @@ def main(argv: list[str] | None = None) -> int:
             leave_launcher()
             compare_grid(recipe, options)
         else:
-            job = Job(*parse(recipe, options))
-            check_settings(job)
-            (compare if job.run.compare else train)(job)
+            run(Job(*parse(recipe, options)), recipe)
     except RecipeError as error:
         print(f"hf_trim.run: {error}", file=sys.stderr)
         return 2
+    except PushError as error:
+        print(f"hf_trim.run: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

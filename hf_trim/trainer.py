@@ -19,6 +19,7 @@ from hf_trim.backward.sparse import fallback_report, reset_fallbacks, strict
 from hf_trim.batch import StepShare, TrimmedBatch, step_share
 from hf_trim.checkpoints import load_converted_weights
 from hf_trim.heads import HOW_TO_PASS_A_LOSS, item_unit
+from hf_trim.hub import PushMixin
 from hf_trim.lm_head import LMHead, find_lm_head
 from hf_trim.losses import LossCall, LossCalls, labelled_losses, smoothed_losses, valid_items
 from hf_trim.schedule import keep_fraction, schedule_unit
@@ -29,7 +30,7 @@ logger = logging.getLogger(__name__)
 LOGGED = ("trim_fraction", "kept_fraction", "trim_threshold", "full_loss")
 
 
-class TrimmingMixin:
+class TrimmingMixin(PushMixin):
     """
     Mini-batch trimming for any subclass of [`~transformers.Trainer`], named before it:
 

@@ -50,7 +50,7 @@ def recipe(tmp_path):
 
 
 def test_command_line_overrides_the_recipe(recipe):
-    name, run, model, data, training, settings = parse(
+    name, run, model, data, training, settings, command = parse(
         recipe, ["--num_train_epochs", "5", "--trim-end", "0.4", "--compare", "--seeds", "2"]
     )
     assert (name, run.compare, run.seeds, data.dataset) == ("tiny", True, 2, "digits")
@@ -58,13 +58,14 @@ def test_command_line_overrides_the_recipe(recipe):
     assert training.output_dir == "runs/tiny"
     assert model.config_overrides["patch_size"] == 4
     assert settings["num_train_epochs"] == 5 and settings["trim_end"] == 0.4 and "seeds" not in settings
-    *_, secret = parse(recipe, ["--hub_token", "hf_secret"])
-    assert "hf_secret" not in json.dumps(secret)
+    assert command == "python -m hf_trim.run tiny.yaml --compare --num_train_epochs 5.0 --seeds 2 --trim_end 0.4"
+    *_, settings, command = parse(recipe, ["--hub_token", "hf_secret", "--output_dir", "/some/where"])
+    assert "hf_secret" not in json.dumps(settings) + command and command == "python -m hf_trim.run tiny.yaml"
 
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_each_recipe_parses_and_is_listed(name, capsys):
-    _, run, model, data, training, _ = parse(name, [])
+    _, run, model, data, training, *_ = parse(name, [])
     assert model.source() and data.dataset and run.expected_time != "unknown"
     assert training.save_strategy == training.eval_strategy == "epoch"
     assert main(["--list"]) == 0
@@ -74,7 +75,7 @@ def test_each_recipe_parses_and_is_listed(name, capsys):
 def test_paper_recipes_have_the_papers_protocol():
     for data in ("svhn", "cifar10", "cifar100"):
         for model in ("resnet34", "densenet121"):
-            _, run, model_args, _, training, _ = parse(f"{data}-{model}", [])
+            _, run, model_args, _, training, *_ = parse(f"{data}-{model}", [])
             assert model_args.timm_model == model
             assert (run.l2_weight_decay, run.lr_milestones, run.lr_gamma) == (1e-4, [50, 100], 0.5)
             assert (training.num_train_epochs, training.per_device_train_batch_size) == (150, 128)
