@@ -7,6 +7,7 @@ import shlex
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import yaml
 from transformers import HfArgumentParser
@@ -195,7 +196,35 @@ NO_SETTINGS = {"compare", "disable_tqdm", "expected_time", "license", "output_di
 HUB_FIELDS = ("hub_", "push_")
 
 
-def parse(recipe: str, command_line: list[str]) -> tuple:
+class Job(NamedTuple):
+    """
+    A recipe with the command line's changes.
+
+    Args:
+        name (`str`): The recipe's name.
+        run ([`RunArguments`]): What it says of the run.
+        model ([`ModelArguments`]): Of the model.
+        data ([`DataArguments`]): Of the data.
+        training ([`TrimmingArguments`]): Of the training.
+        settings (`dict`): The fields that were set and that a result depends on.
+        command (`str`): What repeats the run, without what concerns this machine or the Hub.
+    """
+
+    name: str
+    run: RunArguments
+    model: ModelArguments
+    data: DataArguments
+    training: TrimmingArguments
+    settings: dict
+    command: str
+
+    @property
+    def output_dir(self) -> Path:
+        """The folder that everything is written to."""
+        return Path(self.training.output_dir)
+
+
+def parse(recipe: str, command_line: list[str]) -> Job:
     """
     The arguments of a run: the recipe's values are the defaults that the command line overrides.
 
@@ -204,9 +233,7 @@ def parse(recipe: str, command_line: list[str]) -> tuple:
         command_line (`list[str]`): Options, e.g. `["--num_train_epochs", "3"]`.
 
     Returns:
-        `tuple`: The recipe's name, instances of [`RunArguments`], [`ModelArguments`], [`DataArguments`] and
-        [`TrimmingArguments`], a `dict` of the settings (the fields that were set and that a result depends on), and
-        the command that repeats the run, without what concerns this machine or the Hub.
+        [`Job`]: The recipe's name, arguments, settings and command.
 
     Raises:
         [`RecipeError`]: If something is unknown or has a wrong value.
@@ -228,7 +255,7 @@ def parse(recipe: str, command_line: list[str]) -> tuple:
     hidden = NO_SETTINGS - {"compare", "seed", "seeds", "trim_select"}
     changes = {key: value for key, value in _given(parser, command_line).items() if key not in hidden}
     command = ["python", "-m", "hf_trim.run", Path(recipe).name, *as_options(changes)]
-    return name, *parsed, settings, shlex.join(command)
+    return Job(name, *parsed, settings, shlex.join(command))
 
 
 def _given(parser: RecipeParser, options: list[str]) -> dict:

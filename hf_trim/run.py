@@ -6,24 +6,23 @@ import shutil
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from filelock import FileLock, Timeout
 from rich.table import Table
 from transformers import set_seed
 
-from hf_trim.arguments import TrimmingArguments
 from hf_trim.checkpoints import last_complete_checkpoint
 from hf_trim.clock import TrainingClock, samples_per_second, train_seconds
-from hf_trim.data import Data, DataArguments, load_data
+from hf_trim.data import Data, load_data
 from hf_trim.grid import expand, is_grid, leave_launcher
 from hf_trim.hub import PushError, push_folder, save_arguments
 from hf_trim.images import DeviceImages
 from hf_trim.metrics import ERROR, PERPLEXITY, Metric
 from hf_trim.model_card import describe, plot_curves, render
-from hf_trim.models import ModelArguments, build_model, load_processing_class
+from hf_trim.models import build_model, load_processing_class
 from hf_trim.recipe import (
+    Job,
     RecipeError,
     RecipeParser,
     RunArguments,
@@ -89,24 +88,6 @@ class RecipeTrainer(TrimmingTrainer):
 
 # The arms of a comparison, and what they select.
 ARMS = {"plain": "none", "trimmed": "hardest", "random": "random"}
-
-
-class Job(NamedTuple):
-    """A recipe with the command line's changes; `settings` are the fields that either of them set."""
-
-    name: str
-    run: RunArguments
-    model: ModelArguments
-    data: DataArguments
-    training: TrimmingArguments
-
-    settings: dict
-    command: str
-
-    @property
-    def output_dir(self) -> Path:
-        """The folder that everything is written to."""
-        return Path(self.training.output_dir)
 
 
 def load(job: Job) -> Data:
@@ -379,7 +360,7 @@ def compare_grid(grid: str, options: list[str]) -> None:
         options (`list[str]`): The command line's changes to all of its recipes.
     """
     folder, comparisons = expand(grid, options)
-    jobs = [Job(*parse(recipe, recipe_options)) for recipe, recipe_options in comparisons]
+    jobs = [parse(recipe, recipe_options) for recipe, recipe_options in comparisons]
     for job in jobs:
         check_settings(job)
     for number, job in enumerate(jobs, start=1):
@@ -454,7 +435,7 @@ def main(argv: list[str] | None = None) -> int:
             leave_launcher()
             compare_grid(recipe, options)
         else:
-            run(Job(*parse(recipe, options)), recipe)
+            run(parse(recipe, options), recipe)
     except RecipeError as error:
         print(f"hf_trim.run: {error}", file=sys.stderr)
         return 2

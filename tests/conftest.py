@@ -10,6 +10,8 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Models are so small here that threads would mostly wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # After the variables, and before any test imports transformers: it repairs torchvision where torch has no CUDA.
 import hf_trim  # noqa: E402, F401

@@ -88,11 +88,12 @@ def check_saved(model, data, folder):
 
 @pytest.mark.parametrize("name", [each for each in recipe_names() if each.startswith(("cifar", "digits", "svhn"))])
 def test_recipes_of_images(name, tmp_path):
-    _, _, model_args, data_args, _, _ = parse(name, [])
+    job = parse(name, [])
+    model_args, data_args = job.model, job.data
     assert (data_args.dataset in HUB_SETS) == (data_args.dataset != "digits")
     if data_args.dataset in HUB_SETS:
         save_like_the_hub(data_args.dataset, tmp_path / "data")
-        _, _, model_args, data_args, _, _ = parse(name, ["--dataset", str(tmp_path / "data")])
+        data_args = parse(name, ["--dataset", str(tmp_path / "data")]).data
     data = load_data(data_args, load_processing_class(model_args))
     assert data.image_size == (8 if name == "digits-vit" else 32)
     assert len(data.label_names) == (100 if name.startswith("cifar100-") else 10)

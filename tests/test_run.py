@@ -20,7 +20,7 @@ from hf_trim.grid import expand
 from hf_trim.recipe import parse, recipe_names
 from hf_trim.records import read_record, write_json
 from hf_trim.report import ARMS, table_rows
-from hf_trim.run import Job, load, main, make_trainer
+from hf_trim.run import load, main, make_trainer
 from tests.helpers import record
 from tests.test_models import save_like_the_hub
 
@@ -65,9 +65,9 @@ def test_command_line_overrides_the_recipe(recipe):
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_each_recipe_parses_and_is_listed(name, capsys):
-    _, run, model, data, training, *_ = parse(name, [])
-    assert model.source() and data.dataset and run.expected_time != "unknown"
-    assert training.save_strategy == training.eval_strategy == "epoch"
+    job = parse(name, [])
+    assert job.model.source() and job.data.dataset and job.run.expected_time != "unknown"
+    assert job.training.save_strategy == job.training.eval_strategy == "epoch"
     assert main(["--list"]) == 0
     assert name in capsys.readouterr().out
 
@@ -259,7 +259,7 @@ def test_grids_of_the_package_parse():
 
 
 def test_arms_of_a_seed_start_from_the_same_weights(recipe):
-    job = Job(*parse(recipe, ["--output_dir", "unused"]))
+    job = parse(recipe, ["--output_dir", "unused"])
     data = load(job)
     weights = {
         (arm, seed): torch.cat([p.flatten() for p in make_trainer(job, data, arm, seed, "unused").model.parameters()])
@@ -272,7 +272,7 @@ def test_arms_of_a_seed_start_from_the_same_weights(recipe):
 
 def test_optimizer_and_learning_rate_of_the_paper(recipe, tmp_path):
     options = ["--l2_weight_decay", "0.0001", "--lr_milestones", "1", "2", "--output_dir", str(tmp_path)]
-    job = Job(*parse(recipe, options))
+    job = parse(recipe, options)
     trainer = make_trainer(job, load(job), "plain", 0, tmp_path)
     trainer.train()
     assert type(trainer.optimizer.optimizer) is torch.optim.Adam
@@ -324,7 +324,7 @@ def test_a_trained_language_model_loads_back(tmp_path):
     results = json.loads((out / "all_results.json").read_text())
     model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
     assert (model.config.bos_token_id, model.config.eos_token_id) == (tokenizer.cls_token_id, tokenizer.sep_token_id)
-    data = load(Job(*parse("bbc-gpt2", options))).test_dataset.with_format("torch")
+    data = load(parse("bbc-gpt2", options)).test_dataset.with_format("torch")
     with torch.no_grad():
         logits = model(data["input_ids"][:]).logits[:, :-1]
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), data["labels"][:][:, 1:].flatten())
@@ -334,7 +334,7 @@ def test_a_trained_language_model_loads_back(tmp_path):
 @pytest.mark.parametrize("name", ["svhn-resnet34", "cifar10-densenet121", "cifar100-resnet34", "cifar10-vit"])
 def test_paper_recipes_run_end_to_end_on_data_of_the_hubs_schema(name, tmp_path):
     path = tmp_path / "data"
-    save_like_the_hub(parse(name, [])[3].dataset, path)
+    save_like_the_hub(parse(name, []).data.dataset, path)
     # Two epochs, so that p falls; the configuration's name means nothing to data on disk.
     options = ["--dataset", str(path), "--num_train_epochs", "2", "--output_dir", str(tmp_path / "out"), "--use_cpu"]
     assert main([name, *options]) == 0
