@@ -12,7 +12,7 @@ from huggingface_hub.errors import (
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
 )
-from transformers import TimmWrapperForImageClassification, TrainingArguments
+from transformers import TrainingArguments
 
 from hf_trim.model_card import describe, plot_curves, render
 from hf_trim.records import write_json
@@ -131,7 +131,8 @@ class PushMixin:
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """A timm model's weights get timm's own names, which transformers' wrapper reads as well."""
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        if isinstance(model, TimmWrapperForImageClassification) and output_dir in (None, self.args.output_dir):
+        is_timm = getattr(getattr(model, "config", None), "model_type", None) == "timm_wrapper"
+        if is_timm and output_dir in (None, self.args.output_dir):
             state_dict = model.state_dict() if state_dict is None else state_dict
             state_dict = {name.removeprefix("timm_model."): value for name, value in state_dict.items()}
         super()._save(output_dir, state_dict)
