@@ -11,7 +11,7 @@ from hf_trim.selection import NONFINITE_CHOICES, SELECT_CHOICES
 
 SCHEDULE_CHOICES = ("epoch", "step")
 UNIT_CHOICES = ("auto", "sample", "token")
-SCOPE_CHOICES = ("local",)
+SCOPE_CHOICES = ("local", "global")
 
 
 @dataclass
@@ -94,7 +94,8 @@ class TrimmingConfig:
     trim_scope: str = field(
         default="local",
         metadata={
-            "help": "Among which items the hardest are chosen: those of each device's micro-batch.",
+            "help": "Among which items the hardest are chosen: those of each device's micro-batch (local), or of all "
+            "devices' together (global).",
             "choices": SCOPE_CHOICES,
         },
     )

@@ -31,6 +31,75 @@ class StepShare:
 
 
 @dataclass
+class Selection:
+    """
+    What is kept of some losses over the same items, and what that counts for.
+
+    Args:
+        kept (`torch.Tensor`): `[k]` indices of items of this process.
+        elements (`torch.Tensor`): Indices of their losses: the same, or those of all tokens of the samples.
+        counts (`list[torch.Tensor]`): Of each call, the sum of its counts, kept or not.
+        kept_counts (`list[torch.Tensor]`): Of each call, the sum of those that are kept. Both are of all processes
+            among whose items the hardest were chosen.
+        share ([`StepShare`]): What all of it is in the optimizer step.
+    """
+
+    kept: Tensor
+    elements: Tensor
+    counts: list[Tensor]
+    kept_counts: list[Tensor]
+    share: StepShare
+
+
+@dataclass
+class Peers:
+    """
+    The processes among whose items together the hardest are chosen (`trim_scope="global"`).
+
+    Args:
+        gather (`Callable`): `[m]` of each process → `[processes, m]`, on all of them.
+        rank (`int`): Number of this one.
+    """
+
+    gather: Callable[[Tensor], Tensor]
+    rank: int
+
+    def sum(self, values: list[Tensor]) -> list[Tensor]:
+        """
+        Args:
+            values (`list[torch.Tensor]`): Scalars.
+
+        Returns:
+            `list[torch.Tensor]`: Their sums over the processes.
+        """
+        return list(self.gather(torch.stack(values)).sum(0))
+
+    def union(self, scores: Tensor) -> tuple[Tensor, int]:
+        """
+        Args:
+            scores (`torch.Tensor`): `[n]`; n may differ between the processes.
+
+        Returns:
+            `tuple[torch.Tensor, int]`: All scores, process by process, and where those of this one begin.
+        """
+        sizes = self.gather(torch.tensor([len(scores)], device=scores.device)).flatten().tolist()
+        found = self.gather(torch.nn.functional.pad(scores, (0, max(sizes) - len(scores))))
+        return torch.cat([each[:size] for each, size in zip(found, sizes, strict=True)]), sum(sizes[: self.rank])
+
+    def stand_by(self, num_calls: int, like: Tensor) -> None:
+        """
+        Take part in a selection without an item: other processes have a mini-batch more than this one.
+
+        Args:
+            num_calls (`int`): Number of calls of loss functions over the same items.
+            like (`torch.Tensor`): Of the type and on the device of losses.
+        """
+        self.sum([like.new_zeros(())] * num_calls)
+        self.union(like.new_zeros(0))
+        self.sum([like.new_zeros(())] * (num_calls + 2))
+
+
+@dataclass
 class TrimmedBatch:
     """
     Turns the loss of a whole mini-batch into that of the items to keep.
@@ -50,6 +119,7 @@ class TrimmedBatch:
         num_items (`torch.Tensor` or `int`, *optional*): Number of labels that the model divides by, if it does.
         mean_scale (`float`, *optional*, defaults to 1.0): Factor of losses that are means.
         labels (`torch.Tensor`, *optional*): `[B, ...]` labels, to make sure which losses are which sample's.
+        peers ([`Peers`], *optional*): Without, the hardest are chosen among the items of this process.
     """
 
     config: TrimmingConfig
@@ -62,12 +132,13 @@ class TrimmedBatch:
     num_items: Tensor | int | None = None
     mean_scale: float = 1.0
     labels: Tensor | None = None
+    peers: Peers | None = None
 
     def __post_init__(self):
         self.samples: Tensor | None = None  # `[k]` kept ones, once they are chosen, where items are samples
         self.dropped = 0  # samples left out for losses that are not finite
         self.logged: list[Tensor] | None = None  # kept and valid items, threshold, mean over all
-        self._first_pass: list[tuple[list[Tensor], StepShare]] | None = None  # counts of all items
+        self._selections: list[Selection] | None = None  # of the first forward pass
         self._replays = False
 
     def __call__(self, loss: Tensor, calls: list[LossCall]) -> Tensor:
@@ -99,23 +170,22 @@ class TrimmedBatch:
         groups: dict[int, list[tuple[LossCall, Tensor]]] = {}
         for call, weight in used:
             groups.setdefault(call.losses.numel(), []).append((call, weight))
-        self._first_pass = self._first_pass or []
+        self._selections = self._selections or []
         for index, group in enumerate(groups.values()):
-            trimmed, whole = self._trim(group, self._first_pass[index] if self._replays else None)
-            if trimmed is None:
-                loss = loss + self.zero()
-            else:
-                loss = loss + (trimmed - whole).to(loss.dtype)
+            if not self._replays:
+                self._selections.append(self._select(group))
+            whole = sum(weight * call.value.detach() for call, weight in group)
+            loss = loss + (self._trimmed(group, self._selections[index]) - whole).to(loss.dtype)
         if all(call.reduction == "sum" for call, _ in used):
             return loss
         # A mean over tokens that is trimmed by samples keeps a number of tokens that only the selection tells.
-        _, share = self._first_pass[0]
+        share = self._selections[0].share
         return loss * self.mean_scale * (share.kept if self._is_natural(used[0][0]) else share.valid)
 
     @property
     def is_done(self) -> bool:
         """Whether there was a loss to trim."""
-        return self._first_pass is not None
+        return self._selections is not None
 
     def begin_replay(self) -> Tensor:
         """
@@ -132,49 +202,74 @@ class TrimmedBatch:
         """Whether an item is what the loss function has a value for."""
         return call.losses.numel() == self.batch_size or self.config.trim_unit != "sample"
 
-    def _trim(self, group, replayed) -> tuple[Tensor | None, Tensor]:
-        """The trimmed sum of some losses over the same items (`None`: no item), and what it replaces."""
+    def stand_by(self) -> None:
+        """Take part in the selection of another process that has a mini-batch more than this one; needs `peers`."""
+        for selection in self._selections:
+            self.peers.stand_by(len(selection.counts), selection.counts[0])
+
+    def _select(self, group) -> Selection:
+        """Choose among the items of some losses, of all processes if there are peers."""
         calls = [call for call, _ in group]
-        whole = sum(weight * call.value.detach() for call, weight in group)
         total = calls[0].losses.numel()
         samples = total == self.batch_size or self.config.trim_unit == "sample"
-        if replayed is not None:  # the second forward pass: these are the kept ones
-            (all_counts, share), kept = replayed, torch.arange(total, device=calls[0].losses.device)
-            if not self.samples.numel():
-                return None, whole
-            elements = kept
-        else:
-            all_counts = [call.counts.where(call.finite, 0).sum() for call in calls]
-            share = self.share(calls[0], total != self.batch_size)
-            self._first_pass.append((all_counts, share))
-            scores, labelled, finite = self._scores(group, all_counts, samples)
-            valid = labelled & finite
-            kept = select_items(
-                scores, self.keep, valid=valid, select=self.config.trim_select, generator=self.generator
-            )
-            self._log(scores, valid, kept)
-            if samples:
-                self.samples = kept
-            if not kept.numel():
-                return None, whole
-            size = total // len(scores)
-            if self.dropped:  # the others stand in for what is missing, as they do in a mean
-                share = replace(
-                    share, items_per_kept=share.items_per_kept * num_kept(self.keep, int(labelled.sum())) / len(kept)
-                )
-                self._first_pass[-1] = (all_counts, share)
-            elements = kept if size == 1 else (kept[:, None] * size + torch.arange(size, device=kept.device)).flatten()
+        share = self.share(calls[0], total != self.batch_size)
+        counts = [call.counts.where(call.finite, 0).sum() for call in calls]
+        if self.peers is not None:
+            counts = self.peers.sum(counts)
+        scores, labelled, finite = self._scores(group, counts, samples)
+        valid = labelled & finite
+        own, start = len(scores), 0
+        if self.peers is not None:
+            scores, start = self.peers.union(scores.where(valid, -torch.inf))
+            valid = scores > -torch.inf
+        chosen = select_items(scores, self.keep, valid=valid, select=self.config.trim_select, generator=self.generator)
+        self._log(scores, valid, chosen)
+        kept = chosen if self.peers is None else chosen[(chosen >= start) & (chosen < start + own)] - start
+        if samples:
+            self.samples = kept
+        size = total // own
+        elements = kept if size == 1 else (kept[:, None] * size + torch.arange(size, device=kept.device)).flatten()
+        kept_counts = [call.counts[elements].sum() for call in calls]
+        dropped, num_labelled = self.dropped, labelled.sum()
+        if self.peers is not None:
+            more = [num_labelled.to(scores), scores.new_tensor(float(dropped))]
+            *kept_counts, num_labelled, dropped = self.peers.sum([*kept_counts, *more])
+        if dropped and chosen.numel():  # the others stand in for what is missing, as they do in a mean
+            planned = num_kept(self.keep, int(num_labelled))
+            share = replace(share, items_per_kept=share.items_per_kept * planned / len(chosen))
+        return Selection(kept, elements, counts, kept_counts, share)
+
+    def _trimmed(self, group, selection: Selection) -> Tensor:
+        """The trimmed sum of some losses over the same items."""
+        total = group[0][0].losses.numel()
+        samples = total == self.batch_size or self.config.trim_unit == "sample"
+        if not selection.kept.numel():
+            return self._nothing(group, samples)
+        kept, elements = selection.kept, selection.elements
+        if self._replays:  # the second forward pass has the kept ones alone
+            kept = elements = torch.arange(total, device=kept.device)
         terms = []
-        for (call, weight), counts in zip(group, all_counts, strict=True):
-            kept_counts = call.counts[elements].sum()
+        for (call, weight), counts, kept_counts in zip(group, selection.counts, selection.kept_counts, strict=True):
             if call.reduction == "mean":
                 factor = weight
             elif self._is_natural(call):
-                factor = weight * share.items_per_kept * kept_counts
+                factor = weight * selection.share.items_per_kept * kept_counts
             else:
                 factor = weight * counts
             terms.append((call, torch.where(kept_counts > 0, factor / kept_counts, 0)))
-        return self._take(terms, kept, elements, samples), whole
+        return self._take(terms, kept, elements, samples)
+
+    def _nothing(self, group, samples: bool) -> Tensor:
+        """Zero, with a gradient of zero for each parameter, by the way of one item: engines wait for all of them."""
+        call, _ = group[0]
+        usable = (call.finite & (call.counts > 0)).nonzero().flatten()[:1]
+        if self.dropped or not usable.numel():
+            return self.zero()
+        kept = usable if samples and call.losses.numel() == self.batch_size else usable // self._per_sample(call)
+        return self._take([(call, call.losses.new_zeros(()))], kept, usable, samples)
+
+    def _per_sample(self, call: LossCall) -> int:
+        return max(1, call.losses.numel() // self.batch_size)
 
     def _scores(self, group, all_counts, samples: bool) -> tuple[Tensor, Tensor, Tensor]:
         """What items are ranked by, which have a label, and which may be kept as far as NaN and infinity go."""

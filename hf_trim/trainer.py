@@ -16,7 +16,7 @@ from hf_trim.arguments import TrimmingConfig
 from hf_trim.backward.choice import choose_backward, is_compiled
 from hf_trim.backward.replay import rows_of, scoring
 from hf_trim.backward.sparse import fallback_report, reset_fallbacks, strict
-from hf_trim.batch import StepShare, TrimmedBatch, step_share
+from hf_trim.batch import Peers, StepShare, TrimmedBatch, step_share
 from hf_trim.checkpoints import load_converted_weights
 from hf_trim.heads import HOW_TO_PASS_A_LOSS, item_unit
 from hf_trim.hub import PushMixin
@@ -65,6 +65,7 @@ class TrimmingMixin(PushMixin):
         self._step_batches: list[tuple[int, dict]] = []
         self._step_position = 0
         self._step_counts: dict[Any, list[int]] = {}
+        self._missing_batches = 0  # mini-batches of this step that other processes have more than this one
         self._told = set()
         reset_fallbacks()
         self._logged_sums = torch.zeros(len(LOGGED) + 1, dtype=torch.float64)
@@ -95,6 +96,11 @@ class TrimmingMixin(PushMixin):
             raise ValueError(
                 "Context or sequence parallelism splits a sample over devices, and its loss cannot be ranked there: "
                 "set cp_size and sp_size to 1."
+            )
+        if self.trim.trim_scope == "global" and not self.args.average_tokens_across_devices:
+            raise ValueError(
+                "trim_scope='global' is a mean over the items of all devices: leave average_tokens_across_devices at "
+                "True, or use trim_scope='local'."
             )
         if self._user_loss is not None:
             return None
@@ -195,6 +201,7 @@ class TrimmingMixin(PushMixin):
             num_items=num_items_in_batch,
             mean_scale=1.0 if counted else float(processes),
             labels=labels.get("shift_labels", labels.get("labels")),
+            peers=self._peers(keep),
         )
         try:
             if backward == "replay":
@@ -208,6 +215,10 @@ class TrimmingMixin(PushMixin):
                     f"there is nothing to rank. {HOW_TO_PASS_A_LOSS}"
                 )
             self._record(keep, self._batch)
+            if self._step_position + 1 >= len(self._step_batches):
+                for _ in range(self._missing_batches):
+                    self._batch.stand_by()
+                self._missing_batches = 0
         finally:
             self._batch = None
         self._step_position += 1
@@ -324,12 +335,27 @@ class TrimmingMixin(PushMixin):
                 counts = [_num_labels(each, call.ignore_index, shifted) for _, each in batches]
             else:
                 counts = [_num_samples(*each) for each in batches]
-            self._step_counts[per_token, keep] = (
-                counts,
-                self._sum_over_devices([sum(num_kept(keep, count) for count in counts), sum(counts)]),
-            )
+            if self._peers(keep) is not None:
+                counts = self._counts_of_all(counts)
+                totals = [sum(num_kept(keep, count) for count in counts), sum(counts)]
+            else:
+                totals = self._sum_over_devices([sum(num_kept(keep, count) for count in counts), sum(counts)])
+            self._step_counts[per_token, keep] = (counts, totals)
         counts, totals = self._step_counts[per_token, keep]
         return step_share(keep, counts[min(self._step_position, len(counts) - 1)], *totals)
+
+    def _peers(self, keep: float) -> Peers | None:
+        if self.trim.trim_scope == "local" or keep == 1 or self.accelerator.num_processes == 1:
+            return None
+        return Peers(lambda values: self.accelerator.gather(values[None]), self.args.process_index)
+
+    def _counts_of_all(self, counts: list[int]) -> list[int]:
+        """Of each mini-batch of the step, the items of all processes; some may have fewer mini-batches than others."""
+        length = max(self.args.gradient_accumulation_steps, len(counts))
+        own = torch.tensor([*counts, *[0] * (length - len(counts)), len(counts)], device=self.args.device)
+        found = self.accelerator.gather(own[None])
+        self._missing_batches = int(found[:, -1].max()) - len(counts)
+        return found[:, :-1].sum(0).tolist()
 
     def _sum_over_devices(self, numbers: list[int]) -> list[int]:
         if not self.args.average_tokens_across_devices or self.accelerator.num_processes == 1:
@@ -341,7 +367,9 @@ class TrimmingMixin(PushMixin):
         if self.trim.trim_select != "random":
             return None
         to_come = len(self._step_batches) - self._step_position
-        place = (self.args.seed, self.state.global_step, to_come, self.args.process_index)
+        place = (self.args.seed, self.state.global_step, to_come)
+        if self.trim.trim_scope == "local":  # else all processes make the same choice
+            place += (self.args.process_index,)
         return torch.Generator().manual_seed(random.Random(str(place)).getrandbits(63))
 
     def _record(self, keep: float, batch: TrimmedBatch) -> None:

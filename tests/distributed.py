@@ -26,22 +26,65 @@ class InOrder(TrimmingTrainer):
 
 
 def run(head: str, folder: Path, processes: int, keep: float):
+    """Two processes take turns at the mini-batches that one accumulates."""
     arguments = {"trim_start": keep, "trim_end": min(keep, 0.3), **TRAININGS[head]}
     if keep == 1:
         arguments["max_steps"] = 1
-    trainer = train(
-        make(head), HEADS[head][1]()[:16], folder, trainer_cls=InOrder, per_device_train_batch_size=4,
-        gradient_accumulation_steps=2 // processes, num_train_epochs=1, **arguments,
-    )  # fmt: skip
+    return finish(head, 16, folder, 4, gradient_accumulation_steps=2 // processes, num_train_epochs=1, **arguments)
+
+
+# Of the choice among all processes: head, processes, samples, samples of a process's mini-batch, what else.
+GLOBAL = {
+    "tokens, accumulated": ("llama", 2, 16, 4, {"gradient_accumulation_steps": 2}),
+    "tokens of texts": ("masked-lm", 2, 16, 4, {"trim_unit": "sample"}),
+    "labels": ("token-classification", 2, 16, 4, {}),
+    "samples": ("question-answering", 2, 16, 4, {"gradient_accumulation_steps": 2}),
+    "random": ("question-answering", 2, 16, 4, {"trim_select": "random"}),
+    "replay": ("next-sentence", 2, 16, 4, {"trim_backward": "replay"}),
+    "one process keeps nothing": ("next-sentence", 2, 16, 4, {"trim_start": 0.1, "trim_end": 0.1}),
+    "replay, one process keeps nothing": (
+        "next-sentence", 2, 16, 4, {"trim_start": 0.1, "trim_end": 0.1, "trim_backward": "replay"}
+    ),
+    "fewer mini-batches in one": (
+        "question-answering", 2, 12, 4,
+        {"gradient_accumulation_steps": 2, "accelerator_config": {"even_batches": False}},
+    ),
+    "three processes, the last one with less": (
+        "llama", 3, 16, 2, {"gradient_accumulation_steps": 3, "accelerator_config": {"even_batches": False}}
+    ),
+    "three processes, filled up": ("question-answering", 3, 16, 2, {}),
+}  # fmt: skip
+
+
+def run_global(case: str, folder: Path, processes: int):
+    """The processes take parts of the mini-batches that one takes as a whole."""
+    head, planned, samples, size, more = GLOBAL[case]
+    if processes == 1:
+        samples = samples + 2 if case == "three processes, filled up" else samples  # with its first ones, again
+        size = size * planned
+    arguments = {"trim_start": 0.6, "trim_end": 0.3, "num_train_epochs": 2, **more}
+    return finish(head, samples, folder, size, trim_scope="global", **arguments)
+
+
+def finish(head: str, samples: int, folder: Path, size: int, **arguments):
+    rows = HEADS[head][1]()
+    rows = [rows[i % 16] for i in range(samples)]
+    trainer = train(make(head), rows, folder, trainer_cls=InOrder, per_device_train_batch_size=size, **arguments)
     return trainer.losses, weights(trainer.accelerator.unwrap_model(trainer.model))
 
 
+def write(folder: Path, name: str, losses: list, found: torch.Tensor):
+    if os.environ["RANK"] == "0":
+        torch.save(found, folder / f"{name}.pt")
+        (folder / f"{name}.json").write_text(json.dumps(losses))
+
+
 if __name__ == "__main__":
-    folder = Path(sys.argv[1])
-    for head in TRAININGS:
+    folder, processes = Path(sys.argv[1]), int(os.environ["WORLD_SIZE"])
+    for head in TRAININGS if processes == 2 else ():
         for keep in (0.3, 1.0):
-            losses, found = run(head, folder, int(os.environ["WORLD_SIZE"]), keep)
-            if os.environ["RANK"] == "0":
-                torch.save(found, folder / f"{head}-{keep}.pt")
-                (folder / f"{head}-{keep}.json").write_text(json.dumps(losses))
+            write(folder, f"{head}-{keep}", *run(head, folder, processes, keep))
+    for case in GLOBAL:
+        if GLOBAL[case][1] == processes:
+            write(folder, case, *run_global(case, folder, processes))
     torch.distributed.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Two processes that take turns at the mini-batches train as one that accumulates them."""
+"""Several processes train as one: taking turns at its mini-batches, or taking parts of them."""
 
 import json
 import subprocess
@@ -7,25 +7,38 @@ import sys
 import pytest
 import torch
 
-from tests.distributed import TRAININGS, run
+from tests.distributed import GLOBAL, TRAININGS, run, run_global
 from tests.helpers import relative_difference, weights
 from tests.test_heads import make
 
 
 @pytest.fixture(scope="module")
-def two_processes(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("two")
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tests.distributed"]
-    done = subprocess.run([sys.executable, *command, str(folder)], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+def together(tmp_path_factory):
+    """What two processes found, and three."""
+    folder = tmp_path_factory.mktemp("together")
+    for processes in ("2", "3"):
+        command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
+        done = subprocess.run(
+            [sys.executable, *command, "-m", "tests.distributed", str(folder)],
+            capture_output=True, text=True, timeout=400,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-5000:]
     return folder
+
+
+def check(folder, name, head, losses, alone):
+    found = torch.load(folder / f"{name}.pt")
+    start = weights(make(head))
+    assert relative_difference(found - start, alone - start) < 1e-4
+    assert json.loads((folder / f"{name}.json").read_text()) == pytest.approx(losses, rel=1e-4)
 
 
 @pytest.mark.parametrize("keep", [0.3, 1.0])
 @pytest.mark.parametrize("head", TRAININGS)
-def test_two_processes_train_as_one(head, keep, two_processes, tmp_path):
-    losses, alone = run(head, tmp_path, 1, keep)
-    together = torch.load(two_processes / f"{head}-{keep}.pt")
-    start = weights(make(head))
-    assert relative_difference(together - start, alone - start) < 1e-4
-    assert json.loads((two_processes / f"{head}-{keep}.json").read_text()) == pytest.approx(losses, rel=1e-4)
+def test_processes_that_take_turns_train_as_one(head, keep, together, tmp_path):
+    check(together, f"{head}-{keep}", head, *run(head, tmp_path, 1, keep))
+
+
+@pytest.mark.parametrize("case", GLOBAL)
+def test_processes_choose_among_all_items_as_one(case, together, tmp_path):
+    check(together, case, GLOBAL[case][0], *run_global(case, tmp_path, 1))
