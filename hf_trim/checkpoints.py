@@ -1,13 +1,18 @@
 """Where an interrupted training goes on."""
 
+import errno
 import json
 import logging
+import pickle
+import zipfile
 from pathlib import Path
 
-from safetensors import safe_open
+import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.trainer_callback import TrainerState
+from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 
@@ -16,8 +21,8 @@ logger = logging.getLogger(__name__)
 
 def last_complete_checkpoint(output_dir: str | Path) -> str | None:
     """
-    The newest checkpoint that was written to its end. `Trainer` writes the trainer state last, so that a checkpoint
-    that was cut off, e.g. by a kill, has none or a torn one; it is passed over and the log says so.
+    The newest checkpoint that can be read to its end. One that was cut off, by a kill or a full disk, or whose files
+    are damaged, is passed over, and the log says so.
 
     Args:
         output_dir (`str` or `Path`): The folder of the checkpoints.
@@ -28,13 +33,66 @@ def last_complete_checkpoint(output_dir: str | Path) -> str | None:
     found = Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
     steps = {int(path.name.rsplit("-", 1)[1]): path for path in found if path.name.rsplit("-", 1)[1].isdigit()}
     for step in sorted(steps, reverse=True):
-        try:
-            if TrainerState.load_from_json(str(steps[step] / "trainer_state.json")).global_step == step:
-                return str(steps[step])
-        except (OSError, TypeError, json.JSONDecodeError, UnicodeDecodeError):
-            pass
-        logger.warning("%s is not complete: the checkpoint before it is used.", steps[step])
+        reason = _defect(steps[step], step)
+        if reason is None:
+            return str(steps[step])
+        logger.warning("%s is not complete (%s): the checkpoint before it is used.", steps[step], reason)
     return None
+
+
+def _defect(folder: Path, step: int) -> str | None:
+    """What is wrong with a checkpoint. Nothing in it is unpickled but what torch knows to be plain data."""
+    try:
+        # `Trainer` writes it last.
+        if TrainerState.load_from_json(str(folder / "trainer_state.json")).global_step != step:
+            return "trainer_state.json is of another step"
+    except (OSError, TypeError, json.JSONDecodeError, UnicodeDecodeError):
+        return "trainer_state.json is missing or torn"
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt"):  # compares the size of the file with that of its tensors
+                pass
+        except (OSError, SafetensorError) as error:
+            return f"{path.name}: {error}"
+    for path in sorted([*folder.glob("optimizer.pt"), *folder.glob("scheduler.pt"), *folder.glob("rng_state*.pth")]):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged:
+                return f"{path.name}: {damaged} is damaged"
+            with safe_globals():
+                torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except (OSError, zipfile.BadZipFile, RuntimeError, pickle.UnpicklingError) as error:
+            return f"{path.name}: {str(error).splitlines()[0]}"
+    return None
+
+
+# Of an error while a file is written: no space, too large, over quota, read-only, not allowed, no folder, broken disk.
+WRITE_ERRORS = (
+    errno.ENOSPC,
+    errno.EFBIG,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOTDIR,
+    errno.EIO,
+)
+
+
+def is_write_error(error: BaseException) -> bool:
+    """
+    Args:
+        error (`BaseException`): What was raised.
+
+    Returns:
+        `bool`: Whether a file could not be written: by Python, safetensors or torch, each of which has its own error.
+    """
+    if isinstance(error, OSError):
+        return error.errno in WRITE_ERRORS
+    if isinstance(error, SafetensorError):
+        return any(f"os error {number}" in str(error) for number in WRITE_ERRORS)
+    return isinstance(error, RuntimeError) and "PytorchStreamWriter" in str(error)
 
 
 def load_converted_weights(model: nn.Module, folder: str | Path) -> None:

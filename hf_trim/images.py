@@ -1,5 +1,7 @@
 """A small set of images as one tensor on the training's device, so that no input pipeline holds a GPU up."""
 
+import random
+
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -8,7 +10,9 @@ from torchvision.transforms.v2 import functional as F
 
 class DeviceImages(Dataset):
     """
-    Images and their classes in memory. A mini-batch is taken, augmented and normalized as a whole, on the device.
+    Images and their classes in memory. A mini-batch is taken, augmented and normalized as a whole, on the device. How
+    it is augmented follows from torch's seed and from which images it has, in which order: so a training that goes on
+    in the middle of an epoch sees what it would have seen, whatever was fetched in advance.
 
     Args:
         images (`torch.Tensor`): `[N, C, H, W]`, bytes.
@@ -33,7 +37,9 @@ class DeviceImages(Dataset):
     def __getitems__(self, indices: list[int]) -> list[dict[str, Tensor]]:
         """What torch's `DataLoader` asks for: here a list of one element, the whole mini-batch ([`only_batch`])."""
         which = torch.tensor(indices).to(self.images.device, non_blocking=True)
-        images = normalized(augmented(self.images[which], self.augment), self.mean, self.std)
+        seed = random.Random(str((torch.initial_seed(), indices))).getrandbits(63)
+        images = augmented(self.images[which], self.augment, torch.Generator().manual_seed(seed))
+        images = normalized(images, self.mean, self.std)
         return [{"pixel_values": images, "labels": self.labels[which]}]
 
 
@@ -64,39 +70,42 @@ def normalized(images: Tensor, mean: list[float], std: list[float]) -> Tensor:
     return F.normalize(F.to_dtype(images, torch.float32, scale=True), mean, std)
 
 
-def augmented(images: Tensor, augment: str) -> Tensor:
+def augmented(images: Tensor, augment: str, generator: torch.Generator | None = None) -> Tensor:
     """
     Args:
         images (`torch.Tensor`): `[B, C, H, W]`.
         augment (`str`): `"none"`; `"crop"`, which shifts each image by up to an eighth of its size; or `"crop-flip"`,
             which mirrors half of them too.
+        generator (`torch.Generator`, *optional*): Of the CPU; torch's global one by default.
 
     Returns:
         `torch.Tensor`: `[B, C, H, W]`.
     """
     if augment == "none":
         return images
-    return random_shift(images, images.shape[-1] // 8, flip=augment == "crop-flip")
+    return random_shift(images, images.shape[-1] // 8, flip=augment == "crop-flip", generator=generator)
 
 
-def random_shift(images: Tensor, padding: int, flip: bool) -> Tensor:
+def random_shift(images: Tensor, padding: int, flip: bool, generator: torch.Generator | None = None) -> Tensor:
     """
-    Random crop of the zero-padded images, and random mirroring, drawn for each image from torch's global generator of
-    the CPU, so that every device gives the same. (torchvision's transforms draw once for a whole batch.)
+    Random crop of the zero-padded images, and random mirroring, drawn for each image. (torchvision's transforms draw
+    once for a whole batch.)
 
     Args:
         images (`torch.Tensor`): `[B, C, H, W]`.
         padding (`int`): The farthest shift, in pixels.
         flip (`bool`): Whether to mirror each image with a chance of one half.
+        generator (`torch.Generator`, *optional*): Of the CPU, so that every device gives the same; torch's global one
+            by default.
 
     Returns:
         `torch.Tensor`: `[B, C, H, W]`.
     """
     batch, channels, height, width = images.shape
-    top, left = torch.randint(0, 2 * padding + 1, (2, batch, 1))
+    top, left = torch.randint(0, 2 * padding + 1, (2, batch, 1), generator=generator)
     rows, columns = top + torch.arange(height), left + torch.arange(width)
     if flip:
-        columns = torch.where(torch.rand(batch, 1) < 0.5, columns.flip(1), columns)
+        columns = torch.where(torch.rand(batch, 1, generator=generator) < 0.5, columns.flip(1), columns)
     rows, columns = (each.to(images.device, non_blocking=True) for each in (rows, columns))
     each = torch.arange(batch, device=images.device).view(-1, 1, 1, 1)
     channel = torch.arange(channels, device=images.device).view(1, -1, 1, 1)

@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 from rich.table import Table
+from safetensors import SafetensorError
 from transformers import set_seed
 
-from hf_trim.checkpoints import last_complete_checkpoint
+from hf_trim.checkpoints import is_write_error, last_complete_checkpoint
 from hf_trim.clock import TrainingClock, samples_per_second, train_seconds
 from hf_trim.data import Data, load_data
 from hf_trim.grid import expand, is_grid, leave_launcher
@@ -331,7 +332,8 @@ def compare(job: Job) -> None:
         try:
             # The processes of one distributed run train it together.
             with FileLock(f"{path}.lock", timeout=0) if job.training.world_size == 1 else nullcontext():
-                record = read_record(path)
+                with user_errors():
+                    record = read_record(path)
                 if record is None:
                     print(about, flush=True)
                     data = load(job) if data is None else data
@@ -419,7 +421,8 @@ def main(argv: list[str] | None = None) -> int:
         argv (`list[str]`, *optional*): Arguments; the default is `sys.argv[1:]`.
 
     Returns:
-        `int`: Exit status: 0, 2 if the recipe, an argument or the data is wrong, or 1 if the Hub took nothing.
+        `int`: Exit status: 0, 2 if the recipe, an argument or the data is wrong, or 1 if the Hub
+            took nothing or a file could not be written.
     """
     recipe, *options = (sys.argv[1:] if argv is None else argv) or ["--help"]
     try:
@@ -441,6 +444,16 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except PushError as error:
         print(f"hf_trim.run: {error}", file=sys.stderr)
+        return 1
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if not is_write_error(error):
+            raise
+        print(
+            f"hf_trim.run: A file could not be written: {str(error).splitlines()[0]}. Make room for it, or choose "
+            "another --output_dir. The same command goes on from the last complete checkpoint, and what is finished "
+            "stays.",
+            file=sys.stderr,
+        )
         return 1
     return 0
 

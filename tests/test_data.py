@@ -222,7 +222,7 @@ def test_a_folder_without_data_does_not_hide_a_hub_name(tmp_path, monkeypatch):
 
 def test_images_are_the_same_in_memory_or_decoded_when_drawn(tmp_path, monkeypatch):
     tiny(30).save_to_disk(tmp_path)
-    args = DataArguments(str(tmp_path), image_size=16, test_fraction=0.5, augment="crop-flip")
+    args = DataArguments(str(tmp_path), image_size=16, test_fraction=0.5)
     once = load_data(args)
     monkeypatch.setattr(hf_trim.data, "IN_MEMORY_BYTES", 0)
     each_time = load_data(args)
@@ -230,10 +230,7 @@ def test_images_are_the_same_in_memory_or_decoded_when_drawn(tmp_path, monkeypat
     assert once.test_dataset[3]["pixel_values"].equal(each_time.test_dataset[3]["pixel_values"])
     assert once.test_dataset[3]["labels"] == each_time.test_dataset[3]["labels"]
     for split in ("train", "test"):
-        torch.manual_seed(0)
-        first = batch(once, 8, split)["pixel_values"]
-        torch.manual_seed(0)
-        assert torch.equal(first, batch(each_time, 8, split)["pixel_values"])
+        assert torch.equal(batch(once, 8, split)["pixel_values"], batch(each_time, 8, split)["pixel_values"])
 
 
 def test_random_shift_draws_for_each_image():
@@ -248,12 +245,28 @@ def test_random_shift_draws_for_each_image():
     assert (shifted[:, 0] == shifted[:, 1]).all()
 
 
-def test_only_training_images_are_augmented():
-    data = load_data(DataArguments("digits", augment="crop"))
-    first, second = (batch(data, 64)["pixel_values"] for _ in range(2))
-    assert not torch.equal(first, second)
-    first, second = (batch(data, 64, "test")["pixel_values"] for _ in range(2))
-    assert torch.equal(first, second)
+def test_only_training_images_are_augmented(monkeypatch):
+    for in_memory in (True, False):
+        data = load_data(DataArguments("digits", augment="crop"))
+        plain = load_data(DataArguments("digits"))
+        assert not torch.equal(batch(data, 64)["pixel_values"], batch(plain, 64)["pixel_values"])
+        assert torch.equal(batch(data, 64, "test")["pixel_values"], batch(plain, 64, "test")["pixel_values"])
+        monkeypatch.setattr(hf_trim.data, "IN_MEMORY_BYTES", 0)
+        assert isinstance(data.train_dataset, DeviceImages) == in_memory
+
+
+def test_images_in_memory_are_augmented_by_seed_and_place():
+    images = load_data(DataArguments("digits", augment="crop")).train_dataset
+
+    def draw(seed, indices):
+        torch.manual_seed(seed)
+        torch.rand(seed)  # what else was drawn does not matter
+        (found,) = images.__getitems__(indices)
+        return found["pixel_values"]
+
+    some, others = [3, 1, 4, 1], [1, 3, 4, 1]
+    assert torch.equal(draw(5, some), draw(5, some)) and not torch.equal(draw(5, some), draw(6, some))
+    assert not torch.equal(draw(5, some)[[1, 0, 2, 3]], draw(5, others))
 
 
 def test_texts_are_padded_to_the_longest_of_the_batch(tmp_path):
