@@ -92,7 +92,8 @@ def is_write_error(error: BaseException) -> bool:
         return error.errno in WRITE_ERRORS
     if isinstance(error, SafetensorError):
         return any(f"os error {number}" in str(error) for number in WRITE_ERRORS)
-    return isinstance(error, RuntimeError) and "PytorchStreamWriter" in str(error)
+    torch_writes = ("PytorchStreamWriter", "inline_container.cc", "iostream error")
+    return isinstance(error, RuntimeError) and any(each in str(error) for each in torch_writes)
 
 
 def load_converted_weights(model: nn.Module, folder: str | Path) -> None:

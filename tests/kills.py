@@ -8,13 +8,13 @@ import json
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+import psutil
 import yaml
 
 
@@ -40,9 +40,7 @@ def start(recipe: Path, out: Path, processes: int, epochs: int) -> subprocess.Po
     options = [str(recipe), "--output_dir", str(out), "--num_train_epochs", str(epochs)]
     command = [sys.executable, *(launcher if processes > 1 else []), "-m", "hf_trim.run", *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, env=environment, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def finish(process: subprocess.Popen) -> None:
@@ -72,7 +70,8 @@ def kill_and_go_on(kills: int, processes: int, epochs: int, seed: int, folder: P
             output, _ = process.communicate(timeout=draw.uniform(0.3, 1.0) * seconds)
             assert process.returncode == 0, output[-5000:]
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+            for each in [*psutil.Process(process.pid).children(recursive=True), process]:
+                each.kill()  # SIGKILL, for the launcher and all of its processes
             process.communicate()
             done += 1
             steps = sorted(int(path.name.split("-")[1]) for path in out.glob("checkpoint-*"))
