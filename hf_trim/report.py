@@ -46,7 +46,8 @@ class Summary(NamedTuple):
             points for errors; `None` for the plain arm.
         interval (`tuple[float, float]` or `None`): 95 % bootstrap interval of that mean; needs two seeds.
         wins (`int` or `None`): Number of seeds with a lower value than the plain arm's.
-        seconds (`float`): Mean seconds of training per run, without evaluation.
+        seconds (`float` or `None`): Mean seconds of training per run, without evaluation; `None` if a record has none
+            (`null`: other work on the machine disturbed the clock).
         speedup (`float` or `None`): The plain arm's seconds over this arm's, on the seeds they share.
     """
 
@@ -58,7 +59,7 @@ class Summary(NamedTuple):
     difference: float | None
     interval: tuple[float, float] | None
     wins: int | None
-    seconds: float
+    seconds: float | None
     speedup: float | None
 
 
@@ -97,6 +98,7 @@ def summarize(records: list[dict]) -> list[Summary]:
         if not runs:
             continue
         scores = [test_score(runs[seed]) for seed in sorted(runs)]
+        timed = all(run["train_seconds"] is not None for run in [*runs.values(), *plain.values()])
         shared = sorted(runs.keys() & plain.keys()) if arm != "plain" else []
         differences = [test_score(runs[seed]) - test_score(plain[seed]) for seed in shared]
         summaries.append(
@@ -109,10 +111,10 @@ def summarize(records: list[dict]) -> list[Summary]:
                 statistics.mean(differences) if differences else None,
                 paired_interval(differences),
                 sum(difference < 0 for difference in differences) if differences else None,
-                statistics.mean(run["train_seconds"] for run in runs.values()),
+                statistics.mean(run["train_seconds"] for run in runs.values()) if timed else None,
                 sum(plain[seed]["train_seconds"] for seed in shared)
                 / sum(runs[seed]["train_seconds"] for seed in shared)
-                if shared
+                if shared and timed
                 else None,
             )
         )
@@ -134,8 +136,9 @@ def table_rows(records: list[dict]) -> tuple[list[str], list[list[str]]]:
     rows = []
     for s in summaries:
         wins = "–" if s.wins is None else f"{s.wins} of {s.runs}"
+        seconds = "–" if s.seconds is None else f"{s.seconds:.1f} s"
         speedup = "–" if s.speedup is None else f"{s.speedup:.2f}×"
-        rows.append([s.arm, str(s.runs), _score(s), _difference(s), wins, f"{s.seconds:.1f} s", speedup])
+        rows.append([s.arm, str(s.runs), _score(s), _difference(s), wins, seconds, speedup])
         if recipe in PAPER and s.arm != "random":
             paper = PAPER[recipe]
             change = "–" if s.arm == "plain" else _signed(paper[1] - paper[0])

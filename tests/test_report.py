@@ -44,6 +44,12 @@ def test_summary():
     assert table_rows(three_seeds()[:1])[1] == [["plain", "1", "5.00", "–", "–", "10.0 s", "–"]]
 
 
+def test_a_clock_that_was_disturbed_gives_no_times():
+    records = [{**each, "train_seconds": None if each["seed"] == 1 else 9.0} for each in three_seeds()]
+    assert [row[-2:] for row in table_rows(records)[1]] == [["–", "–"], ["–", "–"]]
+    assert [row[2:5] for row in table_rows(records)[1]] == [row[2:5] for row in table_rows(three_seeds())[1]]
+
+
 def test_the_papers_numbers_stand_beside_ours():
     records = three_seeds(recipe="cifar10-densenet121")
     rows = table_rows(records)[1]
