@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate import PartialState
 from rich.table import Table
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
@@ -36,6 +37,7 @@ from transformers import (
 
 from hf_trim.backward.replay import rows_of
 from hf_trim.backward.sparse import fallback_report, reset_fallbacks
+from hf_trim.bench_trainer import overhead, time_selection, time_trainers
 from hf_trim.functional import trimmed_linear_cross_entropy, trimmed_mean
 from hf_trim.messages import check_choice
 from hf_trim.records import hardware, versions, write_json
@@ -76,6 +78,8 @@ class BenchArguments:
         repeats (`int`): Rounds that count; each runs every mode at every p once, in random order.
         schedule_epochs (`int`): Epochs of the schedule 1.0 → 0.2 whose speed-up is predicted from the cells.
         device (`str`): `cpu` or `cuda`.
+        trainer (`bool`): Instead, compare steps of `Trainer` and of `TrimmingTrainer` with p = 1; in several processes
+            also the choice of the hardest among the items of one and of all.
         output (`str`): JSON file of all that was measured.
     """
 
@@ -113,6 +117,9 @@ class BenchArguments:
     )
     device: str = field(
         default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "cpu or cuda."}
+    )
+    trainer: bool = field(
+        default=False, metadata={"help": "Instead, compare steps of Trainer and of TrimmingTrainer with p = 1."}
     )
     output: str = field(default="bench.json", metadata={"help": "JSON file of all that was measured."})
 
@@ -716,6 +723,32 @@ def bench_model(name: str, args: BenchArguments) -> dict:
     }
 
 
+def bench_trainer(name: str, args: BenchArguments) -> dict:
+    """
+    Measure what trimming adds to a step while nothing is trimmed, and print it.
+
+    Args:
+        name (`str`): One of `MODELS`.
+        args ([`BenchArguments`]): What to measure.
+
+    Returns:
+        `dict`: What the JSON holds of it; times in seconds.
+    """
+    model = build_model(name, args)
+    batch = random_batch(model.config, args)
+    seconds = time_trainers(model, batch, args.repeats, args.device == "cpu", args.dtype == "bfloat16")
+    result = overhead(seconds)
+    print(
+        f"{name}: Trainer {1000 * result['plain_seconds']:.1f} ms, TrimmingTrainer at p = 1 "
+        f"{1000 * result['trimming_seconds']:.1f} ms a step: {result['ratio']:.3f}× (quartiles "
+        f"{result['ratio_low']:.3f} … {result['ratio_high']:.3f})"
+    )
+    if PartialState().num_processes > 1:
+        result["selection"] = time_selection(args.batch_size, args.repeats)
+        print(", ".join(f"{scope} choice {1e6 * value:.0f} µs" for scope, value in result["selection"].items()))
+    return result
+
+
 def main(argv: list[str] | None = None) -> int:
     """
     The command line. The JSON file is written anew after each model.
@@ -735,6 +768,10 @@ def main(argv: list[str] | None = None) -> int:
     results: dict = {}
     content = {"arguments": settings, "hardware": hardware(), "versions": versions(), "models": results}
     for name in args.models:
+        if args.trainer:
+            results[name] = bench_trainer(name, args)
+            write_json(Path(args.output), content)
+            continue
         results[name] = bench_model(name, args)
         print_wide(make_table(name, results[name], args))
         for row in results[name]["cells"]:

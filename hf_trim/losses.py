@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from hf_trim.heads import HOW_TO_PASS_A_LOSS
@@ -105,13 +105,47 @@ class LossCalls(TorchFunctionMode):
     Args:
         batch_size (`int`): Number B of samples.
         head ([`~hf_trim.lm_head.LMHead`], *optional*): The layer whose logits are computed for the kept items only.
+        body (`torch.nn.Module`, *optional*): The model without its head.
+        rest_in_body (`bool`, *optional*, defaults to `False`): Whether it is known to call no loss function. Then it
+            is left alone: to look at each of its functions takes some microseconds.
     """
 
-    def __init__(self, batch_size: int, head: LMHead | None = None):
+    def __init__(
+        self,
+        batch_size: int,
+        head: LMHead | None = None,
+        body: nn.Module | None = None,
+        rest_in_body: bool = False,
+    ):
         super().__init__()
         self.batch_size = batch_size
         self.head = head
         self.calls: list[LossCall] = []
+        self.called_in_body = False
+        self._body, self._rest, self._in_body, self._hooks = body, rest_in_body, False, []
+
+    def __enter__(self):
+        if self._body is not None:
+            self._hooks = [
+                self._body.register_forward_pre_hook(lambda *_: self._enter_body()),
+                self._body.register_forward_hook(lambda *_: self._leave_body(), always_call=True),
+            ]
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        for hook in self._hooks:
+            hook.remove()
+        return super().__exit__(*error)
+
+    def _enter_body(self) -> None:
+        self._in_body = True
+        if self._rest:
+            super().__exit__(None, None, None)
+
+    def _leave_body(self) -> None:
+        self._in_body = False
+        if self._rest:
+            super().__enter__()
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -126,6 +160,7 @@ class LossCalls(TorchFunctionMode):
 
     def _unreduced(self, func: Callable, arguments: dict[str, Any]) -> Tensor:
         reduction = arguments["reduction"]
+        self.called_in_body |= self._in_body
         found = UNREDUCED[func](func, {**arguments, "reduction": "none"}, self.batch_size, reduction)
         self.calls.append(LossCall(reduction=reduction, **found))
         return self.calls[-1].value

@@ -49,6 +49,7 @@ class TrimmingMixin(PushMixin):
 
     def __init__(self, *args, **kwargs):
         self._refuse_arguments([*args, *kwargs.values()])
+        self._found: tuple[nn.Module, nn.Module] | None = None  # the model, and what is inside of it
         super().__init__(*args, **kwargs)
         self.trim = self.args if isinstance(self.args, TrimmingConfig) else TrimmingConfig()
         self._user_loss = self.compute_loss_func
@@ -67,6 +68,7 @@ class TrimmingMixin(PushMixin):
         self._step_counts: dict[Any, list[int]] = {}
         self._missing_batches = 0  # mini-batches of this step that other processes have more than this one
         self._told = set()
+        self._body_rests = False  # until a forward pass has shown that the model's body calls no loss function
         reset_fallbacks()
         self._logged_sums = torch.zeros(len(LOGGED) + 1, dtype=torch.float64)
 
@@ -119,8 +121,14 @@ class TrimmingMixin(PushMixin):
             )
         return unit
 
+    def _unwrapped(self) -> nn.Module:
+        """The model without what accelerate put around it, which takes a millisecond to find."""
+        if self._found is None or self._found[0] is not self.model:
+            self._found = (self.model, self.accelerator.unwrap_model(self.model))
+        return self._found[1]
+
     def _inner_model(self) -> nn.Module:
-        return unwrap_peft_model(self.accelerator.unwrap_model(self.model))
+        return unwrap_peft_model(self._unwrapped())
 
     # ---- state ----------------------------------------------------------------------------------------------------
 
@@ -229,13 +237,16 @@ class TrimmingMixin(PushMixin):
         if compiled:
             _, outputs = super().compute_loss(model, inputs.copy(), True, num_items_in_batch)
             return self._loss_of_compiled(outputs, inputs, num_items_in_batch), outputs
-        inner = self.accelerator.unwrap_model(self.model)
-        with LossCalls(self._batch.batch_size, head) as losses:
+        inner = self._unwrapped()
+        body = getattr(self._inner_model(), "base_model", None)
+        body = body if isinstance(body, nn.Module) and body is not self._inner_model() else None
+        with LossCalls(self._batch.batch_size, head, body, self._body_rests) as losses:
             hook = inner.register_forward_hook(lambda *given: self._trim_outputs(given[-1], losses), prepend=True)
             try:
                 result = super().compute_loss(model, inputs.copy(), return_outputs, num_items_in_batch)
             finally:
                 hook.remove()
+        self._body_rests = body is not None and not losses.called_in_body
         return result if return_outputs else (result, None)
 
     def _trim_outputs(self, outputs: Any, losses: LossCalls) -> Any:

@@ -122,3 +122,13 @@ def test_wrong_arguments(capsys, arguments, message):
         main(arguments)
     assert exit.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_what_the_trainer_adds_to_a_step(tmp_path, capsys):
+    options = ["--trainer", "--models", "bert", "--layers", "1", "--hidden_size", "64", "--vocab_size", "50",
+               "--seq_length", "8", "--batch_size", "4", "--repeats", "3", "--device", "cpu"]  # fmt: skip
+    assert main([*options, "--output", str(tmp_path / "bench.json")]) == 0
+    (found,) = json.loads((tmp_path / "bench.json").read_text())["models"].values()
+    assert found["plain_seconds"] > 0 and found["trimming_seconds"] > 0
+    assert found["ratio_low"] <= found["ratio"] <= found["ratio_high"]
+    assert "TrimmingTrainer at p = 1" in capsys.readouterr().out
