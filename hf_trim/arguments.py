@@ -43,7 +43,8 @@ class TrimmingConfig:
             What to do with losses that are NaN or infinite: end with an `"error"`, or `"drop"` their samples, which
             then are no items (and, in models whose operations all have row-sparse rules, have no gradient).
         trim_scope (`str`, *optional*, defaults to `"local"`):
-            Among which items the hardest are chosen: those of each device's micro-batch.
+            Among which items the hardest are chosen: those of each device's micro-batch (`"local"`), or of the
+            micro-batches of all devices together (`"global"`), which one device would have as a whole.
     """
 
     trim_start: float = field(

@@ -364,6 +364,11 @@ def compare_grid(grid: str, options: list[str]) -> None:
     folder, comparisons = expand(grid, options)
     jobs = [parse(recipe, recipe_options) for recipe, recipe_options in comparisons]
     for job in jobs:
+        if job.training.push_to_hub or job.run.push_only:
+            raise RecipeError(
+                "a grid is not pushed: leave push_to_hub and push_only out, and push one of its comparisons with "
+                f"`python -m hf_trim.run {job.name} ... --compare --output_dir {job.output_dir} --push_only`."
+            )
         check_settings(job)
     for number, job in enumerate(jobs, start=1):
         print(f"{number} of {len(jobs)}: {job.output_dir}", flush=True)
@@ -374,13 +379,12 @@ def compare_grid(grid: str, options: list[str]) -> None:
     print(f"Report: {Path(folder) / 'report'}")
 
 
-def run(job: Job, recipe: str) -> None:
+def run(job: Job) -> None:
     """
     Train or compare, and push if that was asked for.
 
     Args:
         job ([`Job`]): The recipe.
-        recipe (`str`): Its name or path, as it was given.
 
     Raises:
         [`PushError`]: If the Hub does not take what was trained.
@@ -395,9 +399,7 @@ def run(job: Job, recipe: str) -> None:
     try:
         push(job)
     except PushError as error:
-        raise PushError(
-            f"{error} `python -m hf_trim.run {recipe} --push_only` pushes it later.", error.refused
-        ) from None
+        raise PushError(f"{error} The same command with --push_only pushes it later.", error.refused) from None
 
 
 def print_recipes() -> None:
@@ -438,7 +440,7 @@ def main(argv: list[str] | None = None) -> int:
             leave_launcher()
             compare_grid(recipe, options)
         else:
-            run(parse(recipe, options), recipe)
+            run(parse(recipe, options))
     except RecipeError as error:
         print(f"hf_trim.run: {error}", file=sys.stderr)
         return 2

@@ -140,6 +140,7 @@ RECIPES = {
     "a field twice": (yaml.safe_dump({**TINY, "dataset": "digits"}), "the field 'dataset' stands there twice"),
     "a word for a number": (yaml.safe_dump({**TINY, "trim_end": "low"}), "invalid float value: 'low'"),
     "no model": (yaml.safe_dump({"dataset": "digits"}), "No model is given: give exactly one of"),
+    "a grid to push": ("recipes: [digits-vit]\npush_to_hub: true", "a grid is not pushed: leave push_to_hub"),
     "a grid of nothing": ("recipes: []", "'recipes' must be a list of recipes"),
 }
 

@@ -258,7 +258,7 @@ def test_a_failed_push_loses_nothing_and_says_what_to_do(failure, token, options
     status, output = session.run(*arguments, "--hub_model_id", "failing", *options, token=token)
     lines = [line for line in output.splitlines() if line.startswith("hf_trim.run: ")]
     assert status == 1 and len(lines) == 1 and message in lines[0] and "Traceback" not in output, output
-    assert f"Everything is saved in {out}. `python -m hf_trim.run {recipe} --push_only` pushes it later." in lines[0]
+    assert f"Everything is saved in {out}. The same command with --push_only pushes it later." in lines[0]
     assert before <= {path.name for path in out.iterdir()}
     hub.failures.clear()
     hub.repos.pop("tester/failing", None)
@@ -278,7 +278,9 @@ def test_refusals_come_before_training_and_a_hub_that_is_down_holds_none_up(hub,
     for failure in (("POST", CREATE, 503), ("POST", COMMIT, "cut")):
         hub.fail(*failure)
     status, output = session.run(*arguments)
-    assert status == 1 and "Training starts without it." in output and "--push_only` pushes it later" in output, output
+    assert status == 1 and "Training starts without it." in output and "with --push_only pushes it later" in output, (
+        output
+    )
     assert "Traceback" not in output and (out / "all_results.json").exists()
     hub.failures.clear()
     status, output = session.run(*arguments)
