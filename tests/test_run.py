@@ -236,8 +236,8 @@ def test_a_grid_compares_its_recipes_with_each_setting(grid, tmp_path, capsys):
 
 def test_processes_of_a_launcher_share_the_runs_of_a_grid(grid, tmp_path):
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "hf_trim.run", grid,
-               "--output_dir", str(out), "--max_train_samples", "64"]  # fmt: skip
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launcher, "-m", "hf_trim.run", grid, "--output_dir", str(out), "--max_train_samples", "64"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert len(records_of(out)) == 12
