@@ -210,8 +210,7 @@ class TrimmedBatch:
     def _select(self, group) -> Selection:
         """Choose among the items of some losses, of all processes if there are peers."""
         calls = [call for call, _ in group]
-        total = calls[0].losses.numel()
-        samples = total == self.batch_size or self.config.trim_unit == "sample"
+        total, samples = calls[0].losses.numel(), self._by_samples(calls[0])
         share = self.share(calls[0], total != self.batch_size)
         counts = [call.counts.where(call.finite, 0).sum() for call in calls]
         if self.peers is not None:
@@ -241,13 +240,12 @@ class TrimmedBatch:
 
     def _trimmed(self, group, selection: Selection) -> Tensor:
         """The trimmed sum of some losses over the same items."""
-        total = group[0][0].losses.numel()
-        samples = total == self.batch_size or self.config.trim_unit == "sample"
+        first, _ = group[0]
         if not selection.kept.numel():
-            return self._nothing(group, samples)
+            return self._nothing(first)
         kept, elements = selection.kept, selection.elements
         if self._replays:  # the second forward pass has the kept ones alone
-            kept = elements = torch.arange(total, device=kept.device)
+            kept = elements = torch.arange(first.losses.numel(), device=kept.device)
         terms = []
         for (call, weight), counts, kept_counts in zip(group, selection.counts, selection.kept_counts, strict=True):
             if call.reduction == "mean":
@@ -257,19 +255,19 @@ class TrimmedBatch:
             else:
                 factor = weight * counts
             terms.append((call, torch.where(kept_counts > 0, factor / kept_counts, 0)))
-        return self._take(terms, kept, elements, samples)
+        return self._take(terms, kept, elements, self._by_samples(first))
 
-    def _nothing(self, group, samples: bool) -> Tensor:
+    def _by_samples(self, call: LossCall) -> bool:
+        """Whether an item is a sample."""
+        return call.losses.numel() == self.batch_size or self.config.trim_unit == "sample"
+
+    def _nothing(self, call: LossCall) -> Tensor:
         """Zero, with a gradient of zero for each parameter, by the way of one item: engines wait for all of them."""
-        call, _ = group[0]
         usable = (call.finite & (call.counts > 0)).nonzero().flatten()[:1]
         if self.dropped or not usable.numel():
             return self.zero()
-        kept = usable if samples and call.losses.numel() == self.batch_size else usable // self._per_sample(call)
-        return self._take([(call, call.losses.new_zeros(()))], kept, usable, samples)
-
-    def _per_sample(self, call: LossCall) -> int:
-        return max(1, call.losses.numel() // self.batch_size)
+        sample = usable // max(1, call.losses.numel() // self.batch_size)
+        return self._take([(call, call.losses.new_zeros(()))], sample, usable, self._by_samples(call))
 
     def _scores(self, group, all_counts, samples: bool) -> tuple[Tensor, Tensor, Tensor]:
         """What items are ranked by, which have a label, and which may be kept as far as NaN and infinity go."""

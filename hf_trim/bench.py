@@ -700,7 +700,7 @@ def make_table(name: str, result: dict, args: BenchArguments) -> Table:
 
 def bench_model(name: str, args: BenchArguments) -> dict:
     """
-    Measure one model.
+    Measure one model, and print its table.
 
     Args:
         name (`str`): One of `MODELS`.
@@ -715,12 +715,17 @@ def bench_model(name: str, args: BenchArguments) -> dict:
     cells = [UNTRIMMED, *(Cell(mode, keep) for keep in args.keep for mode in args.modes if mode in modes)]
     checks = check_cells(steps, cells)
     dense, rows = summarize(time_cells(steps, cells, args.repeats), steps.size)
-    return {
+    result = {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "dense_seconds": dense,
         "cells": [{**row, **check} for row, check in zip(rows, checks.values(), strict=True)],
         "schedule_speedup": schedule_speedup(rows, args.schedule_epochs),
     }
+    print_wide(make_table(name, result, args))
+    for row in result["cells"]:
+        for op, count in row["fallbacks"].items():
+            print(f"{name}, p = {row['keep']:g}: {op} ran dense {count} times.", file=sys.stderr)
+    return result
 
 
 def bench_trainer(name: str, args: BenchArguments) -> dict:
@@ -768,15 +773,7 @@ def main(argv: list[str] | None = None) -> int:
     results: dict = {}
     content = {"arguments": settings, "hardware": hardware(), "versions": versions(), "models": results}
     for name in args.models:
-        if args.trainer:
-            results[name] = bench_trainer(name, args)
-            write_json(Path(args.output), content)
-            continue
-        results[name] = bench_model(name, args)
-        print_wide(make_table(name, results[name], args))
-        for row in results[name]["cells"]:
-            for op, count in row["fallbacks"].items():
-                print(f"{name}, p = {row['keep']:g}: {op} ran dense {count} times.", file=sys.stderr)
+        results[name] = bench_trainer(name, args) if args.trainer else bench_model(name, args)
         write_json(Path(args.output), content)
     return 0
 

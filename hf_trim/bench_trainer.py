@@ -7,6 +7,7 @@ from statistics import median, quantiles
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather
 from torch import nn
 from transformers import Trainer
 
@@ -97,13 +98,8 @@ def time_selection(items: int, repeats: int, keep: float = 0.5) -> dict[str, flo
     state = PartialState()
     scores = torch.rand(items, device=state.device)
 
-    def gather(values: torch.Tensor) -> torch.Tensor:
-        found = [torch.empty_like(values) for _ in range(state.num_processes)]
-        torch.distributed.all_gather(found, values)
-        return torch.stack(found)
-
     def choose_among_all() -> None:
-        peers = Peers(gather, state.process_index)
+        peers = Peers(lambda values: gather(values[None]), state.process_index)
         peers.sum([scores.sum()])
         everything, _ = peers.union(scores)
         select_items(everything, keep)

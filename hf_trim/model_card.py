@@ -59,7 +59,7 @@ def describe(
         `dict`: All that [`render`] needs, as JSON can hold it.
     """
     model = trainer._inner_model()
-    config, is_peft = model.config, hasattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config")
+    config, is_peft = model.config, hasattr(trainer._unwrapped(), "peft_config")
     name = getattr(config, "_name_or_path", None)
     if finetuned_from is None and name and not Path(name).exists():
         finetuned_from = name
@@ -129,7 +129,7 @@ def render(facts: dict, repo: str, folder: Path | None = None) -> ModelCard:
     begin, end = trim["trim_start"], trim["trim_end"]
     fractions = [(log["epoch"], round(log["trim_fraction"], 3)) for log in history if "trim_fraction" in log]
     falls = f"p fell from {begin} to {end} by {trim['trim_schedule']}, over {facts['epochs']:g} epochs"
-    seconds, unit = facts["train_seconds"], "with" if facts["includes_evaluation"] else "without"
+    seconds, evaluated = facts["train_seconds"], "with" if facts["includes_evaluation"] else "without"
     limits = [
         "It was tested on data of the same kind as it was trained on, and on no other.",
         "Training on the hardest samples prefers mislabelled ones: with many wrong labels it is likely to do harm.",
@@ -153,7 +153,7 @@ def render(facts: dict, repo: str, folder: Path | None = None) -> ModelCard:
         schedule="" if trim["trim_select"] == "none" else f"{falls}.",
         plot="curves.png" if shown["curves.png"] else "",
         fractions=fractions[:: max(1, len(fractions) // 10)],
-        clock="" if seconds is None else f"It took {seconds:.1f} s ({unit} evaluation) on {facts['hardware']}.",
+        clock="" if seconds is None else f"It took {seconds:.1f} s ({evaluated} evaluation) on {facts['hardware']}.",
         hyperparameters=facts["hyperparameters"],
         comparison_plot="comparison.png" if shown["comparison.png"] else "",
         command=facts["command"],
