@@ -377,10 +377,11 @@ class TrimmingMixin(PushMixin):
         """A random choice that is a function of the state alone, so that a resumed training repeats it."""
         if self.trim.trim_select != "random":
             return None
-        to_come = len(self._step_batches) - self._step_position
-        place = (self.args.seed, self.state.global_step, to_come)
-        if self.trim.trim_scope == "local":  # else all processes make the same choice
-            place += (self.args.process_index,)
+        if self.trim.trim_scope == "global":  # all processes make the same choice, however many mini-batches they have
+            place = (self.args.seed, self.state.global_step, self._step_position)
+        else:
+            to_come = len(self._step_batches) - self._step_position
+            place = (self.args.seed, self.state.global_step, to_come, self.args.process_index)
         return torch.Generator().manual_seed(random.Random(str(place)).getrandbits(63))
 
     def _record(self, keep: float, batch: TrimmedBatch) -> None:

@@ -49,6 +49,10 @@ GLOBAL = {
         "question-answering", 2, 12, 4,
         {"gradient_accumulation_steps": 2, "accelerator_config": {"even_batches": False}},
     ),
+    "random, fewer mini-batches in one": (
+        "question-answering", 2, 12, 4,
+        {"gradient_accumulation_steps": 2, "accelerator_config": {"even_batches": False}, "trim_select": "random"},
+    ),
     "three processes, the last one with less": (
         "llama", 3, 16, 2, {"gradient_accumulation_steps": 3, "accelerator_config": {"even_batches": False}}
     ),
