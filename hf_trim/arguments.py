@@ -38,7 +38,11 @@ class TrimmingConfig:
             same gradients; `"replay"` scores without gradients and runs forward and backward again on the kept
             samples (least memory; draws dropout masks anew); `"auto"` is the fastest that suits the model.
         trim_strict (`bool`, *optional*, defaults to `False`):
-            With `trim_backward="sparse"`: raise where an operation has no row-sparse rule, rather than run it dense.
+            With `trim_backward="sparse"`: raise where an operation has no row-sparse rule, or a compiled graph cannot
+            run on the kept rows, rather than run it dense.
+        trim_check (`bool`, *optional*, defaults to `True`):
+            In compiled models: compare the first gradients on the kept rows with the dense ones, and stay with those
+            if they differ.
         trim_nonfinite (`str`, *optional*, defaults to `"error"`):
             What to do with losses that are NaN or infinite: end with an `"error"`, or `"drop"` their samples, which
             then are no items (and, in models whose operations all have row-sparse rules, have no gradient).
@@ -84,6 +88,10 @@ class TrimmingConfig:
     trim_strict: bool = field(
         default=False,
         metadata={"help": "With trim_backward=sparse: raise where an operation has no rule, do not run it dense."},
+    )
+    trim_check: bool = field(
+        default=True,
+        metadata={"help": "In compiled models: compare the first gradients on the kept rows with the dense ones."},
     )
     trim_nonfinite: str = field(
         default="error",

@@ -4,6 +4,7 @@ import inspect
 import logging
 import random
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,8 +15,9 @@ from transformers.trainer_utils import unwrap_peft_model
 
 from hf_trim.arguments import TrimmingConfig
 from hf_trim.backward.choice import choose_backward, is_compiled
+from hf_trim.backward.compiled import CUDA_GRAPHS, REFUSED, graphs_at_hand, let_batch_size_vary, uses_cuda_graphs
 from hf_trim.backward.replay import rows_of, scoring
-from hf_trim.backward.sparse import fallback_report, reset_fallbacks, strict
+from hf_trim.backward.sparse import checked, fallback_report, reset_fallbacks, strict
 from hf_trim.batch import Peers, StepShare, TrimmedBatch, step_share
 from hf_trim.checkpoints import load_converted_weights
 from hf_trim.heads import HOW_TO_PASS_A_LOSS, item_unit
@@ -103,6 +105,12 @@ class TrimmingMixin(PushMixin):
             raise ValueError(
                 "trim_scope='global' is a mean over the items of all devices: leave average_tokens_across_devices at "
                 "True, or use trim_scope='local'."
+            )
+        with_cuda_graphs = self.args.torch_compile_mode in ("reduce-overhead", "max-autotune")
+        if self.trim.trim_backward == "sparse" and (with_cuda_graphs or uses_cuda_graphs(self.model)):
+            raise ValueError(
+                f"trim_backward='sparse' cannot go with CUDA graphs: {CUDA_GRAPHS}. Compile in another mode, or set "
+                "trim_backward='auto'."
             )
         if self._user_loss is not None:
             return None
@@ -194,6 +202,9 @@ class TrimmingMixin(PushMixin):
         compiled = self._user_loss is None and is_compiled(model)
         head = None if compiled else self._chunked_head(keep)
         backward = self._backward_mode(model, labels, keep, head is not None)
+        on_rows = self.trim.trim_backward in ("auto", "sparse") and is_compiled(model)
+        if on_rows:
+            let_batch_size_vary(inputs, size)
         # Gradients are averaged over the processes, while means are over the items of all of them; `Trainer` allows
         # for that where it believes that the model divides by the number of labels.
         processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
@@ -216,7 +227,8 @@ class TrimmingMixin(PushMixin):
                 with scoring(model):
                     self._run(model, inputs, None, compiled, True, num_items_in_batch)
                 inputs = rows_of(inputs, self._batch.begin_replay(), size)
-            loss, outputs = self._run(model, inputs, head, compiled, return_outputs, num_items_in_batch)
+            with graphs_at_hand() if on_rows else nullcontext():
+                loss, outputs = self._run(model, inputs, head, compiled, return_outputs, num_items_in_batch)
             if not self._batch.is_done:
                 raise ValueError(
                     f"{type(self._inner_model()).__name__} called none of torch's loss functions in its forward pass: "
@@ -310,7 +322,7 @@ class TrimmingMixin(PushMixin):
         )
 
     def training_step(self, *args, **kwargs):
-        with strict(self.trim.trim_strict):
+        with strict(self.trim.trim_strict), checked(self.trim.trim_check):
             return super().training_step(*args, **kwargs)
 
     def _chunked_head(self, keep: float) -> LMHead | None:
@@ -328,7 +340,8 @@ class TrimmingMixin(PushMixin):
         if unit is None:
             unit = "sample" if labels.get("labels") is None or labels["labels"].dim() == 1 else "token"
         per_sample = "sample" in (unit, self.trim.trim_unit)
-        mode, reason = choose_backward(self.trim.trim_backward, model, per_sample, keep, chunked_head)
+        refused = CUDA_GRAPHS if uses_cuda_graphs(model) else next(iter(REFUSED), "")
+        mode, reason = choose_backward(self.trim.trim_backward, model, per_sample, keep, chunked_head, refused)
         if (mode, reason) not in self._told and reason != "asked for":
             logger.warning("Backward pass of the trimmed batches: %s (%s).", mode, reason)
         self._told.add((mode, reason))

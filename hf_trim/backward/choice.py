@@ -41,7 +41,7 @@ def is_compiled(model: nn.Module) -> bool:
 
 
 def choose_backward(
-    asked: str, model: nn.Module, per_sample: bool, keep: float, chunked_head: bool = False
+    asked: str, model: nn.Module, per_sample: bool, keep: float, chunked_head: bool = False, refused: str = ""
 ) -> tuple[str, str]:
     """
     The backward pass to run: the one asked for, or with `"auto"` the fastest exact one.
@@ -53,6 +53,8 @@ def choose_backward(
         keep (`float`): Fraction p that is kept, below 1.
         chunked_head (`bool`, *optional*, defaults to `False`): Whether the last layer's gradient is computed for the
             kept tokens only (`lm_head.py`).
+        refused (`str`, *optional*): Why a compiled graph of the model cannot run on the kept rows (`compiled.py`), as
+            far as is known.
 
     Returns:
         `tuple[str, str]`: `"dense"`, `"sparse"` or `"replay"`, and the reason.
@@ -71,8 +73,8 @@ def choose_backward(
         return asked, effects[asked] if mixing else "asked for"
     if mixing:
         return "dense", mixed
-    if is_compiled(model):
-        if per_sample and keep < REPLAY_BELOW:
-            return "replay", "the model is compiled, and a second forward pass on the kept samples pays off"
-        return "dense", "the model is compiled, and a second forward pass on the kept samples would cost more"
+    if refused and keep < REPLAY_BELOW:
+        return "replay", f"a compiled graph cannot run on the kept rows: {refused}"
+    if refused:
+        return "dense", f"a compiled graph cannot run on the kept rows, and replay would cost more: {refused}"
     return "sparse", "no module mixes the samples of a batch"

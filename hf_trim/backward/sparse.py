@@ -10,6 +10,7 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from hf_trim.backward import rules, rules_attention, rules_forward, rules_indexing, rules_nn  # noqa: F401
 from hf_trim.backward.checkpoint import recompute_kept_rows
+from hf_trim.backward.compiled import REFUSED, is_compiled_graph, let_rows_in
 from hf_trim.backward.tensor import FALLBACKS, Rows, RowSparseTensor, RowTensor, Settings, densify
 
 
@@ -92,6 +93,8 @@ def guard(nodes, rows, skip_leaves=()):
                 _run_dense(node, counted=False)
         elif kind.__name__.startswith("AsStrided"):  # its formula writes into zeros of the whole storage
             _run_dense(node, counted=False)
+        elif is_compiled_graph(node):
+            let_rows_in(node)
         elif kind.__module__ != "builtins" or not _ATEN_NODE.match(kind.__name__):
             function = getattr(node, "_forward_cls", None)
             if function is CheckpointFunction:
@@ -176,6 +179,7 @@ def fallback_report() -> dict[str, int]:
 def reset_fallbacks():
     """Forgets the ops counted so far."""
     FALLBACKS.clear()
+    REFUSED.clear()
 
 
 @contextmanager
@@ -189,8 +193,27 @@ def strict(enabled: bool = True):
     Raises:
         `RuntimeError`: Names the op and the shapes of its arguments.
     """
-    before, Settings.strict = Settings.strict, enabled
+    with _setting("strict", enabled):
+        yield
+
+
+@contextmanager
+def checked(enabled: bool = True):
+    """
+    Within this context, the first gradients of a compiled graph on the kept rows are compared with the dense ones.
+
+    Args:
+        enabled (`bool`, *optional*, defaults to `True`): Whether they are, as they are by default.
+    """
+    with _setting("check_compiled", enabled):
+        yield
+
+
+@contextmanager
+def _setting(name: str, value: bool):
+    before = getattr(Settings, name)
+    setattr(Settings, name, value)
     try:
         yield
     finally:
-        Settings.strict = before
+        setattr(Settings, name, before)

@@ -36,6 +36,7 @@ class Settings:
     """Switches of the engine, changed through [`~hf_trim.backward.sparse.strict`]."""
 
     strict = False
+    check_compiled = True  # whether a compiled graph's first gradients on the kept rows are compared with dense ones
 
 
 class Rows:

@@ -1,0 +1,494 @@
+"""Compiled backward graphs on the kept rows: gradients of the dense pass, no recompilation, and what is refused."""
+
+import logging
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers as tf
+from torch import nn
+from torch._dynamo.utils import counters
+from torch.utils.checkpoint import checkpoint
+
+from hf_trim import trimmed_mean
+from hf_trim.backward import compiled
+from hf_trim.backward.compiled import REFUSED, CompiledBackward, let_batch_size_vary
+from hf_trim.backward.proof import Proof
+from hf_trim.backward.sparse import checked, fallback_report, reset_fallbacks, strict, take_rows_sparse
+from tests.helpers import digit_texts, digits, relative_difference, tiny_bert, tiny_resnet, train, weights
+from tests.test_sparse_models import (
+    DECODERS,
+    KEPT,
+    TIMM_MODELS,
+    TRANSFORMERS,
+    batch,
+    build,
+    classification_losses,
+    difference,
+    gradients,
+    sequence_losses,
+)
+
+
+# The graphs are inductor's, but run op by op: no C++ compiler is waited for.
+DECOMPOSED = "aot_eager_decomp_partition"
+pytestmark = pytest.mark.filterwarnings("ignore:.*dynamic.*")
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    counters.clear()
+    reset_fallbacks()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """For each run of a compiled backward graph: the number of kept rows, and of those that it ran on (or `None`)."""
+    found, on_rows = [], CompiledBackward._on_rows
+
+    def spy(self, ctx, args, call, plan, values):
+        out = on_rows(self, ctx, args, call, plan, values)
+        found.append((call.rows.count, self._sizes(plan, call, values)[0]))
+        return out
+
+    monkeypatch.setattr(CompiledBackward, "_on_rows", spy)
+    return found
+
+
+def check(model, runs, losses_of=classification_losses, kept=KEPT, autocast=None, tolerance=1e-5, graphs=1,
+          backend=DECOMPOSED):  # fmt: skip
+    """A compiled model's gradients on the kept rows are its dense ones, of every graph of it."""
+    call = torch.compile(model, backend=backend)
+
+    def losses(_, inputs, labels):
+        let_batch_size_vary({**inputs, "labels": labels}, len(labels))
+        return losses_of(call, inputs, labels)
+
+    kept = torch.tensor(kept)
+    dense = gradients(model, lambda each: each[kept], losses, autocast)
+    sparse = gradients(model, lambda each: take_rows_sparse(each, kept), losses, autocast)
+    assert not REFUSED and not fallback_report()
+    assert runs == [(len(kept), max(2, len(kept)))] * graphs
+    assert difference(sparse, dense) <= tolerance
+
+
+# ---- models ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*TRANSFORMERS, *TIMM_MODELS])
+def test_models(name, runs):
+    def config():  # two layers compile twice as long as one
+        config = {**TRANSFORMERS, **TIMM_MODELS}[name]()
+        if name in TRANSFORMERS:
+            config.num_hidden_layers = 1
+        return config
+
+    check(build(config), runs)
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_eager_attention(name, runs):
+    check(build(TRANSFORMERS[name], "eager"), runs)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_causal_language_models_with_tied_embeddings(name, runs):
+    def config():
+        config = DECODERS[name]()
+        config.tie_word_embeddings = True
+        return config
+
+    check(build(config, head=tf.AutoModelForCausalLM), runs, sequence_losses)
+
+
+def test_autocast(runs):
+    check(build(TRANSFORMERS["bert"]), runs, autocast=torch.bfloat16, tolerance=2e-2)
+
+
+def test_lora(runs):
+    import peft
+
+    config = peft.LoraConfig(r=2, lora_dropout=0.1, target_modules="all-linear", init_lora_weights=False)
+    check(
+        peft.get_peft_model(build(TRANSFORMERS["llama"], head=tf.AutoModelForCausalLM), config), runs, sequence_losses
+    )
+
+
+def test_frozen_layers(runs):
+    model = build(TRANSFORMERS["vit"])
+    for key, parameter in model.named_parameters():
+        parameter.requires_grad = "embeddings" not in key and ".0." not in key
+    check(model, runs)
+
+
+def test_loss_in_the_graph(runs):
+    """The model's own loss is computed, and goes unused: no gradient comes from it."""
+
+    def losses(call, inputs, labels):
+        return F.cross_entropy(call(**inputs, labels=labels).logits, labels, reduction="none")
+
+    check(build(TRANSFORMERS["bert"]), runs, losses)
+
+
+@pytest.mark.parametrize("kept", [(3,), (0, 1), (0, 4)])
+def test_inductor(kept, runs):
+    check(Net(), runs, net_losses, kept, backend="hf_trim")
+
+
+# ---- shapes ------------------------------------------------------------------------------------------------------
+
+
+class Net(nn.Module):
+    """A little of everything, and a body to put something else in the middle of."""
+
+    config = None
+
+    def __init__(self, middle=None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(3, 8), nn.Linear(8, 3)
+        self.middle = middle or nn.Sequential(nn.LayerNorm(8), nn.GELU(), nn.Dropout(0.2))
+
+    def forward(self, x):
+        return self.last(self.middle(self.first(x.flatten(2).mean(-1))))
+
+
+def net_losses(call, inputs, labels):
+    return F.cross_entropy(call(inputs["x"]), labels, reduction="none")
+
+
+def steps(call, net, x, labels, keep, take=take_rows_sparse):
+    """The gradients of one step with fixed dropout masks."""
+    net.zero_grad()
+    torch.manual_seed(1)
+    losses = F.cross_entropy(call(x), labels, reduction="none")
+    take(losses, losses.detach().topk(max(1, round(keep * len(losses)))).indices.sort().values).mean().backward()
+    return torch.cat([p.grad.flatten() for p in net.parameters()])
+
+
+def dense_take(losses, kept):
+    return losses[kept]
+
+
+@pytest.mark.parametrize("backend", ["hf_trim", "aot_eager"])
+def test_nothing_is_compiled_anew_over_a_schedule(backend, runs):
+    net = Net()
+    call = torch.compile(net, backend=backend, dynamic=True)
+    x, labels = torch.randn(20, 3, 2, 2), torch.randint(0, 3, (20,))
+    keeps = [1.0, *(1 - 0.8 * epoch / 19 for epoch in range(20))]
+    for keep in keeps:
+        for size in (20, 11):  # the last mini-batch of an epoch is short
+            inputs = x[:size].clone(), labels[:size].clone()
+            found = steps(call, net, *inputs, keep)
+            expected = steps(call, net, *inputs, keep, dense_take)
+            assert relative_difference(found, expected) <= 1e-5
+            if keep == 1.0:
+                graphs = counters["stats"]["unique_graphs"]
+    assert counters["stats"]["unique_graphs"] == graphs == 1
+    assert len(runs) == 29 and {kept for kept, _ in runs} >= {2, 4, 8, 16}  # above p = 0.8 it is dense
+
+
+def test_a_single_row_runs_as_two():
+    """Graphs for any batch size are not made for one sample."""
+    net = Net()
+    call = torch.compile(net, backend="aot_eager", dynamic=True)
+    x, labels = torch.randn(6, 3, 2, 2), torch.tensor([0, 1, 2] * 2)
+    assert relative_difference(steps(call, net, x, labels, 0.1), steps(call, net, x, labels, 0.1, dense_take)) <= 1e-5
+
+
+def test_sequence_lengths_may_vary(runs):
+    model = build(TRANSFORMERS["bert"])
+    call = torch.compile(model, backend="aot_eager", dynamic=True)
+    kept = torch.tensor([0, 3])
+    for length in (7, 6):  # 6 is the batch size
+        gradients_of = []
+        for take in (dense_take, take_rows_sparse):
+            model.zero_grad()
+            torch.manual_seed(2)
+            inputs, labels = batch(model)
+            logits = call(**{name: value[:, :length] for name, value in inputs.items()}).logits
+            take(F.cross_entropy(logits, labels, reduction="none"), kept).mean().backward()
+            gradients_of.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+        assert relative_difference(*gradients_of) <= 1e-5
+    assert not REFUSED and len(runs) == 2
+
+
+def test_graph_breaks_make_several_graphs(runs):
+    class Break(nn.Module):
+        def forward(self, x):
+            torch._dynamo.graph_break()
+            return x.sin()
+
+    check(Net(Break()), runs, net_losses, graphs=3)  # before, in and after the module
+
+
+def test_compiled_layers_in_an_eager_model(runs):
+    model = build(TRANSFORMERS["bert"])
+    for layer in model.bert.encoder.layer:
+        layer.compile(backend=DECOMPOSED, dynamic=True)
+    kept = torch.tensor(KEPT)
+    dense = gradients(model, lambda losses: losses[kept])
+    sparse = gradients(model, lambda losses: take_rows_sparse(losses, kept))
+    assert not fallback_report() and len(runs) == 2
+    assert difference(sparse, dense) <= 1e-5
+
+
+def test_checkpointing_in_the_graph(runs):
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.GELU())
+
+        def forward(self, x):
+            return checkpoint(self.inner, x, use_reentrant=False)
+
+    check(Net(Checkpointed()), runs, net_losses)
+
+
+def test_a_graph_may_be_run_backward_twice():
+    net = Net()
+    call = torch.compile(net, backend="aot_eager", dynamic=True)
+    x, labels = torch.randn(6, 3, 2, 2), torch.tensor([0, 1, 2] * 2)
+    with torch._functorch.config.patch(donated_buffer=False):  # as torch.compile asks for
+        loss = take_rows_sparse(F.cross_entropy(call(x), labels, reduction="none"), torch.tensor([1, 4])).mean()
+        loss.backward(retain_graph=True)
+        once = torch.cat([p.grad.flatten() for p in net.parameters()])
+        loss.backward()
+    assert relative_difference(torch.cat([p.grad.flatten() for p in net.parameters()]), 2 * once) <= 1e-6
+    assert not REFUSED
+
+
+# ---- what is refused ---------------------------------------------------------------------------------------------
+
+
+class Do(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+def by_row_number(x):
+    return x * torch.arange(x.shape[0])[:, None]
+
+
+def rows_merged_in_front(x):
+    """Each row twice, all first ones in front: which of `[2 * B]` are a row's is not in the shape."""
+    both = torch.stack([x, x.sin()]).flatten(0, 1)
+    return (both * torch.cat([x, x]).exp()).unflatten(0, (2, -1)).sum(0)
+
+
+MIXING = {
+    "batch norm": (nn.BatchNorm1d(8), "not all kept|all rows together|mixes rows"),
+    "mean": (Do(lambda x: x - x.mean(0)), "not all kept|batch size is part"),
+    "softmax": (Do(lambda x: x.softmax(0)), "all rows together|not all kept"),
+    "shift": (Do(lambda x: x.roll(1, 0) * x), "rows change places|batch size is part"),
+    "part": (Do(lambda x: torch.cat([x[:1].sin(), x[1:]])), "a part of the rows|joined"),
+    "pairs": (Do(lambda x: (x @ x.T).tanh() @ x), "rows meet rows|two dimensions"),
+    "size": (Do(lambda x: x.sin() * x.shape[0]), "batch size is part of a value"),
+    "other numbers": (Do(lambda x: x.sin()[torch.arange(x.shape[0]).flip(0)]), "rows are looked up|other numbers"),
+    "cumsum": (Do(lambda x: x.cumsum(0)), "all rows together|rows change places|not an op"),
+}
+
+
+@pytest.mark.parametrize("backend", [DECOMPOSED, "aot_eager"])
+@pytest.mark.parametrize("name", MIXING)
+def test_what_mixes_rows_runs_dense(name, backend, runs, caplog):
+    middle, reason = MIXING[name]
+    net = Net(middle)
+    call = torch.compile(net, backend=backend, dynamic=True)
+    x, labels = torch.randn(6, 3, 2, 2), torch.tensor([0, 1, 2] * 2)
+    expected = steps(call, net, x, labels, 0.5, dense_take)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            assert relative_difference(steps(call, net, x, labels, 0.5), expected) <= 1e-5
+    assert not runs
+    assert sum(REFUSED.values()) == 2 and len(REFUSED) == 1
+    said = [record.message for record in caplog.records if "runs on the whole batch" in record.message]
+    assert len(said) == 1
+    assert any(each in said[0] for each in reason.split("|")), said
+    assert list(fallback_report().values()) == [2]
+    with strict(), pytest.raises(RuntimeError, match="cannot run on the kept rows"):
+        steps(call, net, x, labels, 0.5)
+
+
+@pytest.mark.parametrize("backend", [DECOMPOSED, "aot_eager"])
+def test_row_numbers_are_values_of_their_rows_or_refused(backend, runs):
+    net = Net(Do(by_row_number))
+    call = torch.compile(net, backend=backend, dynamic=True)
+    x, labels = torch.randn(6, 3, 2, 2), torch.tensor([0, 1, 2] * 2)
+    expected = steps(call, net, x, labels, 0.5, dense_take)
+    assert relative_difference(steps(call, net, x, labels, 0.5), expected) <= 1e-5
+    assert bool(runs) != bool(REFUSED)
+
+
+def test_rows_behind_something_else(runs):
+    net = Net(Do(rows_merged_in_front))
+    call = torch.compile(net, backend=DECOMPOSED, dynamic=True)
+    x, labels = torch.randn(6, 3, 2, 2), torch.tensor([0, 1, 2] * 2)
+    expected = steps(call, net, x, labels, 0.5, dense_take)
+    assert relative_difference(steps(call, net, x, labels, 0.5), expected) <= 1e-5
+    assert bool(runs) != bool(REFUSED)
+
+
+def test_frozen_batch_norm_does_not_mix(runs):
+    check(Net(nn.BatchNorm1d(8).eval()), runs, net_losses)
+
+
+def test_a_graph_for_one_batch_size(runs):
+    net = Net()
+    call = torch.compile(net, backend="aot_eager", dynamic=False)
+    x, labels = torch.randn(6, 3, 2, 2), torch.tensor([0, 1, 2] * 2)
+    expected = steps(call, net, x, labels, 0.5, dense_take)
+    assert relative_difference(steps(call, net, x, labels, 0.5), expected) <= 1e-6
+    assert not runs and "for one batch size" in next(iter(REFUSED))
+
+
+def test_a_length_that_equals_the_batch_size_by_chance(runs):
+    """Sizes that are equal at first share a symbol in an ordinary backend, and not in ours."""
+    for backend, told_apart in (("aot_eager", False), ("hf_trim", True)):
+        torch._dynamo.reset()
+        net = Net()
+        call = torch.compile(net, backend=backend, dynamic=True)
+        x, labels = torch.randn(6, 3, 6), torch.tensor([0, 1, 2] * 2)
+        if told_apart:
+            with compiled.graphs_at_hand():
+                expected = steps(call, net, x, labels, 0.5, dense_take)
+        else:
+            expected = steps(call, net, x, labels, 0.5, dense_take)
+        assert relative_difference(steps(call, net, x, labels, 0.5), expected) <= 1e-5
+    assert bool(runs)
+
+
+def test_a_graph_without_guards_for_a_number_of_rows_runs_dense(monkeypatch):
+    monkeypatch.setattr(compiled, "_PADDING", -10)
+    net = Net()
+    call = torch.compile(net, backend="aot_eager", dynamic=True)
+    x, labels = torch.randn(6, 3, 2, 2), torch.tensor([0, 1, 2] * 2)
+    expected = steps(call, net, x, labels, 0.5, dense_take)
+    assert relative_difference(steps(call, net, x, labels, 0.5), expected) <= 1e-6
+    assert "batch sizes that 3 is not one of" in next(iter(REFUSED))
+
+
+def test_a_proof_that_is_wrong_is_found_out(monkeypatch, caplog):
+    """The last line of defence: the first gradients are compared with the dense ones."""
+    proved = compiled.prove
+
+    def believe(graph, batch, tangents) -> Proof:
+        proof = proved(graph, batch, tangents)
+        proof.reason = ""
+        return proof
+
+    monkeypatch.setattr(compiled, "prove", believe)
+    x, labels = torch.randn(6, 3, 2, 2), torch.tensor([0, 1, 2] * 2)
+    for on in (False, True):
+        torch._dynamo.reset()
+        net = Net(Do(lambda x: x - x.mean(0) * 2))
+        call = torch.compile(net, backend="aot_eager", dynamic=True)
+        expected = steps(call, net, x, labels, 0.5, dense_take)
+        with checked(on), caplog.at_level(logging.ERROR):
+            error = relative_difference(steps(call, net, x, labels, 0.5), expected)
+        assert error <= 1e-5 if on else error > 1e-2
+        assert ("gave other gradients than on the whole batch" in caplog.text) == on
+    assert "gave other gradients" in next(iter(REFUSED))
+
+
+def test_the_cache_leaves_no_graph(monkeypatch):
+    net = Net()
+    call = torch.compile(net, backend="aot_eager", dynamic=True)
+    x, labels = torch.randn(6, 3, 2, 2), torch.tensor([0, 1, 2] * 2)
+    losses = F.cross_entropy(call(x), labels, reduction="none")
+    node = losses.grad_fn.next_functions[0][0].next_functions[0][0]
+    for each in node._forward_cls._lazy_backward_info.bw_module.graph.nodes:
+        each.meta = {}
+    assert relative_difference(steps(call, net, x, labels, 0.5), steps(call, net, x, labels, 0.5, dense_take)) <= 1e-6
+    assert "backend='hf_trim' does without that cache" in next(iter(REFUSED))
+
+
+# ---- in use ------------------------------------------------------------------------------------------------------
+
+COMPILED = {"remove_unused_columns": False, "label_names": ["labels"]}  # a compiled model does not tell its arguments
+
+
+def test_cuda_graphs_are_refused(tmp_path):
+    call = torch.compile(lambda x: x.sin(), backend="hf_trim", mode="reduce-overhead")
+    with pytest.raises(Exception, match="a CUDA graph replays one batch size"):
+        call(torch.ones(3, requires_grad=True))
+    with pytest.raises(ValueError, match="trim_backward='sparse' cannot go with CUDA graphs"):
+        train(tiny_bert(), digit_texts(), tmp_path, trim_backward="sparse", torch_compile_mode="max-autotune")
+    model = torch.compile(tiny_bert(), mode="reduce-overhead")
+    with pytest.raises(ValueError, match="trim_backward='sparse' cannot go with CUDA graphs"):
+        train(model, digit_texts(), tmp_path, trim_backward="sparse")
+
+
+@pytest.mark.parametrize("backward", ["auto", "sparse"])
+def test_the_trainer_compiles_for_rows(backward, tmp_path, caplog, runs):
+    arguments = {"trim_start": 1.0, "trim_end": 0.25, "num_train_epochs": 4, "trim_check": backward == "auto"}
+    model = lambda: tiny_bert(problem_type="single_label_classification")  # noqa: E731  else it is compiled twice
+    eager = train(model(), digit_texts(44), tmp_path, trim_backward=backward, **arguments)
+    compiled = train(
+        model(), digit_texts(44), tmp_path, trim_backward=backward, trim_strict=backward == "sparse",
+        torch_compile=True, torch_compile_backend="aot_eager", **arguments,
+    )  # fmt: skip
+    assert not REFUSED
+    assert len(runs) == 3 * 6  # the last of the 6 mini-batches of an epoch is short
+    assert counters["stats"]["unique_graphs"] == 1
+    assert compiled.losses == pytest.approx(eager.losses, rel=1e-4)
+    assert relative_difference(weights(compiled), weights(eager)) < 1e-5
+
+
+def test_a_model_that_comes_compiled(tmp_path, runs):
+    """Regions of it too; the length of its texts is the batch size."""
+    rows = digit_texts(length=8)
+    arguments = {"trim_start": 0.5, "trim_end": 0.5, "max_steps": 3, **COMPILED}
+    eager = train(tiny_bert(dropout=0.0), rows, tmp_path, **arguments)
+    whole = torch.compile(tiny_bert(dropout=0.0), backend="aot_eager", dynamic=True)
+    regions = tiny_bert(dropout=0.0)
+    regions.bert.encoder.compile(backend="aot_eager", dynamic=True)
+    for model in (whole, regions):
+        found = train(model, rows, tmp_path, **arguments)
+        assert relative_difference(weights(found), weights(eager)) < 1e-5
+    assert len(runs) == 6 and not REFUSED
+
+
+def test_auto_goes_on_with_replay_where_the_graph_is_refused(tmp_path, caplog):
+    def model():
+        bert = tiny_bert(dropout=0.0)
+        bert.bert.pooler = nn.Sequential(bert.bert.pooler, Do(lambda x: x if x.shape[0] == 8 else x.clone()))
+        return bert
+
+    arguments = {"trim_start": 0.5, "trim_end": 0.5, "max_steps": 3, **COMPILED}
+    eager = train(model(), digit_texts(), tmp_path, **arguments)
+    with caplog.at_level(logging.WARNING):
+        found = train(torch.compile(model(), backend="aot_eager"), digit_texts(), tmp_path, **arguments)
+    assert "replay (a compiled graph cannot run on the kept rows: it was compiled for one batch size" in caplog.text
+    assert relative_difference(weights(found), weights(eager)) < 1e-5
+
+
+def test_auto_does_not_try_batch_norm(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        train(tiny_resnet(), digits(), tmp_path, torch_compile=True, torch_compile_backend="aot_eager", max_steps=1,
+              trim_start=0.5, trim_end=0.5)  # fmt: skip
+    assert "dense" in caplog.text and "batch-norm modules" in caplog.text and not REFUSED
+
+
+def test_one_line_in_a_loop_of_ones_own(runs):
+    net = Net()
+
+    @torch.compile(backend="hf_trim", dynamic=True)
+    def losses_of(x, labels):
+        return F.cross_entropy(net(x), labels, reduction="none")
+
+    x, labels = torch.randn(6, 3, 2, 2), torch.tensor([0, 1, 2] * 2)
+    found = []
+    for backward in ("dense", "sparse"):
+        net.zero_grad()
+        torch.manual_seed(1)
+        trimmed_mean(losses_of(x, labels), 0.5, backward=backward).backward()
+        found.append(torch.cat([p.grad.flatten() for p in net.parameters()]))
+    assert relative_difference(*found) <= 1e-5 and runs == [(3, 3)]
