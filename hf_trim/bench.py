@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import mean, median, quantiles
 from typing import NamedTuple
@@ -35,6 +36,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
+from hf_trim.backward.compiled import let_batch_size_vary
 from hf_trim.backward.replay import rows_of
 from hf_trim.backward.sparse import fallback_report, reset_fallbacks
 from hf_trim.bench_trainer import overhead, time_selection, time_trainers
@@ -47,6 +49,7 @@ from hf_trim.selection import num_kept
 
 
 MODES = ("dense", "sparse", "replay")
+COMPILED = "compiled "  # in front of the mode of a compiled model
 DTYPES = ("float32", "bfloat16")
 HEAD_SIZE = 64  # of attention
 NUM_LABELS = 10
@@ -75,6 +78,7 @@ class BenchArguments:
         dropout (`float`, *optional*): Dropout of states and attention, as far as the model has it (ConvNeXt: drop
             path); the default is that of the published model.
         gradient_checkpointing (`bool`): Recompute the activations of each layer in the backward pass.
+        torch_compile (`bool`): Also measure each mode in the model compiled by inductor, with a dynamic batch size.
         repeats (`int`): Rounds that count; each runs every mode at every p once, in random order.
         schedule_epochs (`int`): Epochs of the schedule 1.0 → 0.2 whose speed-up is predicted from the cells.
         device (`str`): `cpu` or `cuda`.
@@ -108,6 +112,9 @@ class BenchArguments:
     )
     gradient_checkpointing: bool = field(
         default=False, metadata={"help": "Recompute the activations of each layer in the backward pass."}
+    )
+    torch_compile: bool = field(
+        default=False, metadata={"help": "Also measure each mode in the compiled model (samples only)."}
     )
     repeats: int = field(
         default=7, metadata={"help": "Rounds that count; each runs every mode at every p once, in random order."}
@@ -312,12 +319,28 @@ class Cell(NamedTuple):
     One kind of step.
 
     Args:
-        mode (`str`): `"untrimmed"` (the mean of all losses), `"dense"`, `"sparse"` or `"replay"`.
+        mode (`str`): `"untrimmed"` (the mean of all losses), `"dense"`, `"sparse"`, `"replay"`, or one of these three
+            after `"compiled "`.
         keep (`float`): The fraction p.
     """
 
     mode: str
     keep: float
+
+    @property
+    def backward(self) -> str:
+        """The backward pass."""
+        return self.mode.removeprefix(COMPILED)
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether the model is compiled."""
+        return self.mode.startswith(COMPILED)
+
+    @property
+    def dense(self) -> "Cell":
+        """The reference that it is compared with."""
+        return self if self.mode == "untrimmed" else Cell(COMPILED * self.is_compiled + "dense", self.keep)
 
 
 UNTRIMMED = Cell("untrimmed", 1.0)
@@ -335,20 +358,25 @@ class Steps:
 
     def __init__(self, model: nn.Module, batch: dict[str, Tensor], dtype: str):
         self.model, self.batch, self.dtype = model, batch, dtype
+        self.compiled = torch.compile(model, backend="hf_trim")
         self.device = batch["labels"].device.type
         self.size = batch["labels"].shape[0]
 
-    def losses(self, kept: Tensor | None = None) -> Tensor:
+    def losses(self, kept: Tensor | None = None, compiled: bool = False) -> Tensor:
         """
         Args:
             kept (`Tensor`, *optional*): Indices of samples; the default is all.
+            compiled (`bool`, *optional*, defaults to `False`): Whether to call the compiled model.
 
         Returns:
             `Tensor`: Their losses.
         """
         inputs = dict(self.batch) if kept is None else rows_of(self.batch, kept, self.size)
         labels = inputs.pop("labels")
-        return F.cross_entropy(self.model(**inputs).logits.float(), labels, reduction="none")
+        if compiled:
+            let_batch_size_vary(inputs, len(labels))
+        model = self.compiled if compiled else self.model
+        return F.cross_entropy(model(**inputs).logits.float(), labels, reduction="none")
 
     def prepare(self, seed: int) -> None:
         """
@@ -372,9 +400,10 @@ class Steps:
         with torch.autocast(self.device, torch.bfloat16) if autocast else nullcontext():
             if cell.mode == "untrimmed":
                 return self.losses().mean()
-            if cell.mode == "replay":
-                return trimmed_mean(self.losses, cell.keep, backward="replay", model=self.model)
-            return trimmed_mean(self.losses(), cell.keep, backward=cell.mode)
+            losses_of = partial(self.losses, compiled=cell.is_compiled)
+            if cell.backward == "replay":
+                return trimmed_mean(losses_of, cell.keep, backward="replay", model=self.model)
+            return trimmed_mean(losses_of(), cell.keep, backward=cell.backward)
 
 
 class TokenSteps(Steps):
@@ -392,7 +421,7 @@ class TokenSteps(Steps):
         hidden = self.model.transformer(self.batch["input_ids"]).last_hidden_state
         return hidden[:, :-1], self.model.lm_head.weight
 
-    def losses(self, kept: Tensor | None = None) -> Tensor:
+    def losses(self, kept: Tensor | None = None, compiled: bool = False) -> Tensor:
         logits = F.linear(*self._head()).flatten(0, -2)
         return F.cross_entropy(logits.float(), self.target.flatten(), reduction="none")
 
@@ -523,7 +552,8 @@ def check_cells(steps: Steps, cells: list[Cell]) -> dict[Cell, dict]:
         cells (`list[Cell]`): The kinds of steps; at each p dense comes first.
 
     Returns:
-        `dict[Cell, dict]`: `gradient_error` (or `None`), `fallbacks` and `peak_memory_bytes`.
+        `dict[Cell, dict]`: `gradient_error` (or `None`), `fallbacks`, `peak_memory_bytes`, and `first_seconds` of the
+        first step, in which a compiled model is compiled if no cell before did so.
     """
     checks, reference = {}, None
     with torch.no_grad():
@@ -531,12 +561,15 @@ def check_cells(steps: Steps, cells: list[Cell]) -> dict[Cell, dict]:
     deterministic = torch.equal(*draws)  # with dropout, replay draws masks of its own
     for cell in cells:
         reset_fallbacks()
-        error = None
-        if cell.mode == "dense":
-            reference, error = gradients(steps, cell), 0.0
-        elif cell.mode == "sparse" or (cell.mode == "replay" and deterministic):
-            error = relative_error(gradients(steps, cell), reference)
-        checks[cell] = {"gradient_error": error, "fallbacks": fallback_report()}
+        error, start = None, time.perf_counter()
+        found = gradients(steps, cell)
+        first = time.perf_counter() - start
+        if cell.backward == "dense":
+            reference, error = found, 0.0
+        elif cell.backward == "sparse" or (cell.backward == "replay" and deterministic):
+            error = relative_error(found, reference)
+        del found
+        checks[cell] = {"gradient_error": error, "fallbacks": fallback_report(), "first_seconds": first}
     del reference
     for cell in cells:  # with no reference in memory
         checks[cell]["peak_memory_bytes"] = peak_memory(steps, cell)
@@ -552,7 +585,7 @@ def bound(mode: str, kept_fraction: float, forward: float, backward: float) -> f
     checkpointing the same holds: the dense backward pass contains the second forward pass, b = f + b'.
 
     Args:
-        mode (`str`): `"untrimmed"`, `"dense"`, `"sparse"` or `"replay"`.
+        mode (`str`): `"untrimmed"`, `"dense"`, `"sparse"` or `"replay"`, of the compiled model or not.
         kept_fraction (`float`): k / B.
         forward (`float`): Time f of the forward pass.
         backward (`float`): Time b of the dense backward pass, what it recomputes included.
@@ -560,7 +593,7 @@ def bound(mode: str, kept_fraction: float, forward: float, backward: float) -> f
     Returns:
         `float`: (f + b) / (f + p·b) for sparse, (f + b) / (f + p·(f + b)) for replay, 1 for dense.
     """
-    dense = forward + backward
+    dense, mode = forward + backward, mode.removeprefix(COMPILED)
     if mode == "sparse":
         return dense / (forward + kept_fraction * backward)
     if mode == "replay":
@@ -587,11 +620,21 @@ def summarize(seconds: dict[Cell, list[tuple[float, float]]], batch_size: int) -
         batch_size (`int`): Samples a step.
 
     Returns:
-        `tuple[dict, list[dict]]`: Medians of the dense `forward` and `backward` (of all p, and untrimmed) in seconds;
-        and for each cell its times, its speed-ups (medians over the rounds of the ratio within a round) and its bound.
+        `tuple[dict, list[dict]]`: Medians of the dense `forward` and `backward` (of all p, and untrimmed) in seconds,
+        `compiled_forward` and `compiled_backward` if measured; and for each cell its times, its speed-ups (medians
+        over the rounds of the ratio within a round) and its bound.
     """
-    full = [times for cell, rounds in seconds.items() if cell.mode in ("untrimmed", "dense") for times in rounds]
-    dense = {"forward": median(f for f, _ in full), "backward": median(b for _, b in full)}
+
+    def dense_of(compiled: bool) -> dict[str, float]:
+        found = [
+            times
+            for cell, rounds in seconds.items()
+            if cell.backward in ("untrimmed", "dense") and cell.is_compiled == compiled
+            for times in rounds
+        ]
+        return {"forward": median(f for f, _ in found), "backward": median(b for _, b in found)}
+
+    dense = {compiled: dense_of(compiled) for compiled in {cell.is_compiled for cell in seconds}}
 
     def speedup(cell: Cell, reference: Cell) -> float:
         pairs = zip(seconds[reference], seconds[cell], strict=True)
@@ -600,9 +643,8 @@ def summarize(seconds: dict[Cell, list[tuple[float, float]]], batch_size: int) -
     rows = []
     for cell, times in seconds.items():
         k = num_kept(cell.keep, batch_size)
-        reference = UNTRIMMED if cell == UNTRIMMED else Cell("dense", cell.keep)
-        limit = bound(cell.mode, k / batch_size, **dense)
-        ratio = speedup(cell, reference)
+        limit = bound(cell.mode, k / batch_size, **dense[cell.is_compiled])
+        ratio = speedup(cell, cell.dense)
         rows.append(
             {
                 "mode": cell.mode,
@@ -619,7 +661,8 @@ def summarize(seconds: dict[Cell, list[tuple[float, float]]], batch_size: int) -
                 "rounds": times,
             }
         )
-    return dense, rows
+    compiled = {f"compiled_{name}": value for name, value in dense.get(True, {}).items()}
+    return {**dense[False], **compiled}, rows
 
 
 def schedule_speedup(rows: list[dict], epochs: int) -> dict[str, float]:
@@ -673,12 +716,16 @@ def make_table(name: str, result: dict, args: BenchArguments) -> Table:
     if schedule:
         caption += f"\nSchedule 1.0 → 0.2 in {args.schedule_epochs} epochs, without the optimizer: {schedule}"
     counted = sum(sum(row["fallbacks"].values()) for row in result["cells"])
+    if args.torch_compile:
+        firsts = [f"{row['mode']} {row['first_seconds']:.1f} s" for row in result["cells"] if row["first_seconds"] > 2]
+        caption += f"\nFirst steps that took more than 2 s, compilation included: {', '.join(firsts) or 'none'}"
     caption += f"\nOps without a row-sparse rule that ran dense: {counted or 'none'}"
     table = Table(title=title, caption=caption)
     for head in HEADS:
         table.add_column(head, justify="left" if head == "mode" else "right", no_wrap=True)
+    last = result["cells"][-1]["mode"]
     for row in result["cells"]:
-        limited = row["mode"] in ("sparse", "replay")
+        limited = row["mode"].removeprefix(COMPILED) in ("sparse", "replay")
         error = row["gradient_error"] if limited else None
         table.add_row(
             f"{row['keep']:g}",
@@ -693,7 +740,7 @@ def make_table(name: str, result: dict, args: BenchArguments) -> Table:
             f"{row['speedup_to_untrimmed']:.2f}×",
             f"{row['peak_memory_bytes'] / 1e6:.1f}",
             "–" if error is None else f"{error:.0e}",
-            end_section=row["mode"] in ("untrimmed", args.modes[-1]),
+            end_section=row["mode"] in ("untrimmed", last),
         )
     return table
 
@@ -712,7 +759,10 @@ def bench_model(name: str, args: BenchArguments) -> dict:
     model = build_model(name, args)
     steps_class, modes = (TokenSteps, MODES[:2]) if name in TOKEN_MODELS else (Steps, MODES)
     steps = steps_class(model, random_batch(model.config, args), args.dtype)
-    cells = [UNTRIMMED, *(Cell(mode, keep) for keep in args.keep for mode in args.modes if mode in modes)]
+    modes = [mode for mode in args.modes if mode in modes]
+    if args.torch_compile and name not in TOKEN_MODELS:
+        modes += [COMPILED + mode for mode in modes]
+    cells = [UNTRIMMED, *(Cell(mode, keep) for keep in args.keep for mode in modes)]
     checks = check_cells(steps, cells)
     dense, rows = summarize(time_cells(steps, cells, args.repeats), steps.size)
     result = {

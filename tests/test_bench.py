@@ -37,6 +37,26 @@ def test_end_to_end(tmp_path, capsys, extra):
         assert len(cells["sparse", 0.34]["rounds"]) == 2
 
 
+def test_compiled_models(tmp_path):
+    output = tmp_path / "bench.json"
+    assert main([*TINY, "--models", "vit", "--keep", "0.5", "--modes", "sparse", "replay", "--repeats", "2",
+                 "--device", "cpu", "--torch_compile", "--dropout", "0", "--output", str(output)]) == 0  # fmt: skip
+    result = json.loads(output.read_text())["models"]["vit"]
+    cells = {cell["mode"]: cell for cell in result["cells"]}
+    modes = ["dense", "sparse", "replay"]
+    assert list(cells) == ["untrimmed", *modes, *(f"compiled {mode}" for mode in modes)]
+    assert not any(cell["fallbacks"] for cell in cells.values())
+    assert 0 < cells["compiled sparse"]["gradient_error"] <= 1e-5
+    assert cells["compiled replay"]["gradient_error"] <= 1e-5
+    dense = result["dense_seconds"]
+    for mode in ("sparse", "replay"):
+        expected = bound(mode, 0.5, dense["compiled_forward"], dense["compiled_backward"])
+        assert cells[f"compiled {mode}"]["bound"] == pytest.approx(expected)
+    assert (
+        cells["compiled dense"]["first_seconds"] > cells["compiled sparse"]["first_seconds"]
+    )
+
+
 @pytest.mark.parametrize("name", ["gpt2", "llama", "convnext", "gpt2-lm", "lm-head"])
 def test_other_models(tmp_path, name):
     output = tmp_path / "bench.json"
