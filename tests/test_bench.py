@@ -52,9 +52,7 @@ def test_compiled_models(tmp_path):
     for mode in ("sparse", "replay"):
         expected = bound(mode, 0.5, dense["compiled_forward"], dense["compiled_backward"])
         assert cells[f"compiled {mode}"]["bound"] == pytest.approx(expected)
-    assert (
-        cells["compiled dense"]["first_seconds"] > cells["compiled sparse"]["first_seconds"]
-    )
+    assert cells["compiled dense"]["first_seconds"] > cells["compiled sparse"]["first_seconds"]
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "convnext", "gpt2-lm", "lm-head"])

@@ -283,7 +283,15 @@ def rows_merged_in_front(x):
     return (both * torch.cat([x, x]).exp()).unflatten(0, (2, -1)).sum(0)
 
 
+def by_parity(x):
+    """What is merged behind rows meets what is merged in front: a row's number decides which of the two it gets."""
+    both = torch.stack([x, x.sin()]).flatten(0, 1)
+    weights = torch.tensor([1.0, 3.0])[None].expand(len(x), 2).reshape(-1, 1)
+    return (both * weights).unflatten(0, (2, -1)).sum(0)
+
+
 MIXING = {
+    "parity": (Do(by_parity), "different places|a view splits the rows|a constant"),
     "batch norm": (nn.BatchNorm1d(8), "not all kept|all rows together|mixes rows"),
     "mean": (Do(lambda x: x - x.mean(0)), "not all kept|batch size is part"),
     "softmax": (Do(lambda x: x.softmax(0)), "all rows together|not all kept"),

@@ -19,6 +19,7 @@ import sympy
 import torch
 from torch import SymInt, Tensor
 
+from hf_trim.backward import proof_rules  # noqa: F401
 from hf_trim.backward.proof import ELSEWHERE, EVERYWHERE, NOWHERE, Proof, Value, expression, prove
 from hf_trim.backward.tensor import FALLBACKS, Rows, RowSparseTensor, RowTensor, Settings, densify
 
@@ -202,6 +203,7 @@ class CompiledBackward:
             self.inputs = self.graph.find_nodes(op="placeholder")
             self.examples = getattr(info, "placeholder_list", None) or [node.meta.get("val") for node in self.inputs]
             self.places = _places_of_symbols(self.examples)
+        self.grads = [at for at, node in enumerate(self.inputs) if node.name.startswith("tangents")]
         function._backward_impl = staticmethod(self._run)
 
     def _run(self, ctx, args: list) -> Any:
@@ -243,13 +245,13 @@ class CompiledBackward:
         return plan, values
 
     def _make_plan(self, call: Call, values: dict) -> Plan:
-        tangents = [node for node in self.inputs if node.name.startswith("tangents")]
-        if len(tangents) != len(call.grads):
+        if len(self.grads) != len(call.grads):
             return Plan(reason="its gradients cannot be told apart")
         zeros, batches = {}, []
-        for node, grad in zip(tangents, call.grads, strict=True):
+        for at, grad in zip(self.grads, call.grads, strict=True):
+            node = self.inputs[at]
             zeros[node] = EVERYWHERE if grad is None else NOWHERE
-            if isinstance(grad, RowSparseTensor):
+            if _is_sparse(grad):
                 if grad.rows is not call.rows:
                     return Plan(reason="gradients of different rows meet")
                 zeros[node] = ELSEWHERE
@@ -311,11 +313,10 @@ class CompiledBackward:
 
     def _on_rows(self, ctx, args: list, call: Call, plan: Plan, values: dict) -> list:
         count, inputs, outputs = self._sizes(plan, call, values)
-        for node, grad in zip(self.inputs[-len(call.grads) :], call.grads, strict=True):
-            if isinstance(grad, RowSparseTensor):
-                place, *_ = inputs[self.inputs.index(node)]
-                if place != (grad.row_dim, grad.row_outer, grad.row_inner):
-                    raise Refused("a gradient has its rows in another place than the graph")
+        arrived = {at: grad for at, grad in zip(self.grads, call.grads, strict=True) if _is_sparse(grad)}
+        for at, grad in arrived.items():
+            if inputs[at][0] != (grad.row_dim, grad.row_outer, grad.row_inner):
+                raise Refused("a gradient has its rows in another place than the graph")
         numbers = [at for at in plan.proof.row_numbers if not _counts_rows(args[at])]
         if numbers:
             raise Refused("it looks up rows by other numbers than their own")
@@ -332,11 +333,10 @@ class CompiledBackward:
                 args[at] = None
                 args[at] = _take(given, rows, *place, copy=check)
             del given
-        for at, grad in enumerate(call.grads, start=len(args) - len(call.grads)):
-            if isinstance(grad, RowSparseTensor) and count > call.rows.count:
-                layout = inputs[at][0]
-                padding = args[at].unflatten(layout[0], (layout[1], count, layout[2]))
-                padding.narrow(layout[0] + 1, call.rows.count, count - call.rows.count).zero_()
+        for at in arrived if count > call.rows.count else ():
+            dim, outer, inner = inputs[at][0]
+            padding = args[at].unflatten(dim, (outer, count, inner))
+            padding.narrow(dim + 1, call.rows.count, count - call.rows.count).zero_()
         found = self._wrapped(self.dense(ctx, args), outputs, call.rows, count)
         return self._check(found, self.dense(ctx, whole), plan) if check else found
 
@@ -390,8 +390,12 @@ def _outputs_with_gradients(metadata) -> list[int]:
     return positions + list(range(first, first + metadata.num_intermediate_bases))
 
 
+def _is_sparse(grad: Any) -> bool:
+    return isinstance(grad, RowSparseTensor)
+
+
 def _kind(grad: Any, rows: Rows) -> str:
-    if isinstance(grad, RowSparseTensor):
+    if _is_sparse(grad):
         return "rows" if grad.rows is rows else "other rows"
     return "none" if grad is None else "dense"
 
