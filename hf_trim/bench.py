@@ -756,6 +756,7 @@ def bench_model(name: str, args: BenchArguments) -> dict:
     Returns:
         `dict`: What the JSON holds of it; times in seconds.
     """
+    torch._dynamo.reset()  # models share code, of which it compiles a limited number of variants
     model = build_model(name, args)
     steps_class, modes = (TokenSteps, MODES[:2]) if name in TOKEN_MODELS else (Steps, MODES)
     steps = steps_class(model, random_batch(model.config, args), args.dtype)
