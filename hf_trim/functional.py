@@ -47,9 +47,9 @@ def trimmed_mean(
         select (`str`, *optional*, defaults to `"hardest"`): `"hardest"`, `"random"` (a random subset of the same
             size) or `"none"` (the plain mean).
         backward (`str`, *optional*, defaults to `"dense"`): `"dense"` for ordinary autograd, `"sparse"` (`"auto"` is
-            the same here) for a backward pass that costs what is kept, with the same gradients; `"replay"` to score
-            without gradients, then run forward and backward on the kept samples, which needs their memory only but
-            draws dropout masks anew.
+            the same here) for a backward pass that costs what is kept, with the same gradients, also of what
+            `torch.compile(..., backend="hf_trim", dynamic=True)` made; `"replay"` to score without gradients, then run
+            forward and backward on the kept samples, which needs their memory only but draws dropout masks anew.
         nonfinite (`str`, *optional*, defaults to `"error"`): What to do with losses that are NaN or infinite: raise an
             `"error"`, or `"drop"` them. Where activations are not finite either, only `"sparse"` and `"replay"` keep
             them out of the gradients.

@@ -15,8 +15,13 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # After the variables, and before any test imports transformers: it repairs torchvision where torch has no CUDA.
+import torch  # noqa: E402
+from torch._dynamo.utils import counters  # noqa: E402
+
 import hf_trim  # noqa: E402, F401
 from hf_trim.backward.checkpoint import _KeptRows  # noqa: E402
+from hf_trim.backward.compiled import CompiledBackward  # noqa: E402
+from hf_trim.backward.sparse import reset_fallbacks  # noqa: E402
 
 
 @pytest.fixture
@@ -34,3 +39,27 @@ def recomputed(monkeypatch):
     monkeypatch.setattr(_KeptRows, "_check", counted("kept", _KeptRows._check))
     monkeypatch.setattr(_KeptRows, "_forget", counted("all", _KeptRows._forget))
     return counts
+
+
+@pytest.fixture
+def fresh_compiler():
+    """Nothing is compiled yet, and nothing counted."""
+    torch._dynamo.reset()
+    counters.clear()
+    reset_fallbacks()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """For each run of a compiled backward graph: the number of kept rows, and of those that it ran on (or `None`)."""
+    found, on_rows = [], CompiledBackward._on_rows
+
+    def spy(self, ctx, args, call, plan, values):
+        out = on_rows(self, ctx, args, call, plan, values)
+        found.append((call.rows.count, self._sizes(plan, call, values)[0]))
+        return out
+
+    monkeypatch.setattr(CompiledBackward, "_on_rows", spy)
+    return found

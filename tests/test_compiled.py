@@ -5,137 +5,21 @@ import logging
 import pytest
 import torch
 import torch.nn.functional as F
-import transformers as tf
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
 from hf_trim import trimmed_mean
 from hf_trim.backward import compiled
-from hf_trim.backward.compiled import REFUSED, CompiledBackward, let_batch_size_vary
+from hf_trim.backward.compiled import REFUSED
 from hf_trim.backward.proof import Proof
-from hf_trim.backward.sparse import checked, fallback_report, reset_fallbacks, strict, take_rows_sparse
+from hf_trim.backward.sparse import checked, fallback_report, strict, take_rows_sparse
+from tests.compiled import DECOMPOSED, check, small
 from tests.helpers import digit_texts, digits, relative_difference, tiny_bert, tiny_resnet, train, weights
-from tests.test_sparse_models import (
-    DECODERS,
-    KEPT,
-    TIMM_MODELS,
-    TRANSFORMERS,
-    batch,
-    build,
-    classification_losses,
-    difference,
-    gradients,
-    sequence_losses,
-)
+from tests.test_sparse_models import KEPT, TRANSFORMERS, batch, build, difference, gradients
 
 
-# The graphs are inductor's, but run op by op: no C++ compiler is waited for.
-DECOMPOSED = "aot_eager_decomp_partition"
-pytestmark = pytest.mark.filterwarnings("ignore:.*dynamic.*")
-
-
-@pytest.fixture(autouse=True)
-def fresh():
-    torch._dynamo.reset()
-    counters.clear()
-    reset_fallbacks()
-    yield
-    torch._dynamo.reset()
-
-
-@pytest.fixture
-def runs(monkeypatch):
-    """For each run of a compiled backward graph: the number of kept rows, and of those that it ran on (or `None`)."""
-    found, on_rows = [], CompiledBackward._on_rows
-
-    def spy(self, ctx, args, call, plan, values):
-        out = on_rows(self, ctx, args, call, plan, values)
-        found.append((call.rows.count, self._sizes(plan, call, values)[0]))
-        return out
-
-    monkeypatch.setattr(CompiledBackward, "_on_rows", spy)
-    return found
-
-
-def check(model, runs, losses_of=classification_losses, kept=KEPT, autocast=None, tolerance=1e-5, graphs=1,
-          backend=DECOMPOSED):  # fmt: skip
-    """A compiled model's gradients on the kept rows are its dense ones, of every graph of it."""
-    call = torch.compile(model, backend=backend)
-
-    def losses(_, inputs, labels):
-        let_batch_size_vary({**inputs, "labels": labels}, len(labels))
-        return losses_of(call, inputs, labels)
-
-    kept = torch.tensor(kept)
-    dense = gradients(model, lambda each: each[kept], losses, autocast)
-    sparse = gradients(model, lambda each: take_rows_sparse(each, kept), losses, autocast)
-    assert not REFUSED and not fallback_report()
-    assert runs == [(len(kept), max(2, len(kept)))] * graphs
-    assert difference(sparse, dense) <= tolerance
-
-
-# ---- models ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", [*TRANSFORMERS, *TIMM_MODELS])
-def test_models(name, runs):
-    def config():  # two layers compile twice as long as one
-        config = {**TRANSFORMERS, **TIMM_MODELS}[name]()
-        if name in TRANSFORMERS:
-            config.num_hidden_layers = 1
-        return config
-
-    check(build(config), runs)
-
-
-@pytest.mark.parametrize("name", ["bert", "llama"])
-def test_eager_attention(name, runs):
-    check(build(TRANSFORMERS[name], "eager"), runs)
-
-
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
-def test_causal_language_models_with_tied_embeddings(name, runs):
-    def config():
-        config = DECODERS[name]()
-        config.tie_word_embeddings = True
-        return config
-
-    check(build(config, head=tf.AutoModelForCausalLM), runs, sequence_losses)
-
-
-def test_autocast(runs):
-    check(build(TRANSFORMERS["bert"]), runs, autocast=torch.bfloat16, tolerance=2e-2)
-
-
-def test_lora(runs):
-    import peft
-
-    config = peft.LoraConfig(r=2, lora_dropout=0.1, target_modules="all-linear", init_lora_weights=False)
-    check(
-        peft.get_peft_model(build(TRANSFORMERS["llama"], head=tf.AutoModelForCausalLM), config), runs, sequence_losses
-    )
-
-
-def test_frozen_layers(runs):
-    model = build(TRANSFORMERS["vit"])
-    for key, parameter in model.named_parameters():
-        parameter.requires_grad = "embeddings" not in key and ".0." not in key
-    check(model, runs)
-
-
-def test_loss_in_the_graph(runs):
-    """The model's own loss is computed, and goes unused: no gradient comes from it."""
-
-    def losses(call, inputs, labels):
-        return F.cross_entropy(call(**inputs, labels=labels).logits, labels, reduction="none")
-
-    check(build(TRANSFORMERS["bert"]), runs, losses)
-
-
-@pytest.mark.parametrize("kept", [(3,), (0, 1), (0, 4)])
-def test_inductor(kept, runs):
-    check(Net(), runs, net_losses, kept, backend="hf_trim")
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 # ---- shapes ------------------------------------------------------------------------------------------------------
@@ -158,6 +42,11 @@ class Net(nn.Module):
 
 def net_losses(call, inputs, labels):
     return F.cross_entropy(call(inputs["x"]), labels, reduction="none")
+
+
+@pytest.mark.parametrize("kept", [(3,), (0, 1), (0, 4)])
+def test_inductor(kept, runs):
+    check(Net(), runs, net_losses, kept, backend="hf_trim")
 
 
 def steps(call, net, x, labels, keep, take=take_rows_sparse):
@@ -200,7 +89,7 @@ def test_a_single_row_runs_as_two():
 
 
 def test_sequence_lengths_may_vary(runs):
-    model = build(TRANSFORMERS["bert"])
+    model = small("bert")
     call = torch.compile(model, backend="aot_eager", dynamic=True)
     kept = torch.tensor([0, 3])
     for length in (7, 6):  # 6 is the batch size
@@ -451,17 +340,13 @@ def test_the_trainer_compiles_for_rows(backward, tmp_path, caplog, runs):
 
 
 def test_a_model_that_comes_compiled(tmp_path, runs):
-    """Regions of it too; the length of its texts is the batch size."""
+    """The length of its texts is the batch size."""
     rows = digit_texts(length=8)
     arguments = {"trim_start": 0.5, "trim_end": 0.5, "max_steps": 3, **COMPILED}
     eager = train(tiny_bert(dropout=0.0), rows, tmp_path, **arguments)
-    whole = torch.compile(tiny_bert(dropout=0.0), backend="aot_eager", dynamic=True)
-    regions = tiny_bert(dropout=0.0)
-    regions.bert.encoder.compile(backend="aot_eager", dynamic=True)
-    for model in (whole, regions):
-        found = train(model, rows, tmp_path, **arguments)
-        assert relative_difference(weights(found), weights(eager)) < 1e-5
-    assert len(runs) == 6 and not REFUSED
+    found = train(torch.compile(tiny_bert(dropout=0.0), backend="aot_eager"), rows, tmp_path, **arguments)
+    assert relative_difference(weights(found), weights(eager)) < 1e-5
+    assert len(runs) == 3 and not REFUSED
 
 
 def test_auto_goes_on_with_replay_where_the_graph_is_refused(tmp_path, caplog):
