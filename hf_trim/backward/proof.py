@@ -127,6 +127,7 @@ class Walk:
             except Exception as error:  # an op that is called in a way that its rule does not know
                 self.known[node] = self._unknown(node, f"{node.target}: {type(error).__name__}: {error}")
             if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
+                # what it changes may be known by another name
                 proof.reason = f"{node.target} changes a tensor in place"
             if node.op == "placeholder":
                 proof.inputs.append(self.known[node])
@@ -208,9 +209,9 @@ class Walk:
     def _call(self, node: fx.Node):
         out = node.meta.get("val")
         if node.op == "get_attr":
-            return (
-                Value(self._shape(out)) if isinstance(out, Tensor) else Value((), unknown=f"{node.target}: a constant")
-            )
+            if not isinstance(out, Tensor):
+                raise Mixed("a constant that is not known")
+            return Value(self._shape(out))
         if node.target is getitem and isinstance(self.known.get(node.args[0]), tuple):
             return self.known[node.args[0]][node.args[1]]
         if not isinstance(out, (Tensor, tuple, list)):
@@ -238,11 +239,7 @@ class Walk:
             raise Mixed(unknown.unknown)
         shapes = [self._shape(each) for each in out] if isinstance(out, (tuple, list)) else self._shape(out)
         if not self._touches(values, args, kwargs, shapes) and torch.Tag.nondeterministic_seeded not in op.tags:
-            return (
-                [Value(s) for s in shapes]
-                if isinstance(shapes, list)
-                else self._same(rule, args, kwargs, shapes, name)
-            )
+            return self._same(rule, args, kwargs, shapes, name)
         if rule is None:
             raise Mixed("not an op whose rows are known")
         found = rule(self, name, shapes, *args, **kwargs)
