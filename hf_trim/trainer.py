@@ -199,10 +199,11 @@ class TrimmingMixin(PushMixin):
             )
         keep = self.trim_fraction
         size, labels = self._labels_of(inputs)
-        compiled = self._user_loss is None and is_compiled(model)
+        has_graphs = is_compiled(model)
+        compiled = self._user_loss is None and has_graphs
         head = None if compiled else self._chunked_head(keep)
-        backward = self._backward_mode(model, labels, keep, head is not None)
-        on_rows = self.trim.trim_backward in ("auto", "sparse") and is_compiled(model)
+        on_rows = has_graphs and self.trim.trim_backward in ("auto", "sparse")
+        backward = self._backward_mode(model, labels, keep, head is not None, on_rows)
         if on_rows:
             let_batch_size_vary(inputs, size)
         # Gradients are averaged over the processes, while means are over the items of all of them; `Trainer` allows
@@ -333,14 +334,14 @@ class TrimmingMixin(PushMixin):
         module = find_lm_head(self._inner_model())
         return None if module is None else LMHead(module, keep_all=keep == 1)
 
-    def _backward_mode(self, model: nn.Module, labels: dict, keep: float, chunked_head: bool) -> str:
+    def _backward_mode(self, model: nn.Module, labels: dict, keep: float, chunked_head: bool, on_rows: bool) -> str:
         if keep == 1:
             return "dense"  # nothing is left out: each way is the plain one
         unit = self._unit
         if unit is None:
             unit = "sample" if labels.get("labels") is None or labels["labels"].dim() == 1 else "token"
         per_sample = "sample" in (unit, self.trim.trim_unit)
-        refused = CUDA_GRAPHS if uses_cuda_graphs(model) else next(iter(REFUSED), "")
+        refused = CUDA_GRAPHS if on_rows and uses_cuda_graphs(model) else next(iter(REFUSED), "")
         mode, reason = choose_backward(self.trim.trim_backward, model, per_sample, keep, chunked_head, refused)
         if (mode, reason) not in self._told and reason != "asked for":
             logger.warning("Backward pass of the trimmed batches: %s (%s).", mode, reason)

@@ -190,7 +190,7 @@ def test_a_compiled_model_is_trimmed_by_its_logits(tmp_path):
 
 
 def test_compiled_heads(tmp_path):
-    for head in ("llama", "masked-lm", "question-answering"):
+    for head in ("llama", "gpt2", "masked-lm", "question-answering"):
         rows = HEADS[head][1]()
         arguments = {"trim_start": 0.3, "trim_end": 0.3, "max_steps": 2, "gradient_accumulation_steps": 2}
         eager = train(make(head), rows, tmp_path, **arguments)

@@ -209,18 +209,10 @@ def test_what_mixes_rows_runs_dense(name, backend, runs, caplog):
 
 
 @pytest.mark.parametrize("backend", [DECOMPOSED, "aot_eager"])
-def test_row_numbers_are_values_of_their_rows_or_refused(backend, runs):
-    net = Net(Do(by_row_number))
+@pytest.mark.parametrize("function", [by_row_number, rows_merged_in_front])
+def test_what_only_some_graphs_tell_is_exact_or_refused(function, backend, runs):
+    net = Net(Do(function))
     call = torch.compile(net, backend=backend, dynamic=True)
-    x, labels = torch.randn(6, 3, 2, 2), torch.tensor([0, 1, 2] * 2)
-    expected = steps(call, net, x, labels, 0.5, dense_take)
-    assert relative_difference(steps(call, net, x, labels, 0.5), expected) <= 1e-5
-    assert bool(runs) != bool(REFUSED)
-
-
-def test_rows_behind_something_else(runs):
-    net = Net(Do(rows_merged_in_front))
-    call = torch.compile(net, backend=DECOMPOSED, dynamic=True)
     x, labels = torch.randn(6, 3, 2, 2), torch.tensor([0, 1, 2] * 2)
     expected = steps(call, net, x, labels, 0.5, dense_take)
     assert relative_difference(steps(call, net, x, labels, 0.5), expected) <= 1e-5

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers as tf
 
 from tests.compiled import check, small
@@ -43,3 +44,12 @@ def test_frozen_layers(runs):
     for key, parameter in model.named_parameters():
         parameter.requires_grad = "embeddings" not in key and ".0." not in key
     check(model, runs)
+
+
+def test_loss_in_the_graph(runs):
+    """The model's own loss is computed, and goes unused: no gradient comes from it."""
+
+    def losses(call, inputs, labels):
+        return F.cross_entropy(call(**inputs, labels=labels).logits, labels, reduction="none")
+
+    check(small("bert"), runs, losses)

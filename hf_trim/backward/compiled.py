@@ -321,8 +321,7 @@ class CompiledBackward:
         for at, grad in arrived.items():
             if inputs[at][0] != (grad.row_dim, grad.row_outer, grad.row_inner):
                 raise Refused("a gradient has its rows in another place than the graph")
-        numbers = [at for at in plan.proof.row_numbers if not _counts_rows(args[at])]
-        if numbers:
+        if not all(_counts_rows(args[at]) for at in plan.proof.row_numbers):
             raise Refused("it looks up rows by other numbers than their own")
         rows = _padded(call.rows, count)
         check = Settings.check_compiled and not plan.checked

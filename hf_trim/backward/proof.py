@@ -20,6 +20,7 @@ from typing import Any
 import sympy
 import torch
 from torch import SymBool, SymFloat, SymInt, Tensor, fx
+from torch.utils._pytree import tree_iter
 
 from hf_trim.backward.rules import POINTWISE
 
@@ -196,6 +197,13 @@ class Walk:
             raise Mixed(f"{shape[dim]} rows are not {outer}*{self.batch}*{inner}")
         return Value(shape, dim, outer, inner, zero, numbers)
 
+    def uniform(self, shape: tuple, zero: int) -> Value:
+        """A result that is equal all along the dimension that carries rows, if there is one."""
+        rows = self.rows_in(shape)
+        if len(rows) > 1:
+            raise Mixed("rows meet rows")
+        return self.result(shape, rows[0] if rows else None, zero=zero)
+
     def layout(self, values: Iterable[Value]) -> Value | None:
         """The one whose layout of rows all of them have."""
         laid_out = [value for value in values if value.outer is not None]
@@ -273,21 +281,11 @@ class Walk:
 
     def counts_rows(self, args: Any) -> bool:
         """Whether the batch size is among the arguments."""
-        return any(self.batch in x.node.expr.free_symbols for x in _leaves(args) if isinstance(x, _SYMBOLIC))
-
-
-def _leaves(args: Any):
-    if isinstance(args, (tuple, list)):
-        for each in args:
-            yield from _leaves(each)
-    elif isinstance(args, dict):
-        yield from _leaves(list(args.values()))
-    else:
-        yield args
+        return any(self.batch in x.node.expr.free_symbols for x in tree_iter(args) if isinstance(x, _SYMBOLIC))
 
 
 def tensors(args: Any):
-    return (x for x in _leaves(args) if isinstance(x, Value))
+    return (x for x in tree_iter(args) if isinstance(x, Value))
 
 
 def equal(a: sympy.Expr, b: sympy.Expr) -> bool:
@@ -322,7 +320,7 @@ def zero_of(x: Any) -> int:
 _OF_FIRST = {  # zero where their first operand is
     "_to_copy", "abs", "alias", "asinh", "atan", "ceil", "clone", "convert_element_type", "detach", "div", "erf",
     "expm1", "floor", "lift_fresh_copy", "neg", "relu", "round", "sign", "sin", "sinh", "sqrt", "tan", "tanh",
-    "to_dtype", "trunc",
+    "trunc",
 }  # fmt: skip
 
 
@@ -354,10 +352,7 @@ def _zero_of_pointwise(name: str, args: tuple) -> int:
 def pointwise(walk: Walk, name: str, shape: tuple, *args, **kwargs) -> Value:
     zero = _zero_of_pointwise(name, args)
     if zero == EVERYWHERE:  # whatever else has a part in it
-        rows = walk.rows_in(shape)
-        if len(rows) > 1:
-            raise Mixed("rows meet rows")
-        return walk.result(shape, rows[0] if rows else None, zero=EVERYWHERE)
+        return walk.uniform(shape, EVERYWHERE)
     values = list(tensors((args, kwargs)))
     for value in values:
         if value.unknown:

@@ -68,10 +68,7 @@ def _constant(walk, name, shape, *args, **kwargs):
             raise Mixed("the batch size is part of a value")
     else:
         value = "ones" in name
-    rows = walk.rows_in(shape)
-    if len(rows) > 1:
-        raise Mixed("rows meet rows")
-    return walk.result(shape, rows[0] if rows else None, zero=EVERYWHERE if value == 0 else NOWHERE)
+    return walk.uniform(shape, EVERYWHERE if value == 0 else NOWHERE)
 
 
 @rule("iota", "arange")
@@ -159,10 +156,7 @@ def _squeeze(walk, name, shape, x, dims=None):
 def _expand(walk, name, shape, x, sizes, **kwargs):
     if x.dim is not None:
         return walk.result(shape, x.dim + len(shape) - len(x.shape), x, x.zero, x.numbers)
-    rows = walk.rows_in(shape)
-    if len(rows) > 1:
-        raise Mixed("rows meet rows")
-    return walk.result(shape, rows[0] if rows else None, zero=x.zero)  # all rows are equal
+    return walk.uniform(shape, x.zero)
 
 
 @rule("repeat")
@@ -351,23 +345,19 @@ def _softmax_backward(walk, name, shape, grad, out, dim, dtype):
 
 def _product_of(walk, shape, a: Value, b: Value) -> Value:
     """`[..., M, K] @ [..., K, N]`"""
-    last = len(shape) - 1
-    of_a = None if a.dim is None else a.dim  # the dimension of [..., M, K]
-    of_b = None if b.dim is None else b.dim  # the dimension of [..., K, N]
-    zero = max(a.zero, b.zero)
-    if of_a is None and of_b is None:
+    last, zero = len(shape) - 1, max(a.zero, b.zero)
+    if a.dim is None and b.dim is None:
         return walk.result(shape, zero=zero)
-    layout = walk.layout([x for x in (a, b) if x.dim is not None])
-    summed = of_a == last and of_b == last - 1
-    if summed:
+    layout = walk.layout([a, b])
+    if a.dim == last and b.dim == last - 1:
         if zero == NOWHERE:
             raise Mixed("a sum over rows that are not all kept")
         return walk.result(shape, zero=zero)
-    batched = last > 1 and of_a == of_b == 0
-    if batched or (of_b is None and of_a == last - 1):
-        return walk.result(shape, of_a, layout, zero)
-    if of_a is None and of_b == last:
-        return walk.result(shape, of_b, layout, zero)
+    batched = last > 1 and a.dim == b.dim == 0
+    if batched or (b.dim is None and a.dim == last - 1):
+        return walk.result(shape, a.dim, layout, zero)
+    if a.dim is None and b.dim == last:
+        return walk.result(shape, b.dim, layout, zero)
     raise Mixed("rows meet rows")
 
 
