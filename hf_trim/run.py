@@ -4,6 +4,7 @@ import copy
 import json
 import shutil
 import sys
+import time
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -460,5 +461,17 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def leave_process_group() -> None:
+    """
+    End this process's part in a distributed run. The threads of gloo get a moment for the tensors they still hold: one
+    that lets a tensor go while Python ends aborts the process (https://github.com/pytorch/pytorch/issues/190489).
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        time.sleep(0.2)
+        torch.distributed.destroy_process_group()
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    leave_process_group()
+    sys.exit(status)

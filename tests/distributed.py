@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from hf_trim import TrimmingTrainer
+from hf_trim.run import leave_process_group
 from tests.helpers import train, weights
 from tests.test_heads import HEADS, make
 
@@ -91,4 +92,4 @@ if __name__ == "__main__":
     for case in GLOBAL:
         if GLOBAL[case][1] == processes:
             write(folder, case, *run_global(case, folder, processes))
-    torch.distributed.destroy_process_group()
+    leave_process_group()
