@@ -99,6 +99,21 @@ def test_lengths_may_vary(runs):
     assert not REFUSED and len(runs) == 3 and counters["stats"]["unique_graphs"] <= 2
 
 
+def test_tokens_in_front_of_samples(runs):
+    """torch's own attention computes on [T, B, C], and merges that to [T * B, C]."""
+
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+            self.tokens = nn.Parameter(torch.randn(5, 8))
+
+        def forward(self, x):
+            return self.layer(x[:, None] + self.tokens).flip(1)[:, 0]
+
+    check(Net(Tokens()), runs, net_losses)
+
+
 def test_graph_breaks_make_several_graphs(runs):
     class Break(nn.Module):
         def forward(self, x):

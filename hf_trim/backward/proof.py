@@ -10,6 +10,10 @@ computes the gradients of the whole batch if, op by op, each tensor of that run 
 A sum over rows is the same only if what it sums is zero in all other rows, as the gradient of the kept ones is. So
 each value has a degree of `zero` as well. An op that no rule here understands leaves a value of which nothing is
 known; if it reaches a gradient, the graph is refused. The rules of the ops are in `proof_rules.py`.
+
+Where the rows of a saved tensor of `[B * T, C]` are is not written in the graph: `[B, T]` may be merged there, or
+`[T, B]`. It need not be. What is multiplied by a gradient counts only where that is not zero, so the rows are looked
+for where the gradient's are, and any choice is right that suits all ops.
 """
 
 from collections.abc import Callable, Iterable
@@ -48,6 +52,7 @@ class Value:
         zero (`int`): `NOWHERE`, `ELSEWHERE` (in rows that are not kept), `EVERYWHERE`.
         numbers (`bool`): Whether it holds the number of each row.
         source (`torch.fx.Node`, *optional*): The input of the graph that it is, but for dimensions of size 1.
+        origin (`torch.fx.Node`, *optional*): The saved tensor that it has its `outer` and `inner` from.
         unknown (`str`): Why nothing is known.
     """
 
@@ -58,6 +63,7 @@ class Value:
     zero: int = NOWHERE
     numbers: bool = False
     source: fx.Node | None = None
+    origin: fx.Node | None = None
     unknown: str = ""
 
 
@@ -101,14 +107,28 @@ def prove(graph: fx.Graph, batch: sympy.Symbol, tangents: dict[fx.Node, int]) ->
     Returns:
         [`Proof`]: Layouts of inputs and outputs, or the reason why there is no proof.
     """
-    return Walk(batch, tangents).over(graph)
+    placed: dict[fx.Node, tuple] = {}
+    while True:
+        walk = Walk(batch, tangents, placed)
+        proof = walk.over(graph)
+        if not proof.reason or not walk.wishes:
+            return proof
+        placed.update(walk.wishes)
 
 
 class Walk:
-    """What is known of each value of a graph, as far as it was followed; rules are called with it."""
+    """
+    What is known of each value of a graph, as far as it was followed; rules are called with it.
 
-    def __init__(self, batch: sympy.Symbol, tangents: dict[fx.Node, int]):
-        self.batch, self.tangents = batch, tangents
+    Args:
+        batch (`sympy.Symbol`): The batch size.
+        tangents (`dict[torch.fx.Node, int]`): Where the gradients among the inputs are zero.
+        placed (`dict[torch.fx.Node, tuple]`): `outer` and `inner` of saved tensors; of others all is `inner`.
+    """
+
+    def __init__(self, batch: sympy.Symbol, tangents: dict[fx.Node, int], placed: dict[fx.Node, tuple]):
+        self.batch, self.tangents, self.placed = batch, tangents, placed
+        self.wishes: dict[fx.Node, tuple] = {}  # where ops would have the rows of saved tensors
         self.known: dict[fx.Node, Any] = {}
         self.numbers: set[fx.Node] = set()  # inputs taken for row numbers
         self.plain: set[fx.Node] = set()  # inputs that something reads in another way
@@ -180,9 +200,9 @@ class Walk:
             raise Mixed(f"{node.name} has the batch size {self.batch} in two dimensions")
         if not rows:
             return Value(shape, zero=EVERYWHERE if zero == EVERYWHERE else NOWHERE, source=node)
-        # [B, m] merged; [m, B] would not fit to the gradient's layout, and be found out where they meet
-        inner = self.merged(shape[rows[0]])
-        return Value(shape, rows[0], sympy.Integer(1), inner, zero, source=node)
+        outer, inner = self.placed.get(node, (sympy.Integer(1), self.merged(shape[rows[0]])))
+        origin = None if node in self.tangents else node
+        return Value(shape, rows[0], outer, inner, zero, source=node, origin=origin)
 
     def result(self, shape, dim=None, like: Value | None = None, zero: int = NOWHERE, numbers: bool = False) -> Value:
         """A result with rows in `dim`, laid out as those of `like`; checked against its symbolic shape."""
@@ -192,10 +212,10 @@ class Walk:
             raise Mixed(f"rows are expected in dimension {dim} of {shape}")
         if dim is None:
             return Value(shape, zero=EVERYWHERE if zero == EVERYWHERE else NOWHERE)
-        outer, inner = (None, None) if like is None else (like.outer, like.inner)
+        outer, inner, origin = (None, None, None) if like is None else (like.outer, like.inner, like.origin)
         if outer is not None and not equal(outer * inner * self.batch, shape[dim]):
             raise Mixed(f"{shape[dim]} rows are not {outer}*{self.batch}*{inner}")
-        return Value(shape, dim, outer, inner, zero, numbers)
+        return Value(shape, dim, outer, inner, zero, numbers, origin=origin)
 
     def uniform(self, shape: tuple, zero: int) -> Value:
         """A result that is equal all along the dimension that carries rows, if there is one."""
@@ -209,8 +229,18 @@ class Walk:
         laid_out = [value for value in values if value.outer is not None]
         for value in laid_out[1:]:
             if not (equal(value.outer, laid_out[0].outer) and equal(value.inner, laid_out[0].inner)):
+                first = laid_out[0]
+                self.wish(value, first.outer, first.inner) or self.wish(first, value.outer, value.inner)
                 raise Mixed("operands have their rows in different places of a merged dimension")
-        return laid_out[0] if laid_out else None
+        return next((value for value in laid_out if value.origin is None), laid_out[0] if laid_out else None)
+
+    def wish(self, value: Value, outer: sympy.Expr, inner: sympy.Expr) -> bool:
+        """An op would have the rows of a value there: whether that is a saved tensor's to choose."""
+        free = value.origin is not None and value.origin not in self.placed
+        if free and is_whole(outer) and is_whole(inner):
+            self.wishes.setdefault(value.origin, (outer, inner))
+            return True
+        return False
 
     # ---- ops ------------------------------------------------------------------------------------------------------
 

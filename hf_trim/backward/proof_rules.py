@@ -100,13 +100,15 @@ def _view(walk, name, shape, x, *args):
         if x.zero == EVERYWHERE:
             return walk.result(shape, at, zero=x.zero)
         x = replace(x, outer=sympy.Integer(1), inner=walk.merged(x.shape[x.dim]))  # of what is merged now, not all is
-    in_front = _product(x.shape[: x.dim]) * x.outer
-    outer = sympy.cancel(in_front / _product(shape[:at]))
+    before, now = _product(x.shape[: x.dim]), _product(shape[:at])
+    outer = sympy.cancel(before * x.outer / now)
     inner = sympy.cancel(walk.merged(shape[at]) / outer)
     if not is_whole(outer) or not is_whole(inner):
+        first = sympy.cancel(now / before)
+        walk.wish(x, first, sympy.cancel(x.outer * x.inner / first))
         raise Mixed("a view splits the rows")
-    numbers = x.numbers and outer == inner == 1
-    return walk.result(shape, at, replace(x, outer=outer, inner=inner), x.zero, numbers)
+    numbers, origin = x.numbers and outer == inner == 1, x.origin if equal(outer, x.outer) else None
+    return walk.result(shape, at, replace(x, outer=outer, inner=inner, origin=origin), x.zero, numbers)
 
 
 def _product(sizes) -> sympy.Expr:
@@ -243,7 +245,7 @@ def _cat(walk, name, shape, tensors, dim=0):
     # [B, ...] after [B, ...], as in the gradient of an `unbind`
     if any(x.outer is None or not equal(x.inner, tensors[0].inner) for x in tensors):
         raise Mixed("rows are joined to rows")
-    return walk.result(shape, at, replace(tensors[0], outer=sum(x.outer for x in tensors)), zero)
+    return walk.result(shape, at, replace(tensors[0], outer=sum(x.outer for x in tensors), origin=None), zero)
 
 
 @rule("split", "split_with_sizes", "unbind", "chunk")
@@ -264,9 +266,9 @@ def _pad(walk, name, shape, x, pad, value=0):
     return walk.result(shape, x.dim, x, x.zero if value == 0 else NOWHERE)
 
 
-@rule("flip", "roll")
+@rule("flip", "rev", "roll")
 def _turn(walk, name, shape, x, *args):
-    dims = args[-1] if name == "flip" or len(args) > 1 else []
+    dims = args[-1] if name != "roll" or len(args) > 1 else []
     dims = {d % len(shape) for d in dims}
     if not dims or x.dim in dims:
         raise Mixed("rows change places")
@@ -496,7 +498,7 @@ def _pool_backward(walk, name, shape, grad, x, *args):
 
 @rule("gather")
 def _gather(walk, name, shape, x, dim, index, **kwargs):
-    if x.dim is None or x.dim == dim % len(shape) or index.dim != x.dim:
+    if x.dim is None or x.dim == dim % len(shape) or index.dim != x.dim or not equal(x.shape[x.dim], shape[x.dim]):
         raise Mixed("rows are looked up")
     return walk.result(shape, x.dim, walk.layout([x, index]), x.zero)
 
@@ -506,6 +508,8 @@ def _scatter(walk, name, shape, x, dim, index, source, **kwargs):
     carriers = [x, index] + ([source] if isinstance(source, Value) else [])
     if any(each.dim is None or each.dim != x.dim for each in carriers) or x.dim == dim % len(shape):
         raise Mixed("rows are looked up")
+    if any(not equal(each.shape[x.dim], shape[x.dim]) for each in carriers):
+        raise Mixed("a part of the rows is looked up")
     return walk.result(shape, x.dim, walk.layout(carriers), min(x.zero, zero_of(source)))
 
 
@@ -543,7 +547,7 @@ def _indexed(walk, x: Value, indices) -> tuple[Value | None, bool]:
         raise Mixed("rows are looked up") if carriers else Mixed("an index beside the rows")
     at = given[x.dim]
     source = None if at.source is None else at.source.meta["val"]
-    if not at.numbers and source is not None and source.ndim == 1 and at.inner == 1:
+    if not at.numbers and source is not None and source.ndim == 1 and at.outer == at.inner == 1:
         walk.taken.add(at.source)
         walk.numbers.add(at.source)  # whether it does is looked at when it is there
     elif not at.numbers:
