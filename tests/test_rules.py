@@ -287,6 +287,10 @@ def test_take_and_densify_are_inverse(grad):
     close(grad.sparsify(dense), dense)
 
 
+def _and_views(x):
+    return x, (x[:1], x[:2])
+
+
 OPS = {
     "mul": lambda g, x: g * x,
     "mul_broadcast": lambda g, x: g * x[:1] + g * x[0, 0],
@@ -327,6 +331,10 @@ OPS = {
     "in_place_dense": lambda g, x: g.clone().add_(x).add_(1),
     "in_place_view": lambda g, x: (lambda c: (c[:, 0].mul_(3), c)[1])(g.clone()),
     "in_place_row_view": lambda g, x: (lambda c: (c[0].add_(3), c)[1])(g.clone()),
+    "in_place_row_view_of_a_view": lambda g, x: (lambda c: (c.unsqueeze(1)[0].add_(3), c)[1])(g.clone()),
+    "in_place_two_row_views": lambda g, x: (lambda c: ([v.add_(3) for v in (c[0], c[1:], c[:1])], c)[1])(g.clone()),
+    "in_place_row_views_held": lambda g, x: (lambda c, v: (v[0].add_(3), v[1].mul_(2), c)[2])(*_and_views(g.clone())),
+    "row_views_of_a_view": lambda g, x: (lambda v: torch.cat([v[1:], v[:1]]))(g.clone().unsqueeze(1)),
     "zero": lambda g, x: g.clone().zero_(),
     "new_zeros": lambda g, x: torch.zeros_like(g) + g.new_zeros(g.shape),
 }
@@ -347,6 +355,17 @@ def test_op(name, grad):
     except RuntimeError as error:
         assert "Work on a copy" in str(error)  # refused, not wrong
     close(grad, dense)
+
+
+def test_a_view_that_cannot_be_written_to_says_so():
+    grad = RowSparseTensor(torch.ones(2, 3), Rows(torch.tensor([1, 4]), 6))
+    view = grad.unsqueeze(1)[1:]  # of a view, and along the rows
+    close(view, grad.densify()[1:, None])
+    close(view.flip(0), grad.densify()[1:, None].flip(0))
+    for change in (lambda x: x.add_(1), lambda x: x.zero_(), lambda x: x.copy_(view), lambda x: x[:, 0].mul_(2)):
+        with pytest.raises(RuntimeError, match="Work on a copy"):
+            change(view)
+    close(grad.unsqueeze(1)[1:], view)
 
 
 # ---- the engine's promises -----------------------------------------------------------------------------------------

@@ -265,6 +265,7 @@ def copy(func, x, source, non_blocking=False):
 
 @rule("zero_")
 def zero_(func, x):
+    x.check_writable()
     x.payload.zero_()
     return x
 
@@ -302,6 +303,7 @@ def is_same_size(func, x, other):
 def as_view(source, out):
     """Marks a view, so that an in-place op that cannot reach its source is refused."""
     out.is_view = source.has_views = True
+    out.is_copy = source.is_copy
     return out
 
 
@@ -329,7 +331,12 @@ def view(func, x, size, stride=None):
         plan = x.rows.plans[key] = plan_view(x, list(size))
     size, *layout = plan
     out = type(x)(x.payload.reshape(size), x.rows, *layout)
-    return as_view(x, out) if func is aten.view.default else out
+    if func is not aten.view.default:
+        return out
+    as_view(x, out)
+    if not x.payload.is_contiguous():  # the whole tensor has such a view, the payload may have been copied for it
+        out.is_copy |= out.payload.untyped_storage().data_ptr() != x.payload.untyped_storage().data_ptr()
+    return out
 
 
 def plan_view(x, size):

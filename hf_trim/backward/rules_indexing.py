@@ -43,7 +43,9 @@ def selecting_backward(func, grad, dim, indices, size, keepdim):
 
 @rule("select_scatter", "slice_scatter")
 def scatter_slice(func, x, source, dim=0, *args, **kwargs):
-    require(isinstance(x, RowSparseTensor) and isinstance(source, RowSparseTensor), "a dense tensor is joined")
+    # Zeros, where the gradient of what is overwritten is taken out; a GPU would make the host wait for the answer.
+    zeros = isinstance(source, RowSparseTensor) or (source.device.type == "cpu" and not source.any())
+    require(isinstance(x, RowSparseTensor) and zeros, "a dense tensor is joined")
     dim = other_dim(x, dim)
     at = x.row_dim - (dim < x.row_dim and source.ndim < x.ndim)
     return x.like(func(x.payload, x.kept_rows(source, at), dim, *args, **kwargs))
@@ -89,13 +91,24 @@ def index(func, x, indices):
     return x.like(func(x.payload, indices), 0)
 
 
+def add_to_table(func, table, indices, grad):
+    """Backward of a lookup `table[indices]` where the indices carry the rows: what was not kept adds nothing."""
+    require(None not in indices, "it looks up in some dimensions of many")
+    common = max(i.ndim for i in indices)
+    at = grad.row_dim - common
+    require(at < 0 and grad.ndim == table.ndim - len(indices) + common, "rows are not looked up")
+    return func(table, [grad.kept_rows_or_broadcast(i, at) for i in indices], grad.payload, True)
+
+
 @rule("index_put", "_unsafe_index_put")
 def index_put(func, x, indices, source, accumulate=False):
     """Backward of advanced indexing: `x[:, columns]`, or `x[arange(B), positions]` as decoder classifiers have it."""
     ref = reference((x, source))
+    require(all(i is None or i.dtype == torch.long for i in indices), "a mask is not counted by rows")
+    if accumulate and not isinstance(x, RowSparseTensor):
+        return add_to_table(func, x, indices, source)
     require(isinstance(x, RowSparseTensor) and isinstance(source, RowSparseTensor), "a dense tensor is joined")
     require(x.rows is source.rows and x.row_dim == source.row_dim == 0, "operands carry different rows")
-    require(all(i is None or i.dtype == torch.long for i in indices), "a mask is not counted by rows")
     if indices[0] is None:
         require(x.row_inner == source.row_inner and x.row_outer == source.row_outer, "operands carry different rows")
         return x.like(func(x.payload, indices, source.payload, accumulate))

@@ -164,6 +164,7 @@ class RowTensor(Tensor):
     """
 
     is_view = has_views = False
+    is_copy = False  # whether it stands for a view, but what is written to it would not reach what it views
 
     @staticmethod
     def __new__(cls, payload: Tensor, rows: Rows, row_dim: int = 0, row_outer: int = 1, row_inner: int = 1):
@@ -234,14 +235,18 @@ class RowTensor(Tensor):
 
     def become_dense(self, dense: Tensor):
         """Keeps this object, whose payload is from now on `dense`: every row of the first dimension is kept."""
-        if self.is_view or self.has_views:
-            raise RuntimeError(
-                "This in-place operation would make a tensor of kept rows dense while views of it exist. Work on a "
-                "copy of it: `x.clone()`."
-            )
+        self.check_writable(self.is_view or self.has_views)
         self.rows = Rows(torch.arange(self.shape[0], device=self.device), self.shape[0])
         self.payload, self.row_dim, self.row_outer, self.row_inner = dense, 0, 1, 1
         return self
+
+    def check_writable(self, shared: bool = False):
+        """Raises if what is written to this tensor would not reach what shares its memory."""
+        if shared or self.is_copy:
+            raise RuntimeError(
+                "This in-place operation would change a tensor of kept rows, but not the views of it, or what it is a "
+                "view of. Work on a copy of it: `x.clone()`."
+            )
 
     def __repr__(self, **kwargs):
         about = f"shape={tuple(self.shape)}, kept={self.rows.count}, row_dim={self.row_dim}, dtype={self.dtype}"
@@ -298,6 +303,7 @@ class RowSparseTensor(RowTensor):
 
     def become(self, other: Tensor):
         """Takes over the content of `other`, which an in-place op computed."""
+        self.check_writable()
         same = isinstance(other, RowSparseTensor) and self.layout_of_rows() == other.layout_of_rows()
         if same and self.shape == other.shape:
             self.payload.copy_(other.payload)
@@ -387,6 +393,25 @@ def densify(x):
     return x.densify() if isinstance(x, RowTensor) else x
 
 
+def view_dense(func, x, *args, **kwargs):
+    """A view without a rule. What is written to it must reach `x`: that becomes dense, or writing is refused."""
+    whole = x.rows.count == x.rows.batch
+    if not (x.is_copy or (not whole and (x.is_view or x.has_views))):
+        if not whole:
+            x.become_dense(x.densify())
+        x.has_views = True
+        return func(x.payload, *args, **kwargs)
+
+    def unwritable(view):
+        if view.ndim == 0:
+            x.check_writable(shared=True)
+        out = RowSparseTensor(view, Rows(torch.arange(view.shape[0], device=view.device), view.shape[0]))
+        out.is_copy = True
+        return out
+
+    return tree_map_only(Tensor, unwritable, func(x.densify(), *args, **kwargs))
+
+
 def run_dense(func, args, kwargs, reason=""):
     """Runs an op without a rule on ordinary tensors: always right, only slower."""
     name = str(func)
@@ -394,8 +419,8 @@ def run_dense(func, args, kwargs, reason=""):
         shapes = [f"{type(x).__name__}{tuple(x.shape)}" for x in tree_iter((args, kwargs)) if isinstance(x, Tensor)]
         raise RuntimeError(f"{name} has no row-sparse rule for {', '.join(shapes)}. {reason}".rstrip())
     FALLBACKS[name] += 1
-    if func.is_view and isinstance(args[0], RowSparseTensor):  # what is written to the view must reach its source
-        return func(args[0].become_dense(args[0].densify()).payload, *args[1:], **kwargs)
+    if func.is_view and isinstance(args[0], RowSparseTensor):
+        return view_dense(func, *args, **kwargs)
     ref = next(x for x in tree_iter((args, kwargs)) if isinstance(x, RowSparseTensor))
     args, kwargs = tree_map_only(RowTensor, densify, (args, kwargs))
     out = func(*args, **kwargs)
