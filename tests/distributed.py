@@ -42,6 +42,10 @@ GLOBAL = {
     "samples": ("question-answering", 2, 16, 4, {"gradient_accumulation_steps": 2}),
     "random": ("question-answering", 2, 16, 4, {"trim_select": "random"}),
     "replay": ("next-sentence", 2, 16, 4, {"trim_backward": "replay"}),
+    "compiled": (
+        "decoder-classification", 2, 16, 4,
+        {"torch_compile": True, "torch_compile_backend": "aot_eager", "trim_backward": "sparse", "trim_strict": True},
+    ),
     "one process keeps nothing": ("next-sentence", 2, 16, 4, {"trim_start": 0.1, "trim_end": 0.1}),
     "replay, one process keeps nothing": (
         "next-sentence", 2, 16, 4, {"trim_start": 0.1, "trim_end": 0.1, "trim_backward": "replay"}
