@@ -111,9 +111,9 @@ def prove(graph: fx.Graph, batch: sympy.Symbol, tangents: dict[fx.Node, int]) ->
     while True:
         walk = Walk(batch, tangents, placed)
         proof = walk.over(graph)
-        if not proof.reason or not walk.wishes:
+        if not walk.wishes:
             return proof
-        placed.update(walk.wishes)
+        placed.update(walk.wishes)  # what was found with other places counts for nothing
 
 
 class Walk:
@@ -227,20 +227,21 @@ class Walk:
     def layout(self, values: Iterable[Value]) -> Value | None:
         """The one whose layout of rows all of them have."""
         laid_out = [value for value in values if value.outer is not None]
+        laid_out.sort(key=self.is_free)  # what has its place comes first
         for value in laid_out[1:]:
             if not (equal(value.outer, laid_out[0].outer) and equal(value.inner, laid_out[0].inner)):
-                first = laid_out[0]
-                self.wish(value, first.outer, first.inner) or self.wish(first, value.outer, value.inner)
-                raise Mixed("operands have their rows in different places of a merged dimension")
-        return next((value for value in laid_out if value.origin is None), laid_out[0] if laid_out else None)
+                self.wish(value, laid_out[0].outer, laid_out[0].inner)
+        return laid_out[0] if laid_out else None
 
-    def wish(self, value: Value, outer: sympy.Expr, inner: sympy.Expr) -> bool:
-        """An op would have the rows of a value there: whether that is a saved tensor's to choose."""
-        free = value.origin is not None and value.origin not in self.placed
-        if free and is_whole(outer) and is_whole(inner):
-            self.wishes.setdefault(value.origin, (outer, inner))
-            return True
-        return False
+    def is_free(self, value: Value) -> bool:
+        """Whether its rows are where a saved tensor has them that may have them elsewhere."""
+        return value.origin is not None and value.origin not in self.placed
+
+    def wish(self, value: Value, outer: sympy.Expr, inner: sympy.Expr) -> None:
+        """An op wants the rows of a value there. If they may be, the walk goes on as if, and is repeated."""
+        if not (self.is_free(value) and is_whole(outer) and is_whole(inner)):
+            raise Mixed("operands have their rows in different places of a merged dimension")
+        self.wishes.setdefault(value.origin, (outer, inner))
 
     # ---- ops ------------------------------------------------------------------------------------------------------
 

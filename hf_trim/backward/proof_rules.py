@@ -104,9 +104,12 @@ def _view(walk, name, shape, x, *args):
     outer = sympy.cancel(before * x.outer / now)
     inner = sympy.cancel(walk.merged(shape[at]) / outer)
     if not is_whole(outer) or not is_whole(inner):
+        if not walk.is_free(x):
+            raise Mixed("a view splits the rows")
         first = sympy.cancel(now / before)
-        walk.wish(x, first, sympy.cancel(x.outer * x.inner / first))
-        raise Mixed("a view splits the rows")
+        x = replace(x, outer=first, inner=sympy.cancel(x.outer * x.inner / first))
+        walk.wish(x, x.outer, x.inner)
+        outer, inner = sympy.Integer(1), walk.merged(shape[at])
     numbers, origin = x.numbers and outer == inner == 1, x.origin if equal(outer, x.outer) else None
     return walk.result(shape, at, replace(x, outer=outer, inner=inner, origin=origin), x.zero, numbers)
 

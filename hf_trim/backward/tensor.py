@@ -395,7 +395,7 @@ def densify(x):
 
 def view_dense(func, x, *args, **kwargs):
     """A view without a rule. What is written to it must reach `x`: that becomes dense, or writing is refused."""
-    whole = x.rows.count == x.rows.batch
+    whole = x.rows.count == x.rows.batch and x.payload.stride() == x.stride() and not x.payload.storage_offset()
     if not (x.is_copy or (not whole and (x.is_view or x.has_views))):
         if not whole:
             x.become_dense(x.densify())
