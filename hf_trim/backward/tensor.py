@@ -53,7 +53,8 @@ class Rows:
 
     def __init__(self, index: Tensor, batch: int):
         self.index, self.batch, self.count = index, batch, index.numel()
-        # A run of neighbours is a view, not a copy. Asking a GPU for its ends would make the host wait.
+        # A run of neighbours is a view, not a copy, but only in front: kernels take it for granted that what they
+        # saved (means, say) has no gaps. Asking a GPU for its ends would make the host wait.
         is_run = index.device.type == "cpu" and int(index[-1]) - int(index[0]) == self.count - 1
         self.start = int(index[0]) if is_run else None
         self._last = None
@@ -101,7 +102,7 @@ class Rows:
         return self._take(x.permute(order), order.index(dim), outer, inner).permute(back)
 
     def _take(self, x: Tensor, dim: int, outer: int, inner: int) -> Tensor:
-        if self.start is not None and outer == 1:
+        if self.start is not None and outer == 1 and x.shape[:dim].numel() == 1:
             return x.narrow(dim, self.start * inner, self.count * inner)
         if x.numel() < _SHARE_FROM:
             return self._copy(x, dim, outer, inner)
