@@ -34,6 +34,14 @@ def along(dim, function):
     return lambda x, w: function(x.transpose(0, dim)).transpose(0, dim)
 
 
+def tokens_first(x, w, op):
+    return op(x.transpose(0, 1).contiguous(), w).transpose(0, 1)
+
+
+def rows_last(x, w, op):
+    return op(x.transpose(0, 2).contiguous(), w[0, 0]).transpose(0, 2)
+
+
 # Each from x, [batch, tokens, WIDTH], and a weight w, [WIDTH, WIDTH], to the shape of x.
 ROW_BY_ROW = {
     "linear": F.linear,
@@ -83,7 +91,30 @@ ROW_BY_ROW = {
     "expand": lambda x, w: x + x[:, :, :1].expand(-1, -1, WIDTH) * w[0],
     "glu": lambda x, w: F.glu(torch.cat([x, x @ w], -1)),
     "dropout": lambda x, w: F.dropout(x, 0.3),
+    "silu": lambda x, w: F.silu(x) * F.softplus(x),
+    "rms norm": lambda x, w: F.rms_norm(x, (WIDTH,), w[0]),
+    "cosine": lambda x, w: x * F.cosine_similarity(x, x[:, :1], dim=-1)[..., None],
+    "l1": lambda x, w: x + F.smooth_l1_loss(x, x.roll(1, 1), reduction="none").mean(1, keepdim=True),
+    "image convolution": lambda x, w: x + F.conv2d(x[:, None], w[:2, None, :3, None], padding=(1, 0)).mean(1),
+    "depthwise convolution": lambda x, w: F.conv1d(x.mT, w[:, None, :3], padding=1, groups=WIDTH).mT,
+    "max pooling": lambda x, w: x + F.max_pool2d(x[:, None], (3, 1), 1, (1, 0))[:, 0],
+    "adaptive pooling": lambda x, w: x + F.adaptive_avg_pool2d(x[:, None], (2, WIDTH))[:, 0].mean(1, keepdim=True),
+    "upsampling": lambda x, w: F.interpolate(x.mT, scale_factor=2)[:, :, ::2].mT * w[0],
+    "unfold": lambda x, w: x + x.unfold(1, 2, 2).sum(-1).mean(1, keepdim=True),
+    "norm of channels": lambda x, w: F.normalize(x, dim=-1),
+    "complex": lambda x, w: torch.view_as_real(
+        torch.view_as_complex(x.contiguous().unflatten(-1, (2, 2))) ** 2
+    ).flatten(-2),
+    "rotated": lambda x, w: x * w[0] + torch.cat([-x[..., 2:], x[..., :2]], -1) * w[1],
 }
+# The same where the rows are in the second dimension, or in the last.
+CHANNELS = ("linear", "layer norm", "rms norm", "norm of channels", "softmax", "einsum", "table", "embedding", "glu")
+POINTWISE = ("gelu", "exp", "dropout", "silu")
+for name in (*CHANNELS, *POINTWISE, "where", "expand", "complex", "rotated"):
+    ROW_BY_ROW[f"{name}, tokens first"] = partial(tokens_first, op=ROW_BY_ROW[name])
+for name in POINTWISE:
+    ROW_BY_ROW[f"{name}, rows last"] = partial(rows_last, op=ROW_BY_ROW[name])
+# Those that mix rows, and some that have no rule.
 MIXING = {
     "wrongly split": lambda x, w: F.linear(x.transpose(0, 1).flatten(0, 1), w).reshape(x.shape),
     "transposed": lambda x, w: x + x.reshape(-1, WIDTH).t().reshape(x.shape),
@@ -116,6 +147,8 @@ MIXING = {
     "slice scatter": lambda x, w: x.slice_scatter(x[:2] * 2, 0, 0, 2),
     "convolution": lambda x, w: F.conv1d(x.permute(1, 2, 0), torch.stack([w] * 3, -1), padding=1).permute(2, 0, 1),
     "joined": lambda x, w: (torch.cat([x, x.sin()]) @ w).chunk(2)[1],
+    "bilinear": lambda x, w: F.bilinear(x, x, w[:, None] * w),
+    "cross product": lambda x, w: torch.cross(x[..., :3], x[..., 1:], dim=-1) @ w[:3] + x,
     "repeated": lambda x, w: (x.repeat_interleave(2, 0) @ w)[::2],
 }
 HEADS = {

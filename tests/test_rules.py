@@ -106,7 +106,7 @@ CASES = {
     "layer_norm": lambda n, x: F.layer_norm(x, x.shape[2:], n.w(x.shape[2]), n.w(x.shape[2])),
     "layer_norm_2d": lambda n, x: F.layer_norm(x, x.shape[1:]),
     "layer_norm_tokens_first": lambda n, x: F.layer_norm(x.transpose(0, 1).contiguous(), x.shape[2:]).transpose(0, 1),
-    "group_norm_merged": lambda n, x: F.group_norm(x.repeat_interleave(4, 2).flatten(0, 1), 2).view(*x.shape, 4).sum(-1),
+    "group_norm_merged": lambda n, x: F.group_norm(x.repeat_interleave(4, 2).flatten(0, 1), 2).view(*x.shape, 4),
     "rms_norm": lambda n, x: F.rms_norm(x, x.shape[2:], n.w(x.shape[2])),
     "rms_norm_by_hand": lambda n, x: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * n.w(x.shape[2]),
     "group_norm": lambda n, x: F.group_norm(image(x), x.shape[1], n.w(x.shape[1]), n.w(x.shape[1])),

@@ -157,6 +157,13 @@ def _squeeze(walk, name, shape, x, dims=None):
     return walk.result(shape, at, x, x.zero, x.numbers)
 
 
+@rule("view_as_real", "view_as_complex")
+def _complex(walk, name, shape, x):
+    if name == "view_as_complex" and x.dim == len(shape):
+        raise Mixed("rows are real and imaginary parts")
+    return walk.result(shape, x.dim, x, x.zero)
+
+
 @rule("expand")
 def _expand(walk, name, shape, x, sizes, **kwargs):
     if x.dim is not None:
@@ -494,6 +501,12 @@ def _loss_backward(walk, name, shape, grad, x, target, *others):
 def _pool_backward(walk, name, shape, grad, x, *args):
     is_batch_first(grad, x, *tensors(args))
     return batch_first(walk, shape, grad.zero)
+
+
+@rule("_low_memory_max_pool_offsets_to_indices")
+def _pool_indices(walk, name, shape, offsets, *args):
+    is_batch_first(offsets)
+    return batch_first(walk, shape)
 
 
 # ---- indexing -----------------------------------------------------------------------------------------------------
