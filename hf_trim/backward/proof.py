@@ -239,7 +239,8 @@ class Walk:
 
     def wish(self, value: Value, outer: sympy.Expr, inner: sympy.Expr) -> None:
         """An op wants the rows of a value there. If they may be, the walk goes on as if, and is repeated."""
-        if not (self.is_free(value) and is_whole(outer) and is_whole(inner)):
+        fits = is_whole(outer) and is_whole(inner) and equal(outer * inner, value.outer * value.inner)
+        if not (self.is_free(value) and fits):
             raise Mixed("operands have their rows in different places of a merged dimension")
         self.wishes.setdefault(value.origin, (outer, inner))
 

@@ -110,8 +110,10 @@ def _view(walk, name, shape, x, *args):
         x = replace(x, outer=first, inner=sympy.cancel(x.outer * x.inner / first))
         walk.wish(x, x.outer, x.inner)
         outer, inner = sympy.Integer(1), walk.merged(shape[at])
-    numbers, origin = x.numbers and outer == inner == 1, x.origin if equal(outer, x.outer) else None
-    return walk.result(shape, at, replace(x, outer=outer, inner=inner, origin=origin), x.zero, numbers)
+    numbers = x.numbers and outer == inner == 1
+    if not (equal(outer, x.outer) and equal(inner, x.inner)):
+        x = replace(x, outer=outer, inner=inner, origin=None)
+    return walk.result(shape, at, x, x.zero, numbers)
 
 
 def _product(sizes) -> sympy.Expr:
