@@ -42,6 +42,7 @@ from hf_trim.backward.sparse import fallback_report, reset_fallbacks
 from hf_trim.bench_trainer import overhead, time_selection, time_trainers
 from hf_trim.functional import trimmed_linear_cross_entropy, trimmed_mean
 from hf_trim.messages import check_choice
+from hf_trim.processes import leave_process_group
 from hf_trim.records import hardware, versions, write_json
 from hf_trim.report import print_wide
 from hf_trim.schedule import linear_fraction
@@ -830,4 +831,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    leave_process_group()
+    sys.exit(status)

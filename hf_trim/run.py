@@ -4,7 +4,6 @@ import copy
 import json
 import shutil
 import sys
-import time
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from hf_trim.images import DeviceImages
 from hf_trim.metrics import ERROR, PERPLEXITY, Metric
 from hf_trim.model_card import describe, plot_curves, render
 from hf_trim.models import build_model, load_processing_class
+from hf_trim.processes import leave_process_group
 from hf_trim.recipe import (
     Job,
     RecipeError,
@@ -459,16 +459,6 @@ def main(argv: list[str] | None = None) -> int:
         )
         return 1
     return 0
-
-
-def leave_process_group() -> None:
-    """
-    End this process's part in a distributed run. The threads of gloo get a moment for the tensors they still hold: one
-    that lets a tensor go while Python ends aborts the process (https://github.com/pytorch/pytorch/issues/190489).
-    """
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        time.sleep(0.2)
-        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

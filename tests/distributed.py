@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from hf_trim import TrimmingTrainer
-from hf_trim.run import leave_process_group
+from hf_trim.processes import leave_process_group
 from tests.helpers import train, weights
 from tests.test_heads import HEADS, make
 

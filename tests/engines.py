@@ -10,7 +10,7 @@ from pathlib import Path
 
 from accelerate.state import AcceleratorState, DistributedType, PartialState
 
-from hf_trim.run import leave_process_group
+from hf_trim.processes import leave_process_group
 from tests.distributed import InOrder
 from tests.helpers import train
 from tests.test_heads import HEADS, make

@@ -341,13 +341,17 @@ def test_the_trainer_compiles_for_rows(backward, tmp_path, caplog, runs):
 
 
 def test_a_model_that_comes_compiled(tmp_path, runs):
-    """The length of its texts is the batch size."""
+    """Regions of it too; the length of its texts is the batch size."""
     rows = digit_texts(length=8)
     arguments = {"trim_start": 0.5, "trim_end": 0.5, "max_steps": 3, **COMPILED}
     eager = train(tiny_bert(dropout=0.0), rows, tmp_path, **arguments)
-    found = train(torch.compile(tiny_bert(dropout=0.0), backend="aot_eager"), rows, tmp_path, **arguments)
-    assert relative_difference(weights(found), weights(eager)) < 1e-5
-    assert len(runs) == 3 and not REFUSED
+    whole = torch.compile(tiny_bert(dropout=0.0), backend="aot_eager")
+    regions = tiny_bert(dropout=0.0)
+    regions.bert.encoder.compile(backend="aot_eager", dynamic=True)
+    for model in (whole, regions):
+        found = train(model, rows, tmp_path, **arguments)
+        assert relative_difference(weights(found), weights(eager)) < 1e-5
+    assert len(runs) == 6 and not REFUSED
 
 
 def test_auto_goes_on_with_replay_where_the_graph_is_refused(tmp_path, caplog):

@@ -17,8 +17,9 @@ def test_models(name, runs):
     check(small(name), runs)
 
 
-def test_eager_attention(runs):
-    check(small("llama", "eager"), runs)
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_eager_attention(name, runs):
+    check(small(name, "eager"), runs)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])

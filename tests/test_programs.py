@@ -3,13 +3,8 @@
 import pytest
 
 from hf_trim.backward.compiled import REFUSED
-from hf_trim.backward.sparse import fallback_report, reset_fallbacks
+from hf_trim.backward.sparse import fallback_report
 from tests.programs import HEADS, MIXING, ROW_BY_ROW, difference, draw_program
-
-
-@pytest.fixture(autouse=True)
-def nothing_counted():
-    reset_fallbacks()
 
 
 @pytest.mark.parametrize("name", ROW_BY_ROW)
@@ -32,7 +27,6 @@ def test_random_programs_compiled(fresh_compiler):
     """Each is proved or refused, with no check of the result."""
     refused = 0
     for seed in range(12):
-        reset_fallbacks()
         assert difference(*draw_program(seed), seed, compiled=True) < 1e-10, seed
         refused += bool(REFUSED)
     assert 0 < refused < 12

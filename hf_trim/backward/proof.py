@@ -230,18 +230,19 @@ class Walk:
         laid_out.sort(key=self.is_free)  # what has its place comes first
         for value in laid_out[1:]:
             if not (equal(value.outer, laid_out[0].outer) and equal(value.inner, laid_out[0].inner)):
-                self.wish(value, laid_out[0].outer, laid_out[0].inner)
+                reason = "operands have their rows in different places of a merged dimension"
+                self.wish(value, laid_out[0].outer, laid_out[0].inner, reason)
         return laid_out[0] if laid_out else None
 
     def is_free(self, value: Value) -> bool:
         """Whether its rows are where a saved tensor has them that may have them elsewhere."""
         return value.origin is not None and value.origin not in self.placed
 
-    def wish(self, value: Value, outer: sympy.Expr, inner: sympy.Expr) -> None:
+    def wish(self, value: Value, outer: sympy.Expr, inner: sympy.Expr, reason: str) -> None:
         """An op wants the rows of a value there. If they may be, the walk goes on as if, and is repeated."""
         fits = is_whole(outer) and is_whole(inner) and equal(outer * inner, value.outer * value.inner)
         if not (self.is_free(value) and fits):
-            raise Mixed("operands have their rows in different places of a merged dimension")
+            raise Mixed(reason)
         self.wishes.setdefault(value.origin, (outer, inner))
 
     # ---- ops ------------------------------------------------------------------------------------------------------

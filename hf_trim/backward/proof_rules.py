@@ -104,11 +104,8 @@ def _view(walk, name, shape, x, *args):
     outer = sympy.cancel(before * x.outer / now)
     inner = sympy.cancel(walk.merged(shape[at]) / outer)
     if not is_whole(outer) or not is_whole(inner):
-        if not walk.is_free(x):
-            raise Mixed("a view splits the rows")
-        first = sympy.cancel(now / before)
-        x = replace(x, outer=first, inner=sympy.cancel(x.outer * x.inner / first))
-        walk.wish(x, x.outer, x.inner)
+        in_front = sympy.cancel(now / before)
+        walk.wish(x, in_front, sympy.cancel(x.outer * x.inner / in_front), "a view splits the rows")
         outer, inner = sympy.Integer(1), walk.merged(shape[at])
     numbers = x.numbers and outer == inner == 1
     if not (equal(outer, x.outer) and equal(inner, x.inner)):

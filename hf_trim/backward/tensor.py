@@ -60,6 +60,11 @@ class Rows:
         self._last = None
         self.plans = {}  # of views: the sizes of a model's layers are the same again and again
 
+    @classmethod
+    def all_of(cls, x: Tensor) -> "Rows":
+        """All rows of a tensor's first dimension."""
+        return cls(torch.arange(x.shape[0], device=x.device), x.shape[0])
+
     def take(self, x: Tensor, dim: int = 0, outer: int = 1, inner: int = 1) -> Tensor:
         """
         The kept rows of a dense tensor, in the memory layout of that tensor.
@@ -237,7 +242,7 @@ class RowTensor(Tensor):
     def become_dense(self, dense: Tensor):
         """Keeps this object, whose payload is from now on `dense`: every row of the first dimension is kept."""
         self.check_writable(self.is_view or self.has_views)
-        self.rows = Rows(torch.arange(self.shape[0], device=self.device), self.shape[0])
+        self.rows = Rows.all_of(self)
         self.payload, self.row_dim, self.row_outer, self.row_inner = dense, 0, 1, 1
         return self
 
@@ -397,7 +402,8 @@ def densify(x):
 def view_dense(func, x, *args, **kwargs):
     """A view without a rule. What is written to it must reach `x`: that becomes dense, or writing is refused."""
     whole = x.rows.count == x.rows.batch and x.payload.stride() == x.stride() and not x.payload.storage_offset()
-    if not (x.is_copy or (not whole and (x.is_view or x.has_views))):
+    alone = not (x.is_view or x.has_views)
+    if not x.is_copy and (whole or alone):
         if not whole:
             x.become_dense(x.densify())
         x.has_views = True
@@ -406,7 +412,7 @@ def view_dense(func, x, *args, **kwargs):
     def unwritable(view):
         if view.ndim == 0:
             x.check_writable(shared=True)
-        out = RowSparseTensor(view, Rows(torch.arange(view.shape[0], device=view.device), view.shape[0]))
+        out = RowSparseTensor(view, Rows.all_of(view))
         out.is_copy = True
         return out
 
