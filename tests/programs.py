@@ -180,8 +180,9 @@ class Program(nn.Module):
 
 def difference(ops: list, head, seed: int, compiled: bool = False) -> float:
     """The largest difference to the dense gradients, relative to them (to 0.001 if they are smaller)."""
-    torch._dynamo.reset()  # it compiles the same code a limited number of times
     reset_fallbacks()
+    if compiled:
+        torch._dynamo.reset()  # it compiles the same code a limited number of times
     torch.manual_seed(seed)
     draw = random.Random(seed)
     batch, tokens = draw.choice(SIZES)
