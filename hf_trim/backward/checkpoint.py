@@ -14,10 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils import checkpoint as torch_checkpoint
 
+from hf_trim.backward.saved import saved_names
 from hf_trim.backward.tensor import ActivationRows, Rows
-
-
-_saved_names: dict[type, list[str]] = {}  # of each type of autograd node
 
 
 def find_frame(node):
@@ -30,10 +28,7 @@ def find_frame(node):
     Returns:
         The checkpoint's frame, or `None`.
     """
-    kind = type(node)
-    if kind not in _saved_names:
-        _saved_names[kind] = [name for name in dir(kind) if name.startswith("_raw_saved_")]
-    for name in _saved_names[kind]:
+    for name in saved_names(node):
         saved = getattr(node, name)
         for each in saved if isinstance(saved, tuple) else (saved,):
             hook = getattr(each, "unpack_hook", None)

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import CheckpointFunction
 from hf_trim.backward import rules, rules_attention, rules_forward, rules_indexing, rules_nn  # noqa: F401
 from hf_trim.backward.checkpoint import recompute_kept_rows
 from hf_trim.backward.compiled import REFUSED, is_compiled_graph, let_rows_in
+from hf_trim.backward.saved import COMPUTES_FIRST, keep_rows_of_saved
 from hf_trim.backward.tensor import FALLBACKS, Rows, RowSparseTensor, RowTensor, Settings, densify
 
 
@@ -74,8 +75,8 @@ class _TakeRows(torch.autograd.Function):
 
 def guard(nodes, rows, skip_leaves=()):
     """
-    Prepares a graph for row-sparse gradients: whatever is not one of ATen's own backward nodes gets ordinary ones, and
-    checkpoints recompute the kept rows only.
+    Prepares a graph for row-sparse gradients: whatever is not one of ATen's own backward nodes gets ordinary ones,
+    checkpoints recompute the kept rows only, and formulas compute with the kept rows of what was saved.
 
     Args:
         nodes (`list` of `torch.autograd.graph.Node`): Where the backward pass begins.
@@ -103,6 +104,8 @@ def guard(nodes, rows, skip_leaves=()):
                 _run_dense(node)
         else:
             recompute_kept_rows(node, rows)
+            if kind.__name__ in COMPUTES_FIRST:
+                keep_rows_of_saved(node)
         for following, _ in node.next_functions:
             if following is not None and following not in seen:
                 seen.add(following)
