@@ -1,5 +1,6 @@
 """Trains some heads in each process: `python -m torch.distributed.run ... -m tests.distributed FOLDER`."""
 
+import gc
 import json
 import os
 import sys
@@ -89,6 +90,7 @@ def write(folder: Path, name: str, losses: list, found: torch.Tensor):
 
 
 if __name__ == "__main__":
+    gc.freeze()  # as in conftest.py
     folder, processes = Path(sys.argv[1]), int(os.environ["WORLD_SIZE"])
     for head in TRAININGS if processes == 2 else ():
         for keep in (0.3, 1.0):

@@ -3,6 +3,7 @@ Trains some heads under the engine that accelerate's launcher names, and saves t
 recipes/accelerate/ENGINE.yaml -m tests.engines FOLDER`.
 """
 
+import gc
 import json
 import os
 import sys
@@ -68,6 +69,7 @@ def leave_kernels_out():
 
 
 if __name__ == "__main__":
+    gc.freeze()  # as in conftest.py
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         leave_kernels_out()
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":

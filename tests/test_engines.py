@@ -17,14 +17,13 @@ from tests.test_heads import make
 CONFIGS = Path(__file__).parent.parent / "recipes" / "accelerate"
 ENGINES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 assert ENGINES == ["ddp", "fsdp2", "zero1", "zero2", "zero3"]
-# The launcher imports torchvision; hf_trim repairs that where torch has no CUDA.
-LAUNCH = "import sys, hf_trim; from accelerate.commands.launch import main; main()"
 
 
 @pytest.fixture(scope="module", params=ENGINES)
 def engine(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
-    command = [sys.executable, "-c", LAUNCH, "--config_file", str(CONFIGS / f"{request.param}.yaml")]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch"]
+    command = [*launcher, "--config_file", str(CONFIGS / f"{request.param}.yaml")]
     done = subprocess.run(
         [*command, "--num_processes", "2", "-m", "tests.engines", str(folder)],
         capture_output=True, text=True, timeout=300,
