@@ -30,10 +30,13 @@ SLOW = ("engines", "run", "faults", "distributed", "bench", "compiled", "compile
 
 
 def pytest_collection_modifyitems(items):
-    # Each `Trainer` collects garbage when it ends, and would look at all that was imported: 0.3 s of 0.4.
-    gc.freeze()
     order = {f"test_{name}": at for at, name in enumerate(SLOW)}
     items.sort(key=lambda item: order.get(item.path.stem, len(SLOW)))
+
+
+def pytest_collection_finish():
+    # Each `Trainer` collects garbage when it ends, and would look at all that was imported: 0.3 s of 0.4.
+    gc.freeze()
 
 
 @pytest.fixture

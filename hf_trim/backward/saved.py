@@ -38,13 +38,12 @@ def keep_rows_of_saved(node) -> None:
         node (`torch.autograd.graph.Node`): The node. What it saved with hooks, or in another shape than that of its
             gradient, stays as it is.
     """
-    shape = layout = None
+    shape, layout = None, ()  # of the gradient, if it has rows
 
     def prehook(grads):
         nonlocal shape, layout
         (grad,) = grads
-        has_rows = isinstance(grad, RowSparseTensor)
-        shape, layout = (grad.shape, grad.layout_of_rows()) if has_rows else (None, None)
+        shape, layout = (grad.shape, grad.layout_of_rows()) if isinstance(grad, RowSparseTensor) else (None, ())
 
     def pack(x: Tensor):
         return x, x._version
@@ -65,7 +64,7 @@ def keep_rows_of_saved(node) -> None:
     hooked = False
     for name in saved_names(node):
         saved = getattr(node, name)
-        if saved.unpack_hook is not None:
+        if getattr(saved, "unpack_hook", True) is not None:  # where PyTorch can't tell, there might be one
             continue
         try:
             x = getattr(node, name.replace("_raw", "", 1))
