@@ -5,10 +5,16 @@ from hf_trim.torchvision_cpu import import_torchvision
 
 import_torchvision()  # transformers imports it, and must find it whole
 
-from hf_trim.arguments import TrimmingArguments, TrimmingConfig
-from hf_trim.functional import trimmed_linear_cross_entropy, trimmed_mean
-from hf_trim.selection import select_items
-from hf_trim.trainer import TrimmingMixin, TrimmingTrainer
+from hf_trim.trainer import (
+    TrimmingArguments,
+    TrimmingConfig,
+    TrimmingMixin,
+    TrimmingTrainer,
+    linear_fraction,
+    select_items,
+    trimmed_linear_cross_entropy,
+    trimmed_mean,
+)
 
 
 __version__ = "0.1.0"
@@ -17,6 +23,7 @@ __all__ = [
     "TrimmingConfig",
     "TrimmingMixin",
     "TrimmingTrainer",
+    "linear_fraction",
     "select_items",
     "trimmed_linear_cross_entropy",
     "trimmed_mean",

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from hf_trim.backward.dense import take_rows_dense
-from hf_trim.backward.sparse import take_rows_sparse
+from hf_trim.backward.eager.sparse import take_rows_sparse
 
 
 BACKWARD_CHOICES = ("auto", "dense", "sparse", "replay")

@@ -1,0 +1,222 @@
+"""Row-sparse backward: the kept losses emit a gradient that holds the kept rows only, and all that autograd does with
+it costs as much. Nodes that cannot work on such a gradient are found beforehand and are handed an ordinary one."""
+
+import re
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import CheckpointFunction
+
+from hf_trim.backward.compiled.graph import REFUSED, is_compiled_graph, let_rows_in
+from hf_trim.backward.eager import rules  # noqa: F401
+from hf_trim.backward.eager.checkpoint import recompute_kept_rows
+from hf_trim.backward.eager.saved import COMPUTES_FIRST, keep_rows_of_saved
+from hf_trim.backward.eager.tensor import FALLBACKS, Rows, RowSparseTensor, RowTensor, Settings, densify
+
+
+DENSE_ABOVE = 0.8  # kept share above which slicing costs about what it saves
+_ATEN_NODE = re.compile(r"\w+Backward\d+$|CopyBackwards$")
+# Python Functions whose backward hands its gradients on, or computes with ordinary ops.
+_PASSES_ON = {
+    "RegisterPostBackwardFunction",  # FSDP2
+    "_DDPSink",
+    "PreBackwardFunctionForModule",  # DeepSpeed ZeRO
+    "PostBackwardFunctionModule",
+    "LinearFunctionForZeroStage3",
+}
+_GUARDED = "hf_trim_guarded"
+
+
+def take_rows_sparse(losses: Tensor, kept: Tensor, dense_above: float = DENSE_ABOVE) -> Tensor:
+    """
+    The kept losses, with a backward pass that costs only what is kept.
+
+    Args:
+        losses (`torch.Tensor`): `[n, ...]` unreduced losses.
+        kept (`torch.Tensor`): `[k]` ascending indices into the first dimension of `losses`, int64.
+        dense_above (`float`, *optional*, defaults to 0.8): Kept share above which the backward pass is dense.
+
+    Returns:
+        `torch.Tensor`: `[k, ...]` losses, equal to `losses[kept]`; the gradients are those of `losses[kept]` too.
+
+    Raises:
+        `ValueError`: If `losses` has no dimension, or `kept` is empty.
+    """
+    if losses.ndim == 0 or kept.ndim != 1 or not kept.numel():
+        raise ValueError(
+            f"Expected losses [n, ...] and kept [k], k > 0; got {tuple(losses.shape)}, {tuple(kept.shape)}."
+        )
+    if kept.numel() > dense_above * losses.shape[0] or losses.grad_fn is None or torch.compiler.is_compiling():
+        return losses.index_select(0, kept)
+    rows = Rows(kept, losses.shape[0])
+    guard([losses.grad_fn], rows)
+    return _TakeRows.apply(losses, rows)
+
+
+class _TakeRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, losses, rows):
+        ctx.rows = rows
+        return losses.index_select(0, rows.index)
+
+    @staticmethod
+    def backward(ctx, grad):
+        rows = ctx.rows
+        # A graph of the backward pass, and the NaN checks of anomaly mode, are for ordinary tensors.
+        if torch.is_grad_enabled() or torch.is_anomaly_enabled() or torch.compiler.is_compiling():
+            return grad.new_zeros(rows.batch, *grad.shape[1:]).index_copy(0, rows.index, grad), None
+        rows.task = torch._C._current_graph_task_id()
+        return RowSparseTensor(grad.contiguous(), rows), None
+
+
+# ---- nodes that need an ordinary gradient ------------------------------------------------------------------------
+
+
+def guard(nodes, rows, skip_leaves=()):
+    """
+    Prepares a graph for row-sparse gradients: whatever is not one of ATen's own backward nodes gets ordinary ones,
+    checkpoints recompute the kept rows only, and formulas compute with the kept rows of what was saved.
+
+    Args:
+        nodes (`list` of `torch.autograd.graph.Node`): Where the backward pass begins.
+        rows ([`~hf_trim.backward.eager.tensor.Rows`]): The kept rows.
+        skip_leaves (collection of `torch.Tensor`): Leaves whose `grad` may become row-sparse.
+    """
+    skip = {id(x) for x in skip_leaves}
+    nodes = [node for node in nodes if node is not None]
+    seen = set(nodes)
+    while nodes:
+        node = nodes.pop()
+        kind = type(node)
+        if kind.__name__ == "AccumulateGrad":
+            if id(node.variable) not in skip:
+                _run_dense(node, counted=False)
+        elif kind.__name__.startswith("AsStrided"):  # its formula writes into zeros of the whole storage
+            _run_dense(node, counted=False)
+        elif is_compiled_graph(node):
+            let_rows_in(node)
+        elif kind.__module__ != "builtins" or not _ATEN_NODE.match(kind.__name__):
+            function = getattr(node, "_forward_cls", None)
+            if function is CheckpointFunction:
+                node._forward_cls = _Checkpoint
+            elif function is not _Checkpoint and getattr(function, "__name__", "") not in _PASSES_ON:
+                _run_dense(node)
+        else:
+            recompute_kept_rows(node, rows)
+            if kind.__name__ in COMPUTES_FIRST:
+                keep_rows_of_saved(node)
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                nodes.append(following)
+
+
+def _run_dense(node, counted=True):
+    """Gives a node ordinary gradients, and makes what it returns row-sparse again where it is."""
+    if _GUARDED in node.metadata:  # the node lives longer than one backward pass
+        return
+    node.metadata[_GUARDED] = True
+    name = node.name()
+
+    before = []
+
+    def prehook(grads):
+        if not any(isinstance(grad, RowTensor) for grad in grads):
+            return None
+        before[:] = [grad for grad in grads if isinstance(grad, RowSparseTensor)][:1]
+        if counted:
+            if Settings.strict:
+                shapes = [tuple(grad.shape) for grad in grads if grad is not None]
+                raise RuntimeError(f"{name} is not an ATen op and takes no row-sparse gradient (shapes {shapes}).")
+            FALLBACKS[name] += 1
+        return tuple(densify(grad) for grad in grads)
+
+    def posthook(grads, _):
+        if not before:
+            return None
+        ref = before.pop()
+        return tuple(grad if grad is None else ref.sparsify(grad) for grad in grads)
+
+    node.register_prehook(prehook)
+    if node.next_functions:
+        node.register_hook(posthook)
+
+
+class _Checkpoint(CheckpointFunction):
+    """Stands in for reentrant checkpointing's backward, which runs a backward pass of its own."""
+
+    @staticmethod
+    def backward(ctx, *grads):
+        rows = next((grad.rows for grad in grads if isinstance(grad, RowSparseTensor)), None)
+        if rows is None:
+            return CheckpointFunction.backward(ctx, *grads)
+        run_function = ctx.run_function
+
+        def run_guarded(*inputs):
+            outputs = run_function(*inputs)
+            tensors = [x for x in (outputs if isinstance(outputs, tuple) else (outputs,)) if isinstance(x, Tensor)]
+            guard([x.grad_fn for x in tensors], rows, skip_leaves=[x for x in inputs if isinstance(x, Tensor)])
+            return outputs
+
+        ctx.run_function = run_guarded
+        try:
+            return CheckpointFunction.backward(ctx, *grads)
+        finally:
+            ctx.run_function = run_function
+
+
+# ---- what ran dense ----------------------------------------------------------------------------------------------
+
+
+def fallback_report() -> dict[str, int]:
+    """
+    The ops that had no row-sparse rule and ran dense, since the last reset.
+
+    Returns:
+        `dict[str, int]`: Name of the op or autograd node → how often, most frequent first.
+    """
+    return dict(FALLBACKS.most_common())
+
+
+def reset_fallbacks():
+    """Forgets the ops counted so far."""
+    FALLBACKS.clear()
+    REFUSED.clear()
+
+
+@contextmanager
+def strict(enabled: bool = True):
+    """
+    Within this context, a backward pass raises where it would otherwise run an op dense.
+
+    Args:
+        enabled (`bool`, *optional*, defaults to `True`): Whether to raise.
+
+    Raises:
+        `RuntimeError`: Names the op and the shapes of its arguments.
+    """
+    with _setting("strict", enabled):
+        yield
+
+
+@contextmanager
+def checked(enabled: bool = True):
+    """
+    Within this context, the first gradients of a compiled graph on the kept rows are compared with the dense ones.
+
+    Args:
+        enabled (`bool`, *optional*, defaults to `True`): Whether they are, as they are by default.
+    """
+    with _setting("check_compiled", enabled):
+        yield
+
+
+@contextmanager
+def _setting(name: str, value: bool):
+    before = getattr(Settings, name)
+    setattr(Settings, name, value)
+    try:
+        yield
+    finally:
+        setattr(Settings, name, before)

@@ -1,0 +1,252 @@
+"""The way to the Hub: what goes there, what never does, and one clear line when it does not take it."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from huggingface_hub import HfApi, constants, get_token
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+)
+from transformers import TrainingArguments
+
+from hf_trim.hub.model_card import describe, plot_curves, render
+from hf_trim.run.records import write_json
+
+
+logger = logging.getLogger(__name__)
+# What the Hub's client raises for an answer and for none at all: its errors are those of the HTTP library it is built
+# on, which has changed its name.
+HUB_ERRORS = (HfHubHTTPError.__bases__[0], HFValidationError, LocalTokenNotFoundError, ConnectionError, TimeoutError)
+# Checkpoints, runs that are not finished, and files that other processes write.
+NOT_UPLOADED = ["_*", "checkpoint-*", "*-seed*/*", "*.lock", "*.part"]
+LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
+
+
+class PushError(OSError):
+    """
+    The Hub did not take a model; the message says why and what to do.
+
+    Args:
+        message (`str`): For the user.
+        refused (`bool`): Whether the Hub, or its client, will go on refusing until something is changed here.
+    """
+
+    def __init__(self, message: str, refused: bool):
+        super().__init__(message)
+        self.refused = refused
+
+
+class Token(str):
+    """A token that is never saved: pickled, as training arguments are beside each model, it is `None`."""
+
+    def __reduce__(self):
+        return type(None), ()
+
+    def __deepcopy__(self, memo):
+        return self
+
+
+def explain(error: Exception, repo: str) -> PushError:
+    """
+    Args:
+        error (`Exception`): One of `HUB_ERRORS`.
+        repo (`str`): The repository's name.
+
+    Returns:
+        [`PushError`]: The same for the user.
+    """
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    refused = True
+    if isinstance(error, LocalTokenNotFoundError):
+        why = f"there is no token for the Hub: {LOG_IN}"
+    elif isinstance(error, OfflineModeIsEnabled):
+        why = "HF_HUB_OFFLINE is set: unset it"
+    elif isinstance(error, HFValidationError):
+        why = f"'{repo}' is no name for a repository: set hub_model_id to 'your-name/your-model'"
+    elif status == 401:
+        why = f"the Hub does not know the token (401): {LOG_IN} to a valid one"
+    elif status == 403:
+        why = f"the token must not write to '{repo}' (403): take one with write access, or change hub_model_id"
+    elif status == 404:
+        why = f"there is no '{repo}' that this token may see (404): check hub_model_id and hub_revision"
+    elif status == 400:
+        why = f"the Hub refuses the content (400): {getattr(error, 'server_message', None) or error}".splitlines()[0]
+    elif status == 409:
+        why, refused = f"something else was written to '{repo}' at the same time (409): try again", False
+    elif status == 429:
+        why, refused = "too many requests (429): wait some minutes and try again", False
+    elif status is not None:
+        why, refused = f"the Hub answered with status {status}: try again later", False
+    else:
+        why, refused = f"the connection to {constants.ENDPOINT} failed ({type(error).__name__}): try again", False
+    return PushError(f"Nothing or not everything was pushed to the Hub, since {why}.", refused)
+
+
+@contextmanager
+def push_errors(repo: str, token: str | None = None, saved_in: str | Path | None = None) -> Iterator[None]:
+    """
+    What the Hub's client raises in here becomes a [`PushError`].
+
+    Args:
+        repo (`str`): The repository's name.
+        token (`str`, *optional*): The token that was given; without, the one that is logged in must be there.
+        saved_in (`str` or `Path`, *optional*): The folder in which everything lies.
+    """
+    try:
+        if not (token or get_token()):
+            raise LocalTokenNotFoundError
+        yield
+    except PushError:
+        raise
+    except HUB_ERRORS as error:
+        found = explain(error, repo)
+        where = "" if saved_in is None else f" Everything is saved in {saved_in}."
+        raise PushError(f"{found}{where}", found.refused) from None
+
+
+def save_arguments(args: TrainingArguments, folder: Path) -> None:
+    """
+    Write the arguments of a training, `trim_*` among them, so that they can be read without unpickling anything.
+
+    Args:
+        args ([`~transformers.TrainingArguments`]): The arguments; tokens and the local folder are left out.
+        folder (`Path`): Gets `training_args.json`.
+    """
+    write_json(folder / "training_args.json", {k: v for k, v in args.to_dict().items() if k != "output_dir"})
+
+
+class PushMixin:
+    """For [`~hf_trim.trainer.trainer.TrimmingMixin`]: the Hub's part of a trainer, with our model card."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if self.args.hub_token:
+            self.args.hub_token = Token(self.args.hub_token)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """A timm model's weights get timm's own names, which transformers' wrapper reads as well."""
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        is_timm = getattr(getattr(model, "config", None), "model_type", None) == "timm_wrapper"
+        if is_timm and output_dir in (None, self.args.output_dir):
+            state_dict = model.state_dict() if state_dict is None else state_dict
+            state_dict = {name.removeprefix("timm_model."): value for name, value in state_dict.items()}
+        super()._save(output_dir, state_dict)
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """
+        Create the repository, as `Trainer` does before training if `push_to_hub` is set.
+
+        Args:
+            token (`str`, *optional*): Instead of `args.hub_token`.
+            private (`bool`, *optional*): Instead of `args.hub_private_repo`.
+
+        Raises:
+            [`PushError`]: If the Hub refuses it. If it can't be reached, training goes on, and the end of it tries
+                again.
+        """
+        self.push_in_progress, self._told_jobs = None, []
+        try:
+            with push_errors(self._repo_name(), token or self.args.hub_token):
+                super().init_hf_repo(token=token, private=private)
+        except PushError as error:
+            if error.refused or hasattr(self, "state"):  # which `Trainer` has once it is made
+                raise
+            logger.warning("%s Training starts without it.", error)
+
+    def push_to_hub(self, commit_message="End of training", blocking=True, token=None, revision=None, **kwargs):
+        """
+        Upload model, processing class, arguments, trainer state and model card.
+
+        Args:
+            commit_message (`str`, *optional*): What the commit says.
+            blocking (`bool`, *optional*, defaults to `True`): Whether to wait for the end of the upload.
+            token (`str`, *optional*): Instead of `args.hub_token`.
+            revision (`str`, *optional*): The branch to commit to.
+            kwargs: `private`, and arguments of [`~PushMixin.create_model_card`].
+
+        Returns:
+            `huggingface_hub.CommitInfo` or a future of one.
+
+        Raises:
+            [`PushError`]: If the Hub does not take it. Everything has been saved in `args.output_dir` then.
+        """
+        self.save_model(_internal_call=True)
+        self.save_state()
+        if self.is_world_process_zero():
+            save_arguments(self.args, Path(self.args.output_dir))
+        with push_errors(self._repo_name(), token or self.args.hub_token, self.args.output_dir):
+            return super().push_to_hub(commit_message, blocking, token, revision, **kwargs)
+
+    def create_model_card(self, model_name: str | None = None, **kwargs) -> None:
+        """
+        Write `README.md`: the model's page.
+
+        Args:
+            model_name (`str`, *optional*): Its title.
+            kwargs: What `Trainer.create_model_card` takes: `language`, `license`, `tags`, `finetuned_from`, `tasks`,
+                `dataset_tags`, `dataset`, `dataset_args`.
+        """
+        if self.is_world_process_zero():
+            repo, folder = self.hub_model_id or self._repo_name(), Path(self.args.output_dir)
+            facts = describe(self, model_name or repo.split("/")[-1], **kwargs)
+            plot_curves(facts, folder / "curves.png")
+            render(facts, repo, folder).save(folder / "README.md")
+
+    def _repo_name(self) -> str:
+        return self.args.hub_model_id or Path(self.args.output_dir).absolute().name
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self.hub_model_id is None and self.is_world_process_zero():
+            try:
+                self.init_hf_repo()
+            except PushError as error:
+                logger.warning("%s Training goes on.", error)
+                return
+        self._tell_failures()
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def _finish_current_push(self) -> None:
+        super()._finish_current_push()
+        self._tell_failures()
+
+    def _tell_failures(self) -> None:
+        """Say which of the pushes in the background failed; their content comes with the next."""
+        for job in getattr(getattr(self, "push_in_progress", None), "jobs", []):
+            if job.done() and job not in self._told_jobs and isinstance(job.exception(), HUB_ERRORS):
+                logger.warning("A checkpoint: %s", explain(job.exception(), self._repo_name()))
+                self._told_jobs.append(job)
+
+
+def push_folder(folder: Path, facts: dict, args: TrainingArguments) -> str:
+    """
+    Upload the folder of a finished training, with a page that names the repository.
+
+    Args:
+        folder (`Path`): The folder.
+        facts (`dict`): What [`~hf_trim.hub.model_card.describe`] returned.
+        args ([`~transformers.TrainingArguments`]): The fields `hub_*` count here.
+
+    Returns:
+        `str`: The repository's address.
+
+    Raises:
+        [`PushError`]: If the Hub does not take it.
+    """
+    repo = args.hub_model_id or folder.absolute().name
+    with push_errors(repo, args.hub_token, folder):
+        api = HfApi(token=args.hub_token)
+        url = api.create_repo(repo, private=args.hub_private_repo, exist_ok=True)
+        render(facts, url.repo_id, folder).save(folder / "README.md")
+        api.upload_folder(
+            repo_id=url.repo_id,
+            folder_path=folder,
+            commit_message="End of training",
+            ignore_patterns=NOT_UPLOADED,
+            revision=args.hub_revision,
+        )
+    return str(url)

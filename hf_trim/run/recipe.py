@@ -1,0 +1,266 @@
+"""Recipes: where they lie, and how a recipe and the command line become arguments."""
+
+import argparse
+import json
+import re
+import shlex
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import yaml
+from transformers import HfArgumentParser
+
+from hf_trim.data.load import DataArguments
+from hf_trim.messages import closest
+from hf_trim.run.models import ModelArguments
+from hf_trim.trainer.arguments import TrimmingArguments
+
+
+GROUPS = ("model", "data", "training")
+
+
+@dataclass
+class RunArguments:
+    """
+    What a recipe may say beyond model, data and training arguments.
+
+    Args:
+        compare (`bool`): Train with and without trimming, and with a random subset as a control.
+        seeds (`int`): Number of seeds of a comparison, counted from `seed` on.
+        l2_weight_decay (`float`, *optional*): Use `torch.optim.Adam` with this L2 penalty on all parameters (the
+            paper's optimizer) in place of `optim`.
+        lr_milestones (`list[float]`, *optional*): Epochs after which the learning rate is multiplied by `lr_gamma`,
+            in place of `lr_scheduler_type`.
+        lr_gamma (`float`): That factor.
+        license (`str`): The license on the model's page.
+        push_only (`bool`): Push what is in `output_dir` to the Hub, without training.
+        expected_time (`str`): What `--list` says about the time a run takes.
+    """
+
+    compare: bool = field(
+        default=False, metadata={"help": "Train with and without trimming, and with a random subset as a control."}
+    )
+    seeds: int = field(default=3, metadata={"help": "Number of seeds of a comparison, counted from --seed on."})
+    l2_weight_decay: float | None = field(
+        default=None,
+        metadata={"help": "Use torch.optim.Adam with this L2 penalty on all parameters (the paper's optimizer)."},
+    )
+    lr_milestones: list[float] | None = field(
+        default=None, metadata={"help": "Epochs after which the learning rate is multiplied by lr_gamma."}
+    )
+    lr_gamma: float = field(default=0.5, metadata={"help": "Factor of the learning rate at each milestone."})
+    license: str = field(default="apache-2.0", metadata={"help": "The license on the model's page."})
+    push_only: bool = field(
+        default=False,
+        metadata={"help": "Push what is in output_dir to the Hub, without training: after a failed push."},
+    )
+    expected_time: str = field(default="unknown", metadata={"help": "What --list says about the time a run takes."})
+
+    def __post_init__(self):
+        if self.seeds < 1:
+            raise ValueError(f"seeds must be at least 1, and is {self.seeds}.")
+        if self.l2_weight_decay is not None and self.l2_weight_decay < 0:
+            raise ValueError(f"l2_weight_decay must not be negative, and is {self.l2_weight_decay}.")
+        if self.lr_milestones is not None and (
+            min(self.lr_milestones) <= 0 or sorted(set(self.lr_milestones)) != self.lr_milestones
+        ):
+            raise ValueError(f"lr_milestones must be rising positive epochs, and are {self.lr_milestones}.")
+        if self.lr_gamma <= 0:
+            raise ValueError(f"lr_gamma must be positive, and is {self.lr_gamma}.")
+
+
+DATACLASSES = (RunArguments, ModelArguments, DataArguments, TrimmingArguments)
+
+
+class RecipeError(ValueError):
+    """A recipe or a command line that can't be understood; the message is for the user."""
+
+
+@contextmanager
+def user_errors():
+    """While arguments, data and model are prepared, a `ValueError` is a message for the user, not a fault of ours."""
+    try:
+        yield
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
+
+
+class RecipeParser(HfArgumentParser):
+    """[`~transformers.HfArgumentParser`] that raises a [`RecipeError`] with the closest right word and never exits."""
+
+    def __init__(self):
+        super().__init__(DATACLASSES, prog="python -m hf_trim.run RECIPE", allow_abbrev=False)
+
+    def error(self, message: str):
+        choice = re.match(r"(argument \S+): invalid choice: '(.*?)' \(choose from (.*)\)", message, re.DOTALL)
+        if choice:
+            message += f".{closest(choice[2], re.split(r', ', choice[3].replace(chr(39), '')))}"
+        raise RecipeError(message)
+
+    def names(self) -> list[str]:
+        """
+        Returns:
+            `list[str]`: All field names.
+        """
+        return sorted(action.dest for action in self._actions if action.dest != "help")
+
+
+def recipe_folder() -> Path:
+    """
+    Returns:
+        `Path`: The folder of the recipes: inside the installed package, else beside it in a checkout.
+    """
+    package = Path(__file__).parents[1]
+    installed = package / "recipes"
+    return installed if installed.is_dir() else package.parent / "recipes"
+
+
+def recipe_names(folder: str = ".") -> list[str]:
+    """
+    Args:
+        folder (`str`, *optional*, defaults to `"."`): `"grids"` for those.
+
+    Returns:
+        `list[str]`: Names of the recipes that come with the package.
+    """
+    return sorted(path.stem for path in (recipe_folder() / folder).glob("*.yaml"))
+
+
+def read_recipe(recipe: str) -> tuple[str, dict]:
+    """
+    Read a recipe.
+
+    Args:
+        recipe (`str`): Its name, or the path of a YAML file.
+
+    Returns:
+        `tuple[str, dict]`: Name and fields, the groups `model`, `data` and `training` laid flat.
+
+    Raises:
+        [`RecipeError`]: If there is no such recipe or it is no flat YAML mapping.
+    """
+    path = Path(recipe)
+    if path.suffix not in (".yaml", ".yml"):
+        names = recipe_names() + recipe_names("grids")
+        if recipe not in names:
+            raise RecipeError(
+                f"there is no recipe '{recipe}'.{closest(recipe, names)} `python -m hf_trim.run --list` "
+                "shows them all; a file of your own needs the ending .yaml."
+            )
+        path = recipe_folder() / ("." if recipe in recipe_names() else "grids") / f"{recipe}.yaml"
+    if not path.is_file():
+        raise RecipeError(f"there is no file {path}.{closest(path.stem, recipe_names())}")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise RecipeError(f"{path} must hold the groups {', '.join(GROUPS)} with one field a line.")
+    fields: dict = {}
+    for key, value in content.items():
+        group = value if key in GROUPS else {key: value}
+        if not isinstance(group, dict):
+            raise RecipeError(f"{path}: the group '{key}' must hold fields, and holds {value!r}.")
+        for name in group:
+            if name in fields:
+                raise RecipeError(f"{path}: the field '{name}' stands there twice.")
+        fields.update(group)
+    return path.stem, fields
+
+
+def as_options(fields: dict) -> list[str]:
+    """
+    Fields of a recipe in the form of a command line, so that both are read, and checked, in one way.
+
+    Args:
+        fields (`dict`): Names and values.
+
+    Returns:
+        `list[str]`: Options; fields without a value are left out.
+    """
+    options = []
+    for name, value in fields.items():
+        if value is None:
+            continue
+        values = [] if value is True else value if isinstance(value, list) else [value]
+        options.append(f"--{name}")
+        options += [json.dumps(v) if isinstance(v, dict) else str(v) for v in values]
+    return options
+
+
+# Fields that a result does not depend on, or that differ between the runs of a comparison.
+NO_SETTINGS = {"compare", "disable_tqdm", "expected_time", "license", "output_dir", "report_to", "run_name",
+               "save_total_limit", "seed", "seeds", "trim_select"}  # fmt: skip
+# What concerns the Hub (a token among it) has no place in a record.
+HUB_FIELDS = ("hub_", "push_")
+
+
+class Job(NamedTuple):
+    """
+    A recipe with the command line's changes.
+
+    Args:
+        name (`str`): The recipe's name.
+        run ([`RunArguments`]): What it says of the run.
+        model ([`ModelArguments`]): Of the model.
+        data ([`DataArguments`]): Of the data.
+        training ([`TrimmingArguments`]): Of the training.
+        settings (`dict`): The fields that were set and that a result depends on.
+        command (`str`): What repeats the run, without what concerns this machine or the Hub.
+    """
+
+    name: str
+    run: RunArguments
+    model: ModelArguments
+    data: DataArguments
+    training: TrimmingArguments
+    settings: dict
+    command: str
+
+    @property
+    def output_dir(self) -> Path:
+        """The folder that everything is written to."""
+        return Path(self.training.output_dir)
+
+
+def parse(recipe: str, command_line: list[str]) -> Job:
+    """
+    The arguments of a run: the recipe's values are the defaults that the command line overrides.
+
+    Args:
+        recipe (`str`): Name or path of the recipe.
+        command_line (`list[str]`): Options, e.g. `["--num_train_epochs", "3"]`.
+
+    Returns:
+        [`Job`]: The recipe's name, arguments, settings and command.
+
+    Raises:
+        [`RecipeError`]: If something is unknown or has a wrong value.
+    """
+    name, fields = read_recipe(recipe)
+    parser = RecipeParser()
+    for key in fields:
+        if key not in parser.names():
+            raise RecipeError(f"the recipe {name} has an unknown field '{key}'.{closest(key, parser.names())}")
+    options = as_options({"output_dir": f"runs/{name}", **fields}) + command_line
+    with user_errors():
+        *parsed, unknown = parser.parse_args_into_dataclasses(
+            options, look_for_args_file=False, return_remaining_strings=True
+        )
+    if unknown:
+        known = [option for action in parser._actions for option in action.option_strings]
+        raise RecipeError(f"unknown argument '{unknown[0]}'.{closest(unknown[0].split('=')[0], known)}")
+    settings = {key: value for key, value in _given(parser, options).items() if key not in NO_SETTINGS}
+    hidden = NO_SETTINGS - {"compare", "seed", "seeds", "trim_select"}
+    changes = {key: value for key, value in _given(parser, command_line).items() if key not in hidden}
+    command = ["python", "-m", "hf_trim.run", Path(recipe).name, *as_options(changes)]
+    return Job(name, *parsed, settings, shlex.join(command))
+
+
+def _given(parser: RecipeParser, options: list[str]) -> dict:
+    """The fields that are set, but for those of the Hub."""
+    unset = object()
+    given = vars(parser.parse_args(options, argparse.Namespace(**dict.fromkeys(parser.names(), unset))))
+    return {key: value for key, value in given.items() if value is not unset and not key.startswith(HUB_FIELDS)}

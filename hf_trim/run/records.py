@@ -1,0 +1,174 @@
+"""One JSON file a finished run, written whole or not at all."""
+
+import hashlib
+import json
+import os
+import platform
+from pathlib import Path
+
+import torch
+import transformers
+
+from hf_trim.run.clock import train_seconds
+
+
+# Behind a value of each metric.
+UNITS = {"error": " %", "perplexity": ""}
+
+
+def write_json(path: Path, content) -> None:
+    """
+    Write a file so that a reader, or a rerun after a crash, sees the old content or the new, never a part of it.
+
+    Args:
+        path (`Path`): The file; its folder is made.
+        content: What JSON can hold.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    with open(part, "w", encoding="utf-8") as file:
+        if isinstance(content, list):  # one element a line
+            file.write("[\n" + ",\n".join(json.dumps(each, sort_keys=True) for each in content) + "\n]\n")
+        else:
+            file.write(json.dumps(content, indent=2, sort_keys=True) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+def hardware() -> str:
+    """
+    Returns:
+        `str`: What the run ran on, e.g. `"2 CPU cores"` or a GPU's name.
+    """
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} × {torch.cuda.get_device_name()}"
+    return f"{len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} CPU cores"
+
+
+def versions() -> dict[str, str]:
+    """
+    Returns:
+        `dict[str, str]`: Versions that a result may depend on.
+    """
+    from hf_trim import __version__
+
+    return {
+        "hf_trim": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def make_record(recipe: str, arm: str, seed: int, settings: dict, metrics: dict, log_history: list[dict]) -> dict:
+    """
+    What is kept of a finished run.
+
+    Args:
+        recipe (`str`): The recipe's name.
+        arm (`str`): `"plain"`, `"trimmed"` or `"random"`.
+        seed (`int`): Seed of weights, data order and random control.
+        settings (`dict`): Values of all arguments that were set.
+        metrics (`dict`): Metrics on the test split after training: `eval_loss`, and `eval_error` in percent or
+            `eval_perplexity`.
+        log_history (`list[dict]`): `TrainerState.log_history`.
+
+    Returns:
+        `dict`: The record.
+    """
+    metric = "error" if "eval_error" in metrics else "perplexity"
+    history: dict[int, dict] = {}
+    seconds = 0.0
+    for log in log_history:
+        names = {f"eval_{metric}": f"test_{metric}", "eval_loss": "test_loss", "loss": "loss",
+                 "full_loss": "full_loss", "trim_fraction": "trim_fraction"}  # fmt: skip
+        found = {ours: log[name] for name, ours in names.items() if name in log}
+        if "train_seconds" in log:
+            seconds += log["train_seconds"]
+            found["train_seconds"] = seconds
+        if found:
+            history.setdefault(log["step"], {"epoch": log["epoch"]}).update(found)
+    return {
+        "recipe": recipe,
+        "arm": arm,
+        "seed": seed,
+        "metric": metric,
+        f"test_{metric}": metrics[f"eval_{metric}"],
+        "test_loss": metrics["eval_loss"],
+        "train_seconds": train_seconds(log_history),
+        "history": [history[step] for step in sorted(history)],
+        "settings": settings,
+        "versions": versions(),
+        "hardware": hardware(),
+    }
+
+
+def metric_name(record: dict) -> str:
+    """
+    Args:
+        record (`dict`): A record.
+
+    Returns:
+        `str`: `"error"` (in percent) or `"perplexity"`.
+    """
+    return record.get("metric", "error")
+
+
+def test_score(record: dict) -> float:
+    """
+    Args:
+        record (`dict`): A record.
+
+    Returns:
+        `float`: Its metric on the test split after training.
+    """
+    return record[f"test_{metric_name(record)}"]
+
+
+def fingerprint(settings: dict) -> str:
+    """
+    Args:
+        settings (`dict`): Values of all arguments that were set.
+
+    Returns:
+        `str`: A short hash; equal settings have equal ones.
+    """
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def read_records(path: Path) -> list[dict]:
+    """
+    Args:
+        path (`Path`): A file with a record or a list of records.
+
+    Returns:
+        `list[dict]`: The records; none if there is no file.
+
+    Raises:
+        `ValueError`: If the file holds anything else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        records = content if isinstance(content, list) else [content]
+        for record in records:
+            record["arm"], record["seed"], test_score(record), record["train_seconds"], record["history"]
+    except FileNotFoundError:
+        return []
+    except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is no record of a finished run ({error!r}): delete it to repeat the run.") from None
+    return records
+
+
+def read_record(path: Path) -> dict | None:
+    """
+    Args:
+        path (`Path`): A record's file.
+
+    Returns:
+        `dict` or `None`: The record; `None` if there is none.
+
+    Raises:
+        `ValueError`: If the file is not a record.
+    """
+    return next(iter(read_records(path)), None)

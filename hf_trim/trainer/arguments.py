@@ -1,0 +1,150 @@
+"""The `trim_*` fields, alone and joined to the training arguments."""
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+from hf_trim.backward import BACKWARD_CHOICES
+from hf_trim.messages import check_choice
+from hf_trim.trainer.selection import NONFINITE_CHOICES, SELECT_CHOICES
+
+
+SCHEDULE_CHOICES = ("epoch", "step")
+UNIT_CHOICES = ("auto", "sample", "token")
+SCOPE_CHOICES = ("local", "global")
+
+
+@dataclass
+class TrimmingConfig:
+    """
+    What is trimmed, how far, and how the backward pass is run; checked when it is made.
+
+    Args:
+        trim_start (`float`, *optional*, defaults to 1.0):
+            Fraction p of each mini-batch that is kept in the first epoch (or step).
+        trim_end (`float`, *optional*, defaults to 0.2):
+            Fraction kept in the last epoch (or step); p falls linearly in between.
+        trim_schedule (`str`, *optional*, defaults to `"epoch"`):
+            Whether p falls by `"epoch"` (the paper) or by optimizer `"step"`. With one epoch, or where `max_steps`
+            rules, it falls by step.
+        trim_select (`str`, *optional*, defaults to `"hardest"`):
+            `"hardest"` keeps the highest losses, `"random"` a random subset of the same size (a control), `"none"`
+            trains plainly with the same logs.
+        trim_unit (`str`, *optional*, defaults to `"auto"`):
+            What an item is: a `"token"` (or pixel) where the head has a loss per token, or a `"sample"`, ranked by the
+            mean over its tokens. `"auto"` takes the losses as the head has them.
+        trim_backward (`str`, *optional*, defaults to `"auto"`):
+            How the backward pass is run: `"dense"` is ordinary autograd; `"sparse"` costs only what is kept, with the
+            same gradients; `"replay"` scores without gradients and runs forward and backward again on the kept
+            samples (least memory; draws dropout masks anew); `"auto"` is the fastest that suits the model.
+        trim_strict (`bool`, *optional*, defaults to `False`):
+            With `trim_backward="sparse"`: raise where an operation has no row-sparse rule, or a compiled graph cannot
+            run on the kept rows, rather than run it dense.
+        trim_check (`bool`, *optional*, defaults to `True`):
+            In compiled models: compare the first gradients on the kept rows with the dense ones, and stay with those
+            if they differ.
+        trim_nonfinite (`str`, *optional*, defaults to `"error"`):
+            What to do with losses that are NaN or infinite: end with an `"error"`, or `"drop"` their samples, which
+            then are no items (and, in models whose operations all have row-sparse rules, have no gradient).
+        trim_scope (`str`, *optional*, defaults to `"local"`):
+            Among which items the hardest are chosen: those of each device's micro-batch (`"local"`), or of the
+            micro-batches of all devices together (`"global"`), which one device would have as a whole.
+    """
+
+    trim_start: float = field(
+        default=1.0, metadata={"help": "Fraction of each mini-batch that is kept in the first epoch (or step)."}
+    )
+    trim_end: float = field(
+        default=0.2, metadata={"help": "Fraction that is kept in the last epoch (or step); linear in between."}
+    )
+    trim_schedule: str = field(
+        default="epoch",
+        metadata={
+            "help": "Whether the kept fraction falls by epoch or by optimizer step (with one epoch: always by step).",
+            "choices": SCHEDULE_CHOICES,
+        },
+    )
+    trim_select: str = field(
+        default="hardest",
+        metadata={
+            "help": "Keep the hardest items, a random subset of the same size (control), or everything (none).",
+            "choices": SELECT_CHOICES,
+        },
+    )
+    trim_unit: str = field(
+        default="auto",
+        metadata={
+            "help": "What an item is: a sample, or a token where there is a loss per token (auto: as in the loss).",
+            "choices": UNIT_CHOICES,
+        },
+    )
+    trim_backward: str = field(
+        default="auto",
+        metadata={
+            "help": "How the backward pass is run: dense, sparse, replay, or the fastest that suits the model (auto).",
+            "choices": BACKWARD_CHOICES,
+        },
+    )
+    trim_strict: bool = field(
+        default=False,
+        metadata={"help": "With trim_backward=sparse: raise where an operation has no rule, do not run it dense."},
+    )
+    trim_check: bool = field(
+        default=True,
+        metadata={"help": "In compiled models: compare the first gradients on the kept rows with the dense ones."},
+    )
+    trim_nonfinite: str = field(
+        default="error",
+        metadata={
+            "help": "What to do with losses that are NaN or infinite: end with an error, or drop their samples.",
+            "choices": NONFINITE_CHOICES,
+        },
+    )
+    trim_scope: str = field(
+        default="local",
+        metadata={
+            "help": "Among which items the hardest are chosen: those of each device's micro-batch (local), or of all "
+            "devices' together (global).",
+            "choices": SCOPE_CHOICES,
+        },
+    )
+
+    def __post_init__(self):
+        for name in ("trim_start", "trim_end"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
+                raise ValueError(f"{name} must be a fraction in (0, 1], and is {value!r}: 0.2 keeps a fifth.")
+        if self.trim_end > self.trim_start:
+            raise ValueError(
+                f"trim_end ({self.trim_end}) must not be above trim_start ({self.trim_start}): the kept fraction "
+                "falls during training. Swap the two, or set both to the same value for a constant fraction."
+            )
+        check_choice("trim_schedule", self.trim_schedule, SCHEDULE_CHOICES)
+        check_choice("trim_select", self.trim_select, SELECT_CHOICES)
+        check_choice("trim_unit", self.trim_unit, UNIT_CHOICES)
+        check_choice("trim_backward", self.trim_backward, BACKWARD_CHOICES)
+        if self.trim_strict and self.trim_backward != "sparse":
+            raise ValueError(
+                f"trim_strict needs trim_backward='sparse', and that is '{self.trim_backward}': set that, or "
+                "leave trim_strict out."
+            )
+        check_choice("trim_nonfinite", self.trim_nonfinite, NONFINITE_CHOICES)
+        check_choice("trim_scope", self.trim_scope, SCOPE_CHOICES)
+        if hasattr(super(), "__post_init__"):
+            super().__post_init__()
+
+    @property
+    def trims(self) -> bool:
+        """Whether anything is ever left out; if not, training is plain training."""
+        return self.trim_select != "none" and (self.trim_start < 1 or self.trim_end < 1)
+
+
+@dataclass
+class TrimmingArguments(TrimmingConfig, TrainingArguments):
+    """
+    [`~transformers.TrainingArguments`] with the fields of [`TrimmingConfig`].
+
+    ```python
+    args = TrimmingArguments("out", num_train_epochs=10, trim_end=0.2)
+    ```
+    """

@@ -1,0 +1,335 @@
+"""
+The last layer of a language model, whose logits `[tokens, vocabulary]` are by far its largest tensor: here they are
+never there as a whole. Tokens are scored in chunks without a graph; then, in chunks again, come the losses of the kept
+ones together with the gradients of the layer and of its input.
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from hf_trim.backward.eager.sparse import DENSE_ABOVE, guard
+from hf_trim.backward.eager.tensor import Rows, RowSparseTensor
+
+
+MIN_VOCABULARY = 4096  # below, whole logits cost little
+CHUNK_ELEMENTS = 1 << 24  # of the logits of a chunk, if the layer's weight isn't far larger
+
+_METADATA = {
+    Tensor.shape.__get__, Tensor.dtype.__get__, Tensor.device.__get__, Tensor.ndim.__get__, Tensor.layout.__get__,
+    Tensor.is_cuda.__get__, Tensor.requires_grad.__get__, Tensor.grad_fn.__get__, Tensor.is_leaf.__get__,
+    Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.__len__, torch.is_tensor,
+    torch.is_floating_point, torch.numel,
+}  # fmt: skip
+_CASTS = {Tensor.float, Tensor.half, Tensor.bfloat16, Tensor.to, Tensor.type}
+_ELEMENTWISE = {
+    torch.tanh, Tensor.tanh, torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.div, Tensor.div,
+    Tensor.__truediv__, torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, torch.sub, Tensor.sub,
+    Tensor.__sub__, torch.clamp, Tensor.clamp,
+}  # fmt: skip
+_RESHAPES = {Tensor.view, Tensor.reshape, torch.reshape}
+
+
+class LMHead:
+    """
+    Tells the linear layer that computes a language model's logits.
+
+    Args:
+        module (`torch.nn.Linear`): The layer, as `model.get_output_embeddings()` returns it.
+        keep_all (`bool`): Whether all tokens will be kept: gradients then come with the scores.
+    """
+
+    def __init__(self, module: nn.Linear, keep_all: bool):
+        self.module = module
+        self.keep_all = keep_all
+
+    def computes(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+        """
+        Args:
+            input, weight, bias: Arguments of `torch.nn.functional.linear`.
+
+        Returns:
+            `bool`: Whether this call is the layer's.
+        """
+        return weight is self.module.weight and type(input) is Tensor
+
+
+def find_lm_head(model: nn.Module) -> nn.Linear | None:
+    """
+    The layer whose logits need not be there as a whole.
+
+    Args:
+        model (`torch.nn.Module`): A transformers model.
+
+    Returns:
+        `torch.nn.Linear`: The layer, if the model has one with a large vocabulary and a weight that is in one piece.
+    """
+    find = getattr(model, "get_output_embeddings", None)
+    try:
+        module = find() if find is not None else None
+    except NotImplementedError:
+        return None
+    weight = getattr(module, "weight", None)
+    if type(module) is not nn.Linear or type(weight) is not nn.Parameter or hasattr(weight, "ds_id"):
+        return None
+    return module if weight.shape[0] >= MIN_VOCABULARY else None
+
+
+class LazyLogits(Tensor):
+    """
+    Logits that are not computed yet. Operations that leave the vocabulary's dimension alone are remembered; whatever
+    else is done with it finds the ordinary tensor.
+    """
+
+    __slots__ = ("hidden", "weight", "bias", "steps", "keep_all", "whole", "options", "gradients")
+
+    @staticmethod
+    def __new__(cls, hidden: Tensor, weight: Tensor, bias: Tensor | None = None, **others):
+        dtype = torch.get_autocast_dtype(hidden.device.type) if _autocast(hidden) else hidden.dtype
+        shape = (*hidden.shape[:-1], weight.shape[0])
+        return Tensor._make_wrapper_subclass(cls, shape, dtype=others.get("dtype", dtype), device=hidden.device)
+
+    def __init__(self, hidden, weight, bias=None, *, keep_all, steps=(), dtype=None):
+        self.hidden, self.weight, self.bias, self.steps, self.keep_all = hidden, weight, bias, steps, keep_all
+        self.whole = self.gradients = self.options = None
+
+    def like(self, hidden: Tensor | None = None, step: tuple | None = None, dtype=None) -> LazyLogits:
+        """The same logits of other tokens, or after one more operation."""
+        hidden = self.hidden if hidden is None else hidden
+        steps = self.steps if step is None else (*self.steps, step)
+        dtype = self.dtype if dtype is None else dtype
+        return LazyLogits(hidden, self.weight, self.bias, keep_all=self.keep_all, steps=steps, dtype=dtype)
+
+    def materialize(self) -> Tensor:
+        """The ordinary tensor, with its graph."""
+        if self.whole is not None:
+            return self.whole
+        whole = _run(self.steps, F.linear(self.hidden, self.weight, self.bias))
+        if torch.is_grad_enabled():
+            self.whole = whole
+        return whole
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in _METADATA:
+            return super().__torch_function__(func, types, args, kwargs)
+        if args and isinstance(args[0], LazyLogits) and args[0].whole is None:
+            lazy = _remember(func, args[0], args[1:], kwargs)
+            if lazy is not None:
+                return lazy
+        args, kwargs = tree_map_only(LazyLogits, LazyLogits.materialize, (args, kwargs))
+        return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.detach.default:
+            return args[0]
+        args, kwargs = tree_map_only(LazyLogits, LazyLogits.materialize, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def __repr__(self, **kwargs):
+        return f"LazyLogits(shape={tuple(self.shape)}, dtype={self.dtype})"
+
+    def can_score(self, target: Tensor) -> bool:
+        """Whether `[N]` targets are classes of these `[N, V]` logits, none of which were computed."""
+        return self.whole is None and self.ndim == 2 and target.ndim == 1 and not target.is_floating_point()
+
+    # ---- losses ---------------------------------------------------------------------------------------------------
+
+    def score(
+        self,
+        target: Tensor,
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+        **others,
+    ) -> Tensor:
+        """
+        All losses, without a graph.
+
+        Args:
+            target (`torch.Tensor`): `[N]` classes, for logits `[N, V]`.
+            weight, ignore_index, label_smoothing: Arguments of `torch.nn.functional.cross_entropy`.
+
+        Returns:
+            `torch.Tensor`: `[N]` losses in float32 at least; zero where there is no label.
+        """
+        self.options = {"weight": weight, "ignore_index": ignore_index, "label_smoothing": label_smoothing}
+        self.options["target"] = target
+        labelled = (target != ignore_index).nonzero().flatten()
+        if self.keep_all and torch.is_grad_enabled():
+            losses, *gradients = self._compute(labelled, True)
+            self.gradients = (labelled, losses.sum(), *gradients)
+        else:
+            losses, *_ = self._compute(labelled, False)
+        return losses.new_zeros(len(target)).index_copy(0, labelled, losses)
+
+    def sum_of(
+        self, kept: Tensor, samples: Tensor | None = None, batch_size: int = 1, dense_above: float = DENSE_ABOVE
+    ) -> Tensor:
+        """
+        The sum of the losses of kept tokens, with gradients of which only theirs are computed.
+
+        Args:
+            kept (`torch.Tensor`): `[k]` indices of tokens.
+            samples (`torch.Tensor`, *optional*): `[s]` indices of the samples that they are of, for a row-sparse
+                gradient of what is before this layer.
+            batch_size (`int`, *optional*, defaults to 1): Number B of samples.
+            dense_above (`float`, *optional*, defaults to 0.8): Share of samples above which that is dense.
+
+        Returns:
+            `torch.Tensor`: A scalar.
+        """
+        kept = kept[self.options["target"][kept] != self.options["ignore_index"]]
+        if self.gradients is None or len(self.gradients[0]) != len(kept):
+            losses, *gradients = self._compute(kept, True)
+            self.gradients = (kept, losses.sum(), *gradients)
+        rows, hidden = None, self.hidden
+        if samples is not None and len(samples) <= dense_above * batch_size and hidden.grad_fn is not None:
+            rows = Rows(samples, batch_size)
+            guard([hidden.grad_fn], rows)
+        gradients, self.gradients = self.gradients, None
+        return _SumOfLosses.apply(hidden, self.weight, self.bias, gradients, rows)
+
+    @torch.no_grad()
+    def _compute(self, tokens: Tensor, with_gradients: bool):
+        """Losses of some tokens, and the gradients of their sum for their inputs, the weight and the bias."""
+        hidden, target = self.hidden.detach(), self.options["target"]
+        weight, bias = self.weight.detach(), None if self.bias is None else self.bias.detach()
+        if _autocast(hidden):
+            dtype = torch.get_autocast_dtype(hidden.device.type)
+            hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        losses = torch.zeros(len(tokens), device=hidden.device, dtype=torch.promote_types(hidden.dtype, torch.float32))
+        d_hidden = d_weight = d_bias = None
+        if with_gradients:
+            d_hidden = hidden.new_zeros(len(tokens), hidden.shape[1])
+            d_weight = torch.zeros_like(self.weight) if self.weight.requires_grad else None
+            d_bias = torch.zeros_like(self.bias) if bias is not None and self.bias.requires_grad else None
+        size = max(1, CHUNK_ELEMENTS // weight.shape[0], weight.shape[1] // 4)
+        with torch.autocast(hidden.device.type, enabled=False):
+            for start in range(0, len(tokens), size):
+                part, chunk = slice(start, start + size), tokens[start : start + size]
+                inputs = hidden.index_select(0, chunk)
+                logits = F.linear(inputs, weight, bias)
+                losses[part], d_logits = self._losses(logits, target.index_select(0, chunk), with_gradients)
+                del logits
+                if not with_gradients:
+                    continue
+                d_logits = d_logits.to(inputs.dtype)
+                torch.mm(d_logits, weight, out=d_hidden[part])
+                if d_weight is not None:
+                    if d_weight.dtype == inputs.dtype:
+                        d_weight.addmm_(d_logits.t(), inputs)
+                    else:
+                        d_weight += d_logits.t() @ inputs
+                if d_bias is not None:
+                    d_bias += d_logits.sum(0)
+        return losses, d_hidden, d_weight, d_bias
+
+    def _losses(self, logits: Tensor, target: Tensor, with_gradients: bool) -> tuple[Tensor, Tensor | None]:
+        """Losses of a chunk, and the gradient of their sum for its logits as the layer gives them."""
+        options = {**self.options, "target": target, "reduction": "none"}
+        plain = options["weight"] is None and not options["label_smoothing"]
+        if plain and all(func in _CASTS for func, *_ in self.steps):
+            scores = F.log_softmax(logits, 1, dtype=torch.promote_types(logits.dtype, torch.float32))
+            losses = -scores.gather(1, target[:, None]).squeeze(1)
+            if not with_gradients:
+                return losses, None
+            minus_one = scores.new_full((len(target), 1), -1.0)
+            return losses, scores.exp_().scatter_add_(1, target[:, None], minus_one)  # softmax minus one-hot
+        with torch.set_grad_enabled(with_gradients):
+            logits.requires_grad_(with_gradients)
+            scores = _run(self.steps, logits)
+            scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+            losses = F.cross_entropy(scores, **options)
+            return losses.detach(), torch.autograd.grad(losses.sum(), logits)[0] if with_gradients else None
+
+
+class _SumOfLosses(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, gradients, rows):
+        tokens, total, *ctx.gradients = gradients
+        ctx.tokens, ctx.rows, ctx.shape = tokens, rows, hidden.shape
+        return total.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        if ctx.gradients is None:
+            raise RuntimeError(
+                "A second backward pass through the chunked head of a language model: its gradients are gone. Use "
+                "trim_backward='dense' for such losses."
+            )
+        d_hidden, d_weight, d_bias = ctx.gradients
+        ctx.gradients = None  # they are scaled in place
+        d_hidden, *others = (None if each is None else each.mul_(grad) for each in (d_hidden, d_weight, d_bias))
+        if ctx.needs_input_grad[0]:
+            d_hidden = _place(d_hidden, ctx.tokens, ctx.rows, ctx.shape)
+        return d_hidden, *others, None, None
+
+
+def _place(values: Tensor, tokens: Tensor, rows: Rows | None, shape: torch.Size) -> Tensor:
+    """`[k, H]` gradients of some tokens as that of all `[N, H]`, row-sparse where whole samples are kept."""
+    if rows is None or torch.is_anomaly_enabled():
+        return values.new_zeros(shape).index_copy(0, tokens, values)
+    length = shape[0] // rows.batch
+    # From a token's place in the batch to its place among the kept samples.
+    at = torch.searchsorted(rows.index, tokens // length) * length + tokens % length
+    payload = values.new_zeros(rows.count * length, shape[1]).index_copy(0, at, values)
+    rows.task = torch._C._current_graph_task_id()
+    return RowSparseTensor(payload, rows, 0, 1, length)
+
+
+def _autocast(tensor: Tensor) -> bool:
+    return torch.is_autocast_enabled(tensor.device.type) and tensor.dtype != torch.float64
+
+
+def _run(steps: tuple, logits: Tensor) -> Tensor:
+    for func, args, kwargs in steps:
+        logits = func(logits, *args, **kwargs)
+    return logits
+
+
+def _remember(func, lazy: LazyLogits, args: tuple, kwargs: dict) -> LazyLogits | None:
+    """The logits after an operation that need not be run now; `None` if it must be."""
+    vocabulary = lazy.shape[-1]
+    if func is Tensor.contiguous:
+        return lazy
+    if func in _RESHAPES and not kwargs:
+        rows = list(args[0] if isinstance(args[0], (tuple, list)) else args)
+        last = rows.pop()
+        if -1 in rows and last == vocabulary or prod(rows) * vocabulary == lazy.numel():
+            return lazy.like(lazy.hidden.reshape(*rows, lazy.hidden.shape[-1]))
+        return None
+    if func is Tensor.flatten and len(args) == 2 and args[1] in (-2, lazy.ndim - 2):
+        return lazy.like(lazy.hidden.flatten(*args))
+    if func is Tensor.__getitem__:
+        index = list(args[0]) if isinstance(args[0], tuple) else [args[0]]
+        if not all(each is Ellipsis or isinstance(each, (int, slice)) for each in index):
+            return None
+        given = [each for each in index if each is not Ellipsis]
+        at = index.index(Ellipsis) if Ellipsis in index else len(index)
+        index[at : at + 1] = [slice(None)] * (lazy.ndim - len(given))
+        return lazy.like(lazy.hidden[tuple(index)]) if index[-1] == slice(None) else None
+    others = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)]
+    if func in _CASTS:
+        if others:
+            return None
+        dtype = func(torch.empty(0, dtype=lazy.dtype), *args, **kwargs).dtype
+        return lazy.like(step=(func, args, kwargs), dtype=dtype)
+    if func in _ELEMENTWISE and all(
+        not isinstance(each, LazyLogits)
+        and not each.requires_grad
+        and each.numel() in (1, each.shape[-1])
+        and each.ndim <= lazy.ndim
+        for each in others
+    ):
+        # Broadcast over tokens: chunks have one dimension for these.
+        args = tree_map_only(Tensor, lambda each: each.flatten() if each.numel() > 1 else each.reshape(()), args)
+        return lazy.like(step=(func, args, kwargs))
+    return None

@@ -1,0 +1,56 @@
+"""Models of many families, compiled: gradients on the kept rows equal the dense ones of the same graph."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers as tf
+
+from tests.backward.test_sparse_models import TIMM_MODELS, TRANSFORMERS, build, sequence_losses
+from tests.support.compiled import check, small
+
+
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
+
+
+@pytest.mark.parametrize("name", [*TRANSFORMERS, *TIMM_MODELS])
+def test_models(name, runs):
+    check(small(name), runs)
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_eager_attention(name, runs):
+    check(small(name, "eager"), runs)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_causal_language_models_with_tied_embeddings(name, runs):
+    check(small(name, head=tf.AutoModelForCausalLM, tie_word_embeddings=True), runs, sequence_losses)
+
+
+def test_autocast(runs):
+    check(small("bert"), runs, autocast=torch.bfloat16, tolerance=2e-2)
+
+
+def test_lora(runs):
+    import peft
+
+    config = peft.LoraConfig(r=2, lora_dropout=0.1, target_modules="all-linear", init_lora_weights=False)
+    check(
+        peft.get_peft_model(build(TRANSFORMERS["llama"], head=tf.AutoModelForCausalLM), config), runs, sequence_losses
+    )
+
+
+def test_frozen_layers(runs):
+    model = build(TRANSFORMERS["vit"])
+    for key, parameter in model.named_parameters():
+        parameter.requires_grad = "embeddings" not in key and ".0." not in key
+    check(model, runs)
+
+
+def test_loss_in_the_graph(runs):
+    """The model's own loss is computed, and goes unused: no gradient comes from it."""
+
+    def losses(call, inputs, labels):
+        return F.cross_entropy(call(**inputs, labels=labels).logits, labels, reduction="none")
+
+    check(small("bert"), runs, losses)

@@ -1,0 +1,111 @@
+"""Tables and plots from records alone."""
+
+import csv
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+
+from hf_trim.report.__main__ import (
+    find_records,
+    group,
+    main,
+    markdown_table,
+    overview_rows,
+    paired_interval,
+    summarize,
+    table_rows,
+)
+from hf_trim.run.records import read_records, write_json
+from tests.support.helpers import record
+
+
+PLAIN, TRIMMED = [5.0, 6.0, 7.5], [4.0, 6.5, 6.0]
+README = Path(__file__).parents[2] / "README.md"
+RESULTS = README.parent / "recipes" / "results"
+
+
+def three_seeds(**arguments):
+    records = [record("plain", seed, error, **arguments) for seed, error in enumerate(PLAIN)]
+    return records + [record("trimmed", seed, error, 8.0, **arguments) for seed, error in enumerate(TRIMMED)]
+
+
+def test_summary():
+    ours = summarize(three_seeds())[1]
+    assert (ours.arm, ours.runs, ours.speedup, ours.wins) == ("trimmed", 3, pytest.approx(1.25), 2)
+    assert ours.mean == pytest.approx(5.5) and ours.sd == pytest.approx(math.sqrt(1.75))
+    assert ours.difference == pytest.approx(sum(TRIMMED) / 3 - sum(PLAIN) / 3)
+    low, high = ours.interval
+    assert -1.5 <= low < ours.difference < high <= 0.5  # between the extremes of the three differences
+    assert paired_interval([1.0]) is None
+    assert paired_interval([1.0, 2.0, 4.0]) == paired_interval([1.0, 2.0, 4.0])
+    assert table_rows(three_seeds()[:1])[1] == [["plain", "1", "5.00", "–", "–", "10.0 s", "–"]]
+
+
+def test_a_clock_that_was_disturbed_gives_no_times():
+    records = [{**each, "train_seconds": None if each["seed"] == 1 else 9.0} for each in three_seeds()]
+    assert [row[-2:] for row in table_rows(records)[1]] == [["–", "–"], ["–", "–"]]
+    assert [row[2:5] for row in table_rows(records)[1]] == [row[2:5] for row in table_rows(three_seeds())[1]]
+
+
+def test_the_papers_numbers_stand_beside_ours():
+    records = three_seeds(recipe="cifar10-densenet121")
+    rows = table_rows(records)[1]
+    assert rows[1] == ["plain (paper)", "10", "10.10", "–", "–", "–", "–"]
+    assert rows[3] == ["trimmed (paper)", "10", "10.19", "+0.09", "–", "–", "–"]
+    head, (ours, paper) = overview_rows(group(records))
+    assert ours[:6] == ["cifar10-densenet121", "3", rows[0][2], rows[2][2], "–", rows[2][3]]
+    assert paper == ["cifar10-densenet121 (paper)", "10", "10.10", "10.19", "–", "+0.09", "–"]
+
+
+def test_report_of_many_runs(tmp_path, capsys):
+    for name, settings in (("a", {"trim_end": 0.2}), ("b", {"trim_end": 0.5})):
+        for each in three_seeds(num_train_epochs=2, **settings):
+            write_json(tmp_path / "runs" / name / "records" / f"{each['arm']}-seed{each['seed']}.json", each)
+    write_json(tmp_path / "other.json", three_seeds(recipe="other"))
+    arguments = [str(tmp_path / "runs"), str(tmp_path / "other.json"), "--output"]
+    assert main([*arguments, str(tmp_path / "report")]) == 0
+    printed = capsys.readouterr().out
+    assert all(title in printed for title in ("All", "other", "tiny, trim_end 0.2", "tiny, trim_end 0.5", "2 of 3"))
+    report = {path.name: path.read_bytes() for path in (tmp_path / "report").iterdir()}
+    assert set(report) == {"report.md", "report.csv", "records.json", "other.png", "tiny__trim_end_0.2.png",
+                           "tiny__trim_end_0.5.png"}  # fmt: skip
+    rows = list(csv.DictReader(report["report.csv"].decode().splitlines()))
+    assert [(row["runs of"], row["arm"]) for row in rows][:2] == [("other", "plain"), ("other", "trimmed")]
+    assert float(rows[1]["mean"]) == 5.5
+    assert report["report.md"].decode().startswith("## All\n\n| runs of | seeds | plain, test error % |")
+    assert report["report.md"].decode().count("\n| tiny, trim_end 0.5 | 3 | 6.17 ± 1.26 | 5.50 ± 1.32 | – |") == 1
+    # Made again of what it wrote, it is the same, byte for byte.
+    assert main([str(tmp_path / "report" / "records.json"), "--output", str(tmp_path / "again")]) == 0
+    assert {path.name: path.read_bytes() for path in (tmp_path / "again").iterdir()} == report
+
+
+def test_records_are_found_once_and_broken_ones_named(tmp_path, capsys):
+    write_json(tmp_path / "a.json", three_seeds())
+    write_json(tmp_path / "b.json", three_seeds()[:2])
+    assert len(find_records([str(tmp_path)])) == 6
+    assert main([str(tmp_path / "nowhere")]) == 2
+    assert "there is no file or folder" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    assert main([str(tmp_path / "empty")]) == 2
+    assert "no records in" in capsys.readouterr().err
+    (tmp_path / "b.json").write_text(json.dumps([{"arm": "plain"}]))
+    assert main([str(tmp_path)]) == 2
+    assert "b.json is no record of a finished run" in capsys.readouterr().err
+
+
+def tables_of_readme():
+    """The tables that stand in README behind a marker: file of results, title, table."""
+    marker = r"<!-- report: (\S+) \| (.+?) -->\n\n((?:\|.*\n)+)"
+    return re.findall(marker, README.read_text(encoding="utf-8"))
+
+
+def test_readme_has_the_tables_of_the_committed_records():
+    tables = tables_of_readme()
+    assert {name for name, _, _ in tables} == {path.name for path in RESULTS.glob("*.json")}
+    for name, title, table in tables:
+        groups = group(read_records(RESULTS / name))
+        rows = overview_rows(groups) if title == "all" else table_rows(groups[title])
+        assert markdown_table(*rows) == table, (name, title)

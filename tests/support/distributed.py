@@ -1,0 +1,101 @@
+"""Trains some heads in each process: `python -m torch.distributed.run ... -m tests.support.distributed FOLDER`."""
+
+import gc
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from hf_trim import TrimmingTrainer
+from hf_trim.processes import leave_process_group
+from tests.support.helpers import train, weights
+from tests.trainer.test_heads import HEADS, make
+
+
+TRAININGS = {
+    "llama": {}, "gpt2": {}, "bart": {}, "question-answering": {}, "token-classification": {},
+    "next-sentence": {"trim_backward": "replay"}, "mixtral": {}, "masked-lm": {"trim_unit": "sample"},
+}  # fmt: skip
+
+
+class InOrder(TrimmingTrainer):
+    """Takes the data in order: mini-batch i goes to process i modulo their number."""
+
+    def _get_train_sampler(self, *args):
+        return torch.utils.data.SequentialSampler(self.train_dataset)
+
+
+def run(head: str, folder: Path, processes: int, keep: float):
+    """Two processes take turns at the mini-batches that one accumulates."""
+    arguments = {"trim_start": keep, "trim_end": min(keep, 0.3), **TRAININGS[head]}
+    if keep == 1:
+        arguments["max_steps"] = 1
+    return finish(head, 16, folder, 4, gradient_accumulation_steps=2 // processes, num_train_epochs=1, **arguments)
+
+
+# Of the choice among all processes: head, processes, samples, samples of a process's mini-batch, what else.
+GLOBAL = {
+    "tokens, accumulated": ("llama", 2, 16, 4, {"gradient_accumulation_steps": 2}),
+    "tokens of texts": ("masked-lm", 2, 16, 4, {"trim_unit": "sample"}),
+    "labels": ("token-classification", 2, 16, 4, {}),
+    "samples": ("question-answering", 2, 16, 4, {"gradient_accumulation_steps": 2}),
+    "random": ("question-answering", 2, 16, 4, {"trim_select": "random"}),
+    "replay": ("next-sentence", 2, 16, 4, {"trim_backward": "replay"}),
+    "compiled": (
+        "decoder-classification", 2, 16, 4,
+        {"torch_compile": True, "torch_compile_backend": "aot_eager", "trim_backward": "sparse", "trim_strict": True},
+    ),
+    "one process keeps nothing": ("next-sentence", 2, 16, 4, {"trim_start": 0.1, "trim_end": 0.1}),
+    "replay, one process keeps nothing": (
+        "next-sentence", 2, 16, 4, {"trim_start": 0.1, "trim_end": 0.1, "trim_backward": "replay"}
+    ),
+    "fewer mini-batches in one": (
+        "question-answering", 2, 12, 4,
+        {"gradient_accumulation_steps": 2, "accelerator_config": {"even_batches": False}},
+    ),
+    "random, fewer mini-batches in one": (
+        "question-answering", 2, 12, 4,
+        {"gradient_accumulation_steps": 2, "accelerator_config": {"even_batches": False}, "trim_select": "random"},
+    ),
+    "three processes, the last one with less": (
+        "llama", 3, 16, 2, {"gradient_accumulation_steps": 3, "accelerator_config": {"even_batches": False}}
+    ),
+    "three processes, filled up": ("question-answering", 3, 16, 2, {}),
+}  # fmt: skip
+
+
+def run_global(case: str, folder: Path, processes: int):
+    """The processes take parts of the mini-batches that one takes as a whole."""
+    head, planned, samples, size, more = GLOBAL[case]
+    if processes == 1:
+        samples = samples + 2 if case == "three processes, filled up" else samples  # with its first ones, again
+        size = size * planned
+    arguments = {"trim_start": 0.6, "trim_end": 0.3, "num_train_epochs": 2, **more}
+    return finish(head, samples, folder, size, trim_scope="global", **arguments)
+
+
+def finish(head: str, samples: int, folder: Path, size: int, **arguments):
+    rows = HEADS[head][1]()
+    rows = [rows[i % 16] for i in range(samples)]
+    trainer = train(make(head), rows, folder, trainer_cls=InOrder, per_device_train_batch_size=size, **arguments)
+    return trainer.losses, weights(trainer.accelerator.unwrap_model(trainer.model))
+
+
+def write(folder: Path, name: str, losses: list, found: torch.Tensor):
+    if os.environ["RANK"] == "0":
+        torch.save(found, folder / f"{name}.pt")
+        (folder / f"{name}.json").write_text(json.dumps(losses))
+
+
+if __name__ == "__main__":
+    gc.freeze()  # as in conftest.py
+    folder, processes = Path(sys.argv[1]), int(os.environ["WORLD_SIZE"])
+    for head in TRAININGS if processes == 2 else ():
+        for keep in (0.3, 1.0):
+            write(folder, f"{head}-{keep}", *run(head, folder, processes, keep))
+    for case in GLOBAL:
+        if GLOBAL[case][1] == processes:
+            write(folder, case, *run_global(case, folder, processes))
+    leave_process_group()
