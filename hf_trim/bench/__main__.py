@@ -36,7 +36,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from hf_trim.backward.compiled.graph import let_batch_size_vary
+from hf_trim.backward.compiled.graph import mark_batch_dynamic
 from hf_trim.backward.eager.sparse import fallback_report, reset_fallbacks
 from hf_trim.backward.replay import rows_of
 from hf_trim.bench.trainer import overhead, time_selection, time_trainers
@@ -375,7 +375,7 @@ class Steps:
         inputs = dict(self.batch) if kept is None else rows_of(self.batch, kept, self.size)
         labels = inputs.pop("labels")
         if compiled:
-            let_batch_size_vary(inputs, len(labels))
+            mark_batch_dynamic(inputs, len(labels))
         model = self.compiled if compiled else self.model
         return F.cross_entropy(model(**inputs).logits.float(), labels, reduction="none")
 

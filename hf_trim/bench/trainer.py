@@ -12,7 +12,7 @@ from torch import nn
 from transformers import Trainer
 
 from hf_trim.trainer.arguments import TrimmingArguments
-from hf_trim.trainer.batch import Peers
+from hf_trim.trainer.batch import ProcessGroup
 from hf_trim.trainer.selection import select_items
 from hf_trim.trainer.trainer import TrimmingTrainer
 
@@ -45,7 +45,9 @@ def time_trainers(model: nn.Module, batch: dict, repeats: int, use_cpu: bool, bf
         [`~hf_trim.TrimmingTrainer`] with p = 1.
     """
     with tempfile.TemporaryDirectory() as folder:
-        args = TrimmingArguments(folder, trim_end=0.5, use_cpu=use_cpu, bf16=bf16, report_to="none", disable_tqdm=True)
+        args = TrimmingArguments(
+            folder, trim_keep_end=0.5, use_cpu=use_cpu, bf16=bf16, report_to="none", disable_tqdm=True
+        )
         trainers = {"plain": Trainer(model, args), "trimming": TrimmingTrainer(model, args)}
         for trainer in trainers.values():
             trainer.current_gradient_accumulation_steps = 1
@@ -99,11 +101,11 @@ def time_selection(items: int, repeats: int, keep: float = 0.5) -> dict[str, flo
     scores = torch.rand(items, device=state.device)
 
     def choose_among_all() -> None:
-        peers = Peers(lambda values: gather(values[None]), state.process_index)
-        peers.sum([scores.sum()])
-        everything, _ = peers.union(scores)
+        process_group = ProcessGroup(lambda values: gather(values[None]), state.process_index)
+        process_group.sum([scores.sum()])
+        everything, _ = process_group.union(scores)
         select_items(everything, keep)
-        peers.sum([scores.sum()] * 3)
+        process_group.sum([scores.sum()] * 3)
 
     seconds: dict[str, list[float]] = {"local": [], "global": []}
     for number in range(repeats + 2):

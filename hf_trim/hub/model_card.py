@@ -20,7 +20,7 @@ CALLS = {
     "token-classification": 'pipe("A text of the kind it was trained on.")',
     "fill-mask": 'pipe(f"A {pipe.tokenizer.mask_token}.")',
 }
-CURVES = ("epoch", "loss", "full_loss", "eval_loss", "trim_fraction")
+CURVES = ("epoch", "loss", "full_loss", "eval_loss", "keep_fraction")
 SPEEDS = ("runtime", "samples_per_second", "steps_per_second")
 SELECTED = {
     "hardest": "only the fraction p with the highest loss counts",
@@ -90,7 +90,9 @@ def describe(
         "dataset_config": next(iter(_listed(dataset_args)), None),
         "split": "the evaluation data",
         "metrics": {key: value for key, value in metrics.items() if key not in (*SPEEDS, "epoch", "step")},
-        "trim": {key: getattr(trim, key) for key in ("trim_start", "trim_end", "trim_schedule", "trim_select")},
+        "trim": {
+            key: getattr(trim, key) for key in ("trim_keep_start", "trim_keep_end", "trim_schedule", "trim_select")
+        },
         "epochs": trainer.state.epoch,
         "history": [log for log in history if len(log) > 1],
         "hyperparameters": {key: str(value) for key, value in extract_hyperparameters_from_trainer(trainer).items()},
@@ -126,8 +128,8 @@ def render(facts: dict, repo: str, folder: Path | None = None) -> ModelCard:
     of = " and ".join(facts["dataset_names"]) or "data that are not named"
     origin = f"fine-tuned from `{facts['base_model']}`" if facts["base_model"] else "trained from scratch"
     what = facts["architecture"] or facts["model_class"]
-    begin, end = trim["trim_start"], trim["trim_end"]
-    fractions = [(log["epoch"], round(log["trim_fraction"], 3)) for log in history if "trim_fraction" in log]
+    begin, end = trim["trim_keep_start"], trim["trim_keep_end"]
+    fractions = [(log["epoch"], round(log["keep_fraction"], 3)) for log in history if "keep_fraction" in log]
     falls = f"p fell from {begin} to {end} by {trim['trim_schedule']}, over {facts['epochs']:g} epochs"
     seconds, evaluated = facts["train_seconds"], "with" if facts["includes_evaluation"] else "without"
     limits = [
@@ -261,7 +263,7 @@ def plot_curves(facts: dict, path: Path) -> None:
         points = [(log["epoch"], log[key]) for log in facts["history"] if key in log]
         if points:
             losses.plot(*zip(*points, strict=True), label=label)
-    steps = [(log["epoch"], log["trim_fraction"]) for log in facts["history"] if "trim_fraction" in log]
+    steps = [(log["epoch"], log["keep_fraction"]) for log in facts["history"] if "keep_fraction" in log]
     if steps:
         fractions = losses.twinx()
         fractions.plot(*zip(*steps, strict=True), color="black", ls=":", drawstyle="steps-pre")

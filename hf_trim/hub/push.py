@@ -149,7 +149,7 @@ class PushMixin:
             [`PushError`]: If the Hub refuses it. If it can't be reached, training goes on, and the end of it tries
                 again.
         """
-        self.push_in_progress, self._told_jobs = None, []
+        self.push_in_progress, self._reported_jobs = None, []
         try:
             with push_errors(self._repo_name(), token or self.args.hub_token):
                 super().init_hf_repo(token=token, private=private)
@@ -217,9 +217,9 @@ class PushMixin:
     def _tell_failures(self) -> None:
         """Say which of the pushes in the background failed; their content comes with the next."""
         for job in getattr(getattr(self, "push_in_progress", None), "jobs", []):
-            if job.done() and job not in self._told_jobs and isinstance(job.exception(), HUB_ERRORS):
+            if job.done() and job not in self._reported_jobs and isinstance(job.exception(), HUB_ERRORS):
                 logger.warning("A checkpoint: %s", explain(job.exception(), self._repo_name()))
-                self._told_jobs.append(job)
+                self._reported_jobs.append(job)
 
 
 def push_folder(folder: Path, facts: dict, args: TrainingArguments) -> str:

@@ -249,7 +249,7 @@ def plot(records: list[dict], path: Path, title: str) -> None:
         axes.set(xlabel=label, ylabel=TITLES[metric], yscale="log")
         axes.grid(alpha=0.3, which="both")
     steps = [
-        (h["epoch"], h["trim_fraction"]) for r in by_arm["trimmed"][:1] for h in r["history"] if "trim_fraction" in h
+        (h["epoch"], h["keep_fraction"]) for r in by_arm["trimmed"][:1] for h in r["history"] if "keep_fraction" in h
     ]
     if steps:
         fractions = epochs.twinx()

@@ -82,7 +82,7 @@ def make_record(recipe: str, arm: str, seed: int, settings: dict, metrics: dict,
     seconds = 0.0
     for log in log_history:
         names = {f"eval_{metric}": f"test_{metric}", "eval_loss": "test_loss", "loss": "loss",
-                 "full_loss": "full_loss", "trim_fraction": "trim_fraction"}  # fmt: skip
+                 "full_loss": "full_loss", "keep_fraction": "keep_fraction"}  # fmt: skip
         found = {ours: log[name] for name, ours in names.items() if name in log}
         if "train_seconds" in log:
             seconds += log["train_seconds"]

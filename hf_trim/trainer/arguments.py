@@ -20,9 +20,9 @@ class TrimmingConfig:
     What is trimmed, how far, and how the backward pass is run; checked when it is made.
 
     Args:
-        trim_start (`float`, *optional*, defaults to 1.0):
+        trim_keep_start (`float`, *optional*, defaults to 1.0):
             Fraction p of each mini-batch that is kept in the first epoch (or step).
-        trim_end (`float`, *optional*, defaults to 0.2):
+        trim_keep_end (`float`, *optional*, defaults to 0.2):
             Fraction kept in the last epoch (or step); p falls linearly in between.
         trim_schedule (`str`, *optional*, defaults to `"epoch"`):
             Whether p falls by `"epoch"` (the paper) or by optimizer `"step"`. With one epoch, or where `max_steps`
@@ -51,10 +51,10 @@ class TrimmingConfig:
             micro-batches of all devices together (`"global"`), which one device would have as a whole.
     """
 
-    trim_start: float = field(
+    trim_keep_start: float = field(
         default=1.0, metadata={"help": "Fraction of each mini-batch that is kept in the first epoch (or step)."}
     )
-    trim_end: float = field(
+    trim_keep_end: float = field(
         default=0.2, metadata={"help": "Fraction that is kept in the last epoch (or step); linear in between."}
     )
     trim_schedule: str = field(
@@ -110,14 +110,15 @@ class TrimmingConfig:
     )
 
     def __post_init__(self):
-        for name in ("trim_start", "trim_end"):
+        for name in ("trim_keep_start", "trim_keep_end"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
                 raise ValueError(f"{name} must be a fraction in (0, 1], and is {value!r}: 0.2 keeps a fifth.")
-        if self.trim_end > self.trim_start:
+        if self.trim_keep_end > self.trim_keep_start:
             raise ValueError(
-                f"trim_end ({self.trim_end}) must not be above trim_start ({self.trim_start}): the kept fraction "
-                "falls during training. Swap the two, or set both to the same value for a constant fraction."
+                f"trim_keep_end ({self.trim_keep_end}) must not be above trim_keep_start ({self.trim_keep_start}): "
+                "the kept fraction falls during training. Swap the two, or set both to the same value for a "
+                "constant fraction."
             )
         check_choice("trim_schedule", self.trim_schedule, SCHEDULE_CHOICES)
         check_choice("trim_select", self.trim_select, SELECT_CHOICES)
@@ -136,7 +137,7 @@ class TrimmingConfig:
     @property
     def trims(self) -> bool:
         """Whether anything is ever left out; if not, training is plain training."""
-        return self.trim_select != "none" and (self.trim_start < 1 or self.trim_end < 1)
+        return self.trim_select != "none" and (self.trim_keep_start < 1 or self.trim_keep_end < 1)
 
 
 @dataclass
@@ -145,6 +146,6 @@ class TrimmingArguments(TrimmingConfig, TrainingArguments):
     [`~transformers.TrainingArguments`] with the fields of [`TrimmingConfig`].
 
     ```python
-    args = TrimmingArguments("out", num_train_epochs=10, trim_end=0.2)
+    args = TrimmingArguments("out", num_train_epochs=10, trim_keep_end=0.2)
     ```
     """

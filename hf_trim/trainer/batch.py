@@ -52,7 +52,7 @@ class Selection:
 
 
 @dataclass
-class Peers:
+class ProcessGroup:
     """
     The processes among whose items together the hardest are chosen (`trim_scope="global"`).
 
@@ -86,7 +86,7 @@ class Peers:
         found = self.gather(torch.nn.functional.pad(scores, (0, max(sizes) - len(scores))))
         return torch.cat([each[:size] for each, size in zip(found, sizes, strict=True)]), sum(sizes[: self.rank])
 
-    def stand_by(self, num_calls: int, like: Tensor) -> None:
+    def join_without_items(self, num_calls: int, like: Tensor) -> None:
         """
         Take part in a selection without an item: other processes have a mini-batch more than this one.
 
@@ -119,7 +119,7 @@ class TrimmedBatch:
         num_items (`torch.Tensor` or `int`, *optional*): Number of labels that the model divides by, if it does.
         mean_scale (`float`, *optional*, defaults to 1.0): Factor of losses that are means.
         labels (`torch.Tensor`, *optional*): `[B, ...]` labels, to make sure which losses are which sample's.
-        peers ([`Peers`], *optional*): Without, the hardest are chosen among the items of this process.
+        process_group ([`ProcessGroup`], *optional*): Without, the hardest are chosen among the items of this process.
     """
 
     config: TrimmingConfig
@@ -132,7 +132,7 @@ class TrimmedBatch:
     num_items: Tensor | int | None = None
     mean_scale: float = 1.0
     labels: Tensor | None = None
-    peers: Peers | None = None
+    process_group: ProcessGroup | None = None
 
     def __post_init__(self):
         self.samples: Tensor | None = None  # `[k]` kept ones, once they are chosen, where items are samples
@@ -202,37 +202,37 @@ class TrimmedBatch:
         """Whether an item is what the loss function has a value for."""
         return call.losses.numel() == self.batch_size or self.config.trim_unit != "sample"
 
-    def stand_by(self) -> None:
-        """Take part in the selection of another process that has a mini-batch more than this one; needs `peers`."""
+    def join_without_items(self) -> None:
+        """Take part in the selection of a process that has one mini-batch more; needs `process_group`."""
         for selection in self._selections:
-            self.peers.stand_by(len(selection.counts), selection.counts[0])
+            self.process_group.join_without_items(len(selection.counts), selection.counts[0])
 
     def _select(self, group) -> Selection:
-        """Choose among the items of some losses, of all processes if there are peers."""
+        """Choose among the items of some losses, of all processes if there are process_group."""
         calls = [call for call, _ in group]
         total, samples = calls[0].losses.numel(), self._by_samples(calls[0])
         share = self.share(calls[0], total != self.batch_size)
         counts = [call.counts.where(call.finite, 0).sum() for call in calls]
-        if self.peers is not None:
-            counts = self.peers.sum(counts)
+        if self.process_group is not None:
+            counts = self.process_group.sum(counts)
         scores, labelled, finite = self._scores(group, counts, samples)
         valid = labelled & finite
         own, start = len(scores), 0
-        if self.peers is not None:
-            scores, start = self.peers.union(scores.where(valid, -torch.inf))
+        if self.process_group is not None:
+            scores, start = self.process_group.union(scores.where(valid, -torch.inf))
             valid = scores > -torch.inf
         chosen = select_items(scores, self.keep, valid=valid, select=self.config.trim_select, generator=self.generator)
         self._log(scores, valid, chosen)
-        kept = chosen if self.peers is None else chosen[(chosen >= start) & (chosen < start + own)] - start
+        kept = chosen if self.process_group is None else chosen[(chosen >= start) & (chosen < start + own)] - start
         if samples:
             self.samples = kept
         size = total // own
         elements = kept if size == 1 else (kept[:, None] * size + torch.arange(size, device=kept.device)).flatten()
         kept_counts = [call.counts[elements].sum() for call in calls]
         dropped, num_labelled = self.dropped, labelled.sum()
-        if self.peers is not None:
+        if self.process_group is not None:
             more = [num_labelled.to(scores), scores.new_tensor(float(dropped))]
-            *kept_counts, num_labelled, dropped = self.peers.sum([*kept_counts, *more])
+            *kept_counts, num_labelled, dropped = self.process_group.sum([*kept_counts, *more])
         if dropped and chosen.numel():  # the others stand in for what is missing, as they do in a mean
             planned = num_kept(self.keep, int(num_labelled))
             share = replace(share, items_per_kept=share.items_per_kept * planned / len(chosen))

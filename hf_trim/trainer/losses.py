@@ -107,7 +107,7 @@ class LossCalls(TorchFunctionMode):
         head ([`~hf_trim.trainer.lm_head.LMHead`], *optional*): The layer whose logits are computed for the
             kept items only.
         body (`torch.nn.Module`, *optional*): The model without its head.
-        rest_in_body (`bool`, *optional*, defaults to `False`): Whether it is known to call no loss function. Then it
+        skip_body (`bool`, *optional*, defaults to `False`): Whether it is known to call no loss function. Then it
             is left alone: to look at each of its functions takes some microseconds.
     """
 
@@ -116,14 +116,14 @@ class LossCalls(TorchFunctionMode):
         batch_size: int,
         head: LMHead | None = None,
         body: nn.Module | None = None,
-        rest_in_body: bool = False,
+        skip_body: bool = False,
     ):
         super().__init__()
         self.batch_size = batch_size
         self.head = head
         self.calls: list[LossCall] = []
         self.called_in_body = False
-        self._body, self._rest, self._in_body, self._hooks = body, rest_in_body, False, []
+        self._body, self._rest, self._in_body, self._hooks = body, skip_body, False, []
 
     def __enter__(self):
         if self._body is not None:

@@ -14,12 +14,18 @@ from transformers.trainer_pt_utils import find_batch_size
 from transformers.trainer_utils import unwrap_peft_model
 
 from hf_trim.backward.choice import choose_backward, is_compiled
-from hf_trim.backward.compiled.graph import CUDA_GRAPHS, REFUSED, graphs_at_hand, let_batch_size_vary, uses_cuda_graphs
+from hf_trim.backward.compiled.graph import (
+    CUDA_GRAPHS,
+    REFUSED_GRAPHS,
+    keep_backward_graphs,
+    mark_batch_dynamic,
+    uses_cuda_graphs,
+)
 from hf_trim.backward.eager.sparse import checked, fallback_report, reset_fallbacks, strict
 from hf_trim.backward.replay import rows_of, scoring
 from hf_trim.hub.push import PushMixin
 from hf_trim.trainer.arguments import TrimmingConfig
-from hf_trim.trainer.batch import Peers, StepShare, TrimmedBatch, step_share
+from hf_trim.trainer.batch import ProcessGroup, StepShare, TrimmedBatch, step_share
 from hf_trim.trainer.checkpoints import load_converted_weights
 from hf_trim.trainer.heads import HOW_TO_PASS_A_LOSS, item_unit
 from hf_trim.trainer.lm_head import LMHead, find_lm_head
@@ -29,7 +35,7 @@ from hf_trim.trainer.selection import num_kept
 
 
 logger = logging.getLogger(__name__)
-LOGGED = ("trim_fraction", "kept_fraction", "trim_threshold", "full_loss")
+LOGGED = ("keep_fraction", "kept_fraction", "trim_threshold", "full_loss")
 
 
 class TrimmingMixin(PushMixin):
@@ -70,8 +76,8 @@ class TrimmingMixin(PushMixin):
         self._step_position = 0
         self._step_counts: dict[Any, list[int]] = {}
         self._missing_batches = 0  # mini-batches of this step that other processes have more than this one
-        self._told = set()
-        self._body_rests = False  # until a forward pass has shown that the model's body calls no loss function
+        self._warned = set()
+        self._skip_body = False  # until a forward pass has shown that the model's body calls no loss function
         reset_fallbacks()
         self._logged_sums = torch.zeros(len(LOGGED) + 1, dtype=torch.float64)
 
@@ -142,14 +148,14 @@ class TrimmingMixin(PushMixin):
     # ---- state ----------------------------------------------------------------------------------------------------
 
     @property
-    def trim_fraction(self) -> float:
+    def keep_fraction(self) -> float:
         """The fraction p of the next mini-batch that is kept."""
         if not self.trim.trims:
             return 1.0
         args, state = self.args, self.state
         return keep_fraction(
-            self.trim.trim_start,
-            self.trim.trim_end,
+            self.trim.trim_keep_start,
+            self.trim.trim_keep_end,
             schedule_unit(self.trim.trim_schedule, args.num_train_epochs, args.max_steps),
             epoch=state.epoch or 0.0,
             num_epochs=args.num_train_epochs,
@@ -198,7 +204,7 @@ class TrimmingMixin(PushMixin):
                 f"The batch has no 'labels', only {sorted(inputs)}: TrimmingTrainer ranks samples by their loss. Name "
                 "the label column 'labels', or let the data collator do so."
             )
-        keep = self.trim_fraction
+        keep = self.keep_fraction
         size, labels = self._labels_of(inputs)
         has_graphs = is_compiled(model)
         compiled = self._user_loss is None and has_graphs
@@ -206,7 +212,7 @@ class TrimmingMixin(PushMixin):
         on_rows = has_graphs and self.trim.trim_backward in ("auto", "sparse")
         backward = self._backward_mode(model, labels, keep, head is not None, on_rows)
         if on_rows:
-            let_batch_size_vary(inputs, size)
+            mark_batch_dynamic(inputs, size)
         # Gradients are averaged over the processes, while means are over the items of all of them; `Trainer` allows
         # for that where it believes that the model divides by the number of labels.
         processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
@@ -222,14 +228,14 @@ class TrimmingMixin(PushMixin):
             num_items=num_items_in_batch,
             mean_scale=1.0 if counted else float(processes),
             labels=labels.get("shift_labels", labels.get("labels")),
-            peers=self._peers(keep),
+            process_group=self._process_group(keep),
         )
         try:
             if backward == "replay":
                 with scoring(model):
                     self._run(model, inputs, None, compiled, True, num_items_in_batch)
                 inputs = rows_of(inputs, self._batch.begin_replay(), size)
-            with graphs_at_hand() if on_rows else nullcontext():
+            with keep_backward_graphs() if on_rows else nullcontext():
                 loss, outputs = self._run(model, inputs, head, compiled, return_outputs, num_items_in_batch)
             if not self._batch.is_done:
                 raise ValueError(
@@ -239,7 +245,7 @@ class TrimmingMixin(PushMixin):
             self._record(keep, self._batch)
             if self._step_position + 1 >= len(self._step_batches):
                 for _ in range(self._missing_batches):
-                    self._batch.stand_by()
+                    self._batch.join_without_items()
                 self._missing_batches = 0
         finally:
             self._batch = None
@@ -254,13 +260,13 @@ class TrimmingMixin(PushMixin):
         inner = self._unwrapped()
         body = getattr(self._inner_model(), "base_model", None)
         body = body if isinstance(body, nn.Module) and body is not self._inner_model() else None
-        with LossCalls(self._batch.batch_size, head, body, self._body_rests) as losses:
+        with LossCalls(self._batch.batch_size, head, body, self._skip_body) as losses:
             hook = inner.register_forward_hook(lambda *given: self._trim_outputs(given[-1], losses), prepend=True)
             try:
                 result = super().compute_loss(model, inputs.copy(), return_outputs, num_items_in_batch)
             finally:
                 hook.remove()
-        self._body_rests = body is not None and not losses.called_in_body
+        self._skip_body = body is not None and not losses.called_in_body
         return result if return_outputs else (result, None)
 
     def _trim_outputs(self, outputs: Any, losses: LossCalls) -> Any:
@@ -342,11 +348,11 @@ class TrimmingMixin(PushMixin):
         if unit is None:
             unit = "sample" if labels.get("labels") is None or labels["labels"].dim() == 1 else "token"
         per_sample = "sample" in (unit, self.trim.trim_unit)
-        refused = CUDA_GRAPHS if on_rows and uses_cuda_graphs(model) else next(iter(REFUSED), "")
+        refused = CUDA_GRAPHS if on_rows and uses_cuda_graphs(model) else next(iter(REFUSED_GRAPHS), "")
         mode, reason = choose_backward(self.trim.trim_backward, model, per_sample, keep, chunked_head, refused)
-        if (mode, reason) not in self._told and reason != "asked for":
+        if (mode, reason) not in self._warned and reason != "asked for":
             logger.warning("Backward pass of the trimmed batches: %s (%s).", mode, reason)
-        self._told.add((mode, reason))
+        self._warned.add((mode, reason))
         return mode
 
     def _share(self, keep: float, call: LossCall, per_token: bool, size: int, labels: dict) -> StepShare:
@@ -361,7 +367,7 @@ class TrimmingMixin(PushMixin):
                 counts = [_num_labels(each, call.ignore_index, shifted) for _, each in batches]
             else:
                 counts = [_num_samples(*each) for each in batches]
-            if self._peers(keep) is not None:
+            if self._process_group(keep) is not None:
                 counts = self._counts_of_all(counts)
                 totals = [sum(num_kept(keep, count) for count in counts), sum(counts)]
             else:
@@ -370,10 +376,10 @@ class TrimmingMixin(PushMixin):
         counts, totals = self._step_counts[per_token, keep]
         return step_share(keep, counts[min(self._step_position, len(counts) - 1)], *totals)
 
-    def _peers(self, keep: float) -> Peers | None:
+    def _process_group(self, keep: float) -> ProcessGroup | None:
         if self.trim.trim_scope == "local" or keep == 1 or self.accelerator.num_processes == 1:
             return None
-        return Peers(lambda values: self.accelerator.gather(values[None]), self.args.process_index)
+        return ProcessGroup(lambda values: self.accelerator.gather(values[None]), self.args.process_index)
 
     def _counts_of_all(self, counts: list[int]) -> list[int]:
         """Of each mini-batch of the step, the items of all processes; some may have fewer mini-batches than others."""
@@ -400,8 +406,8 @@ class TrimmingMixin(PushMixin):
         return torch.Generator().manual_seed(random.Random(str(place)).getrandbits(63))
 
     def _record(self, keep: float, batch: TrimmedBatch) -> None:
-        if batch.dropped and "dropped" not in self._told:
-            self._told.add("dropped")
+        if batch.dropped and "dropped" not in self._warned:
+            self._warned.add("dropped")
             logger.warning(
                 "%d samples of a mini-batch have losses that are NaN or infinite, and were dropped; so will others "
                 "like them.", batch.dropped,
@@ -420,11 +426,11 @@ class TrimmingMixin(PushMixin):
             start_time (`float`, *optional*): The start of training.
         """
         if "loss" in logs and not self._own_loss:
-            logs.update({"trim_fraction": 1.0, "kept_fraction": 1.0, "full_loss": logs["loss"]})
+            logs.update({"keep_fraction": 1.0, "kept_fraction": 1.0, "full_loss": logs["loss"]})
         elif "loss" in logs:
-            if (fallbacks := fallback_report()) and "fallbacks" not in self._told:
+            if (fallbacks := fallback_report()) and "fallbacks" not in self._warned:
                 counts = ", ".join(f"{name} {count}×" for name, count in fallbacks.items())
-                self._told.add("fallbacks")
+                self._warned.add("fallbacks")
                 logger.warning("Operations without a row-sparse rule ran dense: %s. Gradients are the same.", counts)
             sums = self.accelerator.reduce(self._logged_sums.float().to(self.args.device)).tolist()
             if sums[-1] > 0:
@@ -451,14 +457,14 @@ class TrimmingTrainer(TrimmingMixin, Trainer):
     """
     [`~transformers.Trainer`] with mini-batch trimming (arXiv 2110.13058): of each mini-batch only the fraction p with
     the highest loss counts, and p falls linearly during training. Evaluation and prediction are never trimmed. With
-    `trim_start=trim_end=1` or `trim_select="none"` it is the plain `Trainer`.
+    `trim_keep_start=trim_keep_end=1` or `trim_select="none"` it is the plain `Trainer`.
 
     Items are what the head's loss is a mean over: samples for classification, regression, question answering, multiple
     choice, next-sentence prediction and CTC; tokens (or pixels) for causal, masked and sequence-to-sequence language
     modelling, token classification and semantic segmentation. With `trim_unit="sample"` the latter are trimmed by the
     mean of each sample, whose tokens then all count. Labels of −100 (or whatever the head ignores) are no items.
 
-    With each training log come `trim_fraction` (p), `kept_fraction` (the fraction really kept), `trim_threshold` (the
+    With each training log come `keep_fraction` (p), `kept_fraction` (the fraction really kept), `trim_threshold` (the
     lowest loss kept) and `full_loss` (mean loss of the whole mini-batch, comparable with a plain run's `loss`), all
     averaged over the mini-batches since the last log; `loss` is the trimmed one.
 

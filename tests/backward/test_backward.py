@@ -184,7 +184,7 @@ def test_strict_needs_sparse(tmp_path):
 
 def test_a_compiled_model_is_trimmed_by_its_logits(tmp_path):
     """Loss functions inside a compiled graph cannot be met; the model's own is called on its logits."""
-    arguments = {"trim_start": 0.75, "trim_end": 0.75, "max_steps": 2, "trim_backward": "dense"}
+    arguments = {"trim_keep_start": 0.75, "trim_keep_end": 0.75, "max_steps": 2, "trim_backward": "dense"}
     eager = train(tiny_bert(dropout=0.0), digit_texts(), tmp_path, **arguments)
     compiled = train(
         tiny_bert(dropout=0.0),
@@ -201,7 +201,7 @@ def test_a_compiled_model_is_trimmed_by_its_logits(tmp_path):
 def test_compiled_heads(tmp_path):
     for head in ("llama", "gpt2", "masked-lm", "question-answering"):
         rows = HEADS[head][1]()
-        arguments = {"trim_start": 0.3, "trim_end": 0.3, "max_steps": 2, "gradient_accumulation_steps": 2}
+        arguments = {"trim_keep_start": 0.3, "trim_keep_end": 0.3, "max_steps": 2, "gradient_accumulation_steps": 2}
         eager = train(make(head), rows, tmp_path, **arguments)
         compiled = train(
             make(head), rows, tmp_path, torch_compile=True, torch_compile_backend="aot_eager", **arguments
@@ -213,4 +213,4 @@ def test_compiled_heads(tmp_path):
     ):  # it has an auxiliary one
         # With the load balance of its experts, which is not of its logits.
         train(make("mixtral"), HEADS["mixtral"][1](), tmp_path, torch_compile=True, torch_compile_backend="aot_eager",
-              trim_start=0.3, trim_end=0.3, max_steps=1)  # fmt: skip
+              trim_keep_start=0.3, trim_keep_end=0.3, max_steps=1)  # fmt: skip

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hf_trim import trimmed_mean
 from hf_trim.backward.compiled import graph
-from hf_trim.backward.compiled.graph import REFUSED
+from hf_trim.backward.compiled.graph import REFUSED_GRAPHS
 from hf_trim.backward.compiled.proof import Proof
 from hf_trim.backward.eager.sparse import checked, fallback_report, strict, take_rows_sparse
 from tests.backward.test_sparse_models import KEPT, TRANSFORMERS, build, difference, gradients
@@ -96,7 +96,7 @@ def test_lengths_may_vary(runs):
         x = torch.randn(6, 3, length)
         expected = steps(call, net, x, labels, 0.5, dense_take)
         assert relative_difference(steps(call, net, x, labels, 0.5), expected) <= 1e-5
-    assert not REFUSED and len(runs) == 3 and counters["stats"]["unique_graphs"] <= 2
+    assert not REFUSED_GRAPHS and len(runs) == 3 and counters["stats"]["unique_graphs"] <= 2
 
 
 def test_tokens_in_front_of_samples(runs):
@@ -156,7 +156,7 @@ def test_a_graph_may_be_run_backward_twice():
         once = torch.cat([p.grad.flatten() for p in net.parameters()])
         loss.backward()
     assert relative_difference(torch.cat([p.grad.flatten() for p in net.parameters()]), 2 * once) <= 1e-6
-    assert not REFUSED
+    assert not REFUSED_GRAPHS
 
 
 # ---- what is refused ---------------------------------------------------------------------------------------------
@@ -214,7 +214,7 @@ def test_what_mixes_rows_runs_dense(name, backend, runs, caplog):
         for _ in range(2):
             assert relative_difference(steps(call, net, x, labels, 0.5), expected) <= 1e-5
     assert not runs
-    assert sum(REFUSED.values()) == 2 and len(REFUSED) == 1
+    assert sum(REFUSED_GRAPHS.values()) == 2 and len(REFUSED_GRAPHS) == 1
     said = [record.message for record in caplog.records if "runs on the whole batch" in record.message]
     assert len(said) == 1
     assert any(each in said[0] for each in reason.split("|")), said
@@ -231,7 +231,7 @@ def test_what_only_some_graphs_tell_is_exact_or_refused(function, backend, runs)
     x, labels = torch.randn(6, 3, 2, 2), torch.tensor([0, 1, 2] * 2)
     expected = steps(call, net, x, labels, 0.5, dense_take)
     assert relative_difference(steps(call, net, x, labels, 0.5), expected) <= 1e-5
-    assert bool(runs) != bool(REFUSED)
+    assert bool(runs) != bool(REFUSED_GRAPHS)
 
 
 def test_frozen_batch_norm_does_not_mix(runs):
@@ -244,7 +244,7 @@ def test_a_graph_for_one_batch_size(runs):
     x, labels = torch.randn(6, 3, 2, 2), torch.tensor([0, 1, 2] * 2)
     expected = steps(call, net, x, labels, 0.5, dense_take)
     assert relative_difference(steps(call, net, x, labels, 0.5), expected) <= 1e-6
-    assert not runs and "for one batch size" in next(iter(REFUSED))
+    assert not runs and "for one batch size" in next(iter(REFUSED_GRAPHS))
 
 
 def test_a_length_that_equals_the_batch_size_by_chance(runs):
@@ -255,7 +255,7 @@ def test_a_length_that_equals_the_batch_size_by_chance(runs):
         call = torch.compile(net, backend=backend, dynamic=True)
         x, labels = torch.randn(6, 3, 6), torch.tensor([0, 1, 2] * 2)
         if told_apart:
-            with graph.graphs_at_hand():
+            with graph.keep_backward_graphs():
                 expected = steps(call, net, x, labels, 0.5, dense_take)
         else:
             expected = steps(call, net, x, labels, 0.5, dense_take)
@@ -270,7 +270,7 @@ def test_a_graph_without_guards_for_a_number_of_rows_runs_dense(monkeypatch):
     x, labels = torch.randn(6, 3, 2, 2), torch.tensor([0, 1, 2] * 2)
     expected = steps(call, net, x, labels, 0.5, dense_take)
     assert relative_difference(steps(call, net, x, labels, 0.5), expected) <= 1e-6
-    assert "batch sizes that 3 is not one of" in next(iter(REFUSED))
+    assert "batch sizes that 3 is not one of" in next(iter(REFUSED_GRAPHS))
 
 
 def test_a_proof_that_is_wrong_is_found_out(monkeypatch, caplog):
@@ -293,7 +293,7 @@ def test_a_proof_that_is_wrong_is_found_out(monkeypatch, caplog):
             error = relative_difference(steps(call, net, x, labels, 0.5), expected)
         assert error <= 1e-5 if on else error > 1e-2
         assert ("gave other gradients than on the whole batch" in caplog.text) == on
-    assert "gave other gradients" in next(iter(REFUSED))
+    assert "gave other gradients" in next(iter(REFUSED_GRAPHS))
 
 
 def test_the_cache_leaves_no_graph(monkeypatch):
@@ -305,7 +305,7 @@ def test_the_cache_leaves_no_graph(monkeypatch):
     for each in node._forward_cls._lazy_backward_info.bw_module.graph.nodes:
         each.meta = {}
     assert relative_difference(steps(call, net, x, labels, 0.5), steps(call, net, x, labels, 0.5, dense_take)) <= 1e-6
-    assert "backend='hf_trim' does without that cache" in next(iter(REFUSED))
+    assert "backend='hf_trim' does without that cache" in next(iter(REFUSED_GRAPHS))
 
 
 # ---- in use ------------------------------------------------------------------------------------------------------
@@ -326,14 +326,19 @@ def test_cuda_graphs_are_refused(tmp_path):
 
 @pytest.mark.parametrize("backward", ["auto", "sparse"])
 def test_the_trainer_compiles_for_rows(backward, tmp_path, caplog, runs):
-    arguments = {"trim_start": 1.0, "trim_end": 0.25, "num_train_epochs": 4, "trim_check": backward == "auto"}
+    arguments = {
+        "trim_keep_start": 1.0,
+        "trim_keep_end": 0.25,
+        "num_train_epochs": 4,
+        "trim_check": backward == "auto",
+    }
     model = lambda: tiny_bert(problem_type="single_label_classification")  # noqa: E731  else it is compiled twice
     eager = train(model(), digit_texts(44), tmp_path, trim_backward=backward, **arguments)
     compiled = train(
         model(), digit_texts(44), tmp_path, trim_backward=backward, trim_strict=backward == "sparse",
         torch_compile=True, torch_compile_backend="aot_eager", **arguments,
     )  # fmt: skip
-    assert not REFUSED
+    assert not REFUSED_GRAPHS
     assert len(runs) == 3 * 6  # the last of the 6 mini-batches of an epoch is short
     assert counters["stats"]["unique_graphs"] == 1
     assert compiled.losses == pytest.approx(eager.losses, rel=1e-4)
@@ -343,7 +348,7 @@ def test_the_trainer_compiles_for_rows(backward, tmp_path, caplog, runs):
 def test_a_model_that_comes_compiled(tmp_path, runs):
     """Regions of it too; the length of its texts is the batch size."""
     rows = digit_texts(length=8)
-    arguments = {"trim_start": 0.5, "trim_end": 0.5, "max_steps": 3, **COMPILED}
+    arguments = {"trim_keep_start": 0.5, "trim_keep_end": 0.5, "max_steps": 3, **COMPILED}
     eager = train(tiny_bert(dropout=0.0), rows, tmp_path, **arguments)
     whole = torch.compile(tiny_bert(dropout=0.0), backend="aot_eager")
     regions = tiny_bert(dropout=0.0)
@@ -351,7 +356,7 @@ def test_a_model_that_comes_compiled(tmp_path, runs):
     for model in (whole, regions):
         found = train(model, rows, tmp_path, **arguments)
         assert relative_difference(weights(found), weights(eager)) < 1e-5
-    assert len(runs) == 6 and not REFUSED
+    assert len(runs) == 6 and not REFUSED_GRAPHS
 
 
 def test_auto_goes_on_with_replay_where_the_graph_is_refused(tmp_path, caplog):
@@ -360,7 +365,7 @@ def test_auto_goes_on_with_replay_where_the_graph_is_refused(tmp_path, caplog):
         bert.bert.pooler = nn.Sequential(bert.bert.pooler, Do(lambda x: x if x.shape[0] == 8 else x.clone()))
         return bert
 
-    arguments = {"trim_start": 0.5, "trim_end": 0.5, "max_steps": 3, **COMPILED}
+    arguments = {"trim_keep_start": 0.5, "trim_keep_end": 0.5, "max_steps": 3, **COMPILED}
     eager = train(model(), digit_texts(), tmp_path, **arguments)
     with caplog.at_level(logging.WARNING):
         found = train(torch.compile(model(), backend="aot_eager"), digit_texts(), tmp_path, **arguments)
@@ -371,8 +376,8 @@ def test_auto_goes_on_with_replay_where_the_graph_is_refused(tmp_path, caplog):
 def test_auto_does_not_try_batch_norm(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         train(tiny_resnet(), digits(), tmp_path, torch_compile=True, torch_compile_backend="aot_eager", max_steps=1,
-              trim_start=0.5, trim_end=0.5)  # fmt: skip
-    assert "dense" in caplog.text and "batch-norm modules" in caplog.text and not REFUSED
+              trim_keep_start=0.5, trim_keep_end=0.5)  # fmt: skip
+    assert "dense" in caplog.text and "batch-norm modules" in caplog.text and not REFUSED_GRAPHS
 
 
 def test_one_line_in_a_loop_of_ones_own(runs):

@@ -125,7 +125,7 @@ def test_a_comparison_of_image_models_is_pushed_and_loads_back(hub, session, tmp
             "training_args.json", "training_args.bin", "all_results.json", "curves.png", "comparison.png",
             "records/random-seed43.json"} <= set(repo["files"])  # fmt: skip
     assert not [name for name in repo["files"] if "checkpoint" in name or name.endswith(".lock")]
-    assert json.loads(repo["files"]["training_args.json"])["trim_end"] == 0.2
+    assert json.loads(repo["files"]["training_args.json"])["trim_keep_end"] == 0.2
 
     card = card_of(repo)
     assert card.data.pipeline_tag == "image-classification" and card.data.library_name == "transformers"
@@ -302,8 +302,8 @@ def test_push_to_hub_of_a_trainer(hub, session, tmp_path):
     code = f"""
 from hf_trim import TrimmingArguments, TrimmingTrainer
 from tests.support.helpers import digits, tiny_vit
-args = TrimmingArguments({str(tmp_path / "mine")!r}, num_train_epochs=2, trim_end=0.5, hub_token={TOKEN[::-1]!r}[::-1],
-                         use_cpu=True, report_to="none")
+args = TrimmingArguments({str(tmp_path / "mine")!r}, num_train_epochs=2, trim_keep_end=0.5,
+                         hub_token={TOKEN[::-1]!r}[::-1], use_cpu=True, report_to="none")
 trainer = TrimmingTrainer(tiny_vit(), args, train_dataset=digits(), eval_dataset=digits())
 trainer.train()
 trainer.evaluate()

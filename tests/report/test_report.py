@@ -61,22 +61,24 @@ def test_the_papers_numbers_stand_beside_ours():
 
 
 def test_report_of_many_runs(tmp_path, capsys):
-    for name, settings in (("a", {"trim_end": 0.2}), ("b", {"trim_end": 0.5})):
+    for name, settings in (("a", {"trim_keep_end": 0.2}), ("b", {"trim_keep_end": 0.5})):
         for each in three_seeds(num_train_epochs=2, **settings):
             write_json(tmp_path / "runs" / name / "records" / f"{each['arm']}-seed{each['seed']}.json", each)
     write_json(tmp_path / "other.json", three_seeds(recipe="other"))
     arguments = [str(tmp_path / "runs"), str(tmp_path / "other.json"), "--output"]
     assert main([*arguments, str(tmp_path / "report")]) == 0
     printed = capsys.readouterr().out
-    assert all(title in printed for title in ("All", "other", "tiny, trim_end 0.2", "tiny, trim_end 0.5", "2 of 3"))
+    assert all(
+        title in printed for title in ("All", "other", "tiny, trim_keep_end 0.2", "tiny, trim_keep_end 0.5", "2 of 3")
+    )
     report = {path.name: path.read_bytes() for path in (tmp_path / "report").iterdir()}
-    assert set(report) == {"report.md", "report.csv", "records.json", "other.png", "tiny__trim_end_0.2.png",
-                           "tiny__trim_end_0.5.png"}  # fmt: skip
+    assert set(report) == {"report.md", "report.csv", "records.json", "other.png", "tiny__trim_keep_end_0.2.png",
+                           "tiny__trim_keep_end_0.5.png"}  # fmt: skip
     rows = list(csv.DictReader(report["report.csv"].decode().splitlines()))
     assert [(row["runs of"], row["arm"]) for row in rows][:2] == [("other", "plain"), ("other", "trimmed")]
     assert float(rows[1]["mean"]) == 5.5
     assert report["report.md"].decode().startswith("## All\n\n| runs of | seeds | plain, test error % |")
-    assert report["report.md"].decode().count("\n| tiny, trim_end 0.5 | 3 | 6.17 ± 1.26 | 5.50 ± 1.32 | – |") == 1
+    assert report["report.md"].decode().count("\n| tiny, trim_keep_end 0.5 | 3 | 6.17 ± 1.26 | 5.50 ± 1.32 | – |") == 1
     # Made again of what it wrote, it is the same, byte for byte.
     assert main([str(tmp_path / "report" / "records.json"), "--output", str(tmp_path / "again")]) == 0
     assert {path.name: path.read_bytes() for path in (tmp_path / "again").iterdir()} == report

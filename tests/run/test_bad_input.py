@@ -20,12 +20,15 @@ def own_folder(tmp_path, monkeypatch):
 
 # Command line → the field, and what to do.
 OPTIONS = [
-    (["--trim_start", "1.5"], "trim_start must be a fraction in (0, 1], and is 1.5"),
-    (["--trim_end", "0"], "trim_end must be a fraction in (0, 1], and is 0.0: 0.2 keeps a fifth"),
-    (["--trim_end", "-0.2"], "trim_end must be a fraction"),
-    (["--trim_end", "nan"], "trim_end must be a fraction in (0, 1], and is nan"),
-    (["--trim_end", "20%"], "--trim_end/--trim-end: invalid float value: '20%'"),
-    (["--trim_start", "0.3", "--trim_end", "0.5"], "trim_end (0.5) must not be above trim_start (0.3)"),
+    (["--trim_keep_start", "1.5"], "trim_keep_start must be a fraction in (0, 1], and is 1.5"),
+    (["--trim_keep_end", "0"], "trim_keep_end must be a fraction in (0, 1], and is 0.0: 0.2 keeps a fifth"),
+    (["--trim_keep_end", "-0.2"], "trim_keep_end must be a fraction"),
+    (["--trim_keep_end", "nan"], "trim_keep_end must be a fraction in (0, 1], and is nan"),
+    (["--trim_keep_end", "20%"], "--trim_keep_end/--trim-keep-end: invalid float value: '20%'"),
+    (
+        ["--trim_keep_start", "0.3", "--trim_keep_end", "0.5"],
+        "trim_keep_end (0.5) must not be above trim_keep_start (0.3)",
+    ),
     (["--trim_schedule", "steps"], "Did you mean 'step'?"),
     (["--trim_select", "easiest"], "Did you mean 'hardest'?"),
     (["--trim_unit", "word"], "invalid choice: 'word' (choose from"),
@@ -136,9 +139,9 @@ RECIPES = {
     "a list": ("- model_type: vit", "must hold the groups model, data, training"),
     "empty": ("", "must hold the groups model, data, training"),
     "a group that is no mapping": ("training: 5", "the group 'training' must hold fields, and holds 5"),
-    "a field that there is not": (yaml.safe_dump({**TINY, "trim_ende": 0.2}), "Did you mean 'trim_end'?"),
+    "a field that there is not": (yaml.safe_dump({**TINY, "trim_keep_ende": 0.2}), "Did you mean 'trim_keep_end'?"),
     "a field twice": (yaml.safe_dump({**TINY, "dataset": "digits"}), "the field 'dataset' stands there twice"),
-    "a word for a number": (yaml.safe_dump({**TINY, "trim_end": "low"}), "invalid float value: 'low'"),
+    "a word for a number": (yaml.safe_dump({**TINY, "trim_keep_end": "low"}), "invalid float value: 'low'"),
     "no model": (yaml.safe_dump({"dataset": "digits"}), "No model is given: give exactly one of"),
     "a grid to push": ("recipes: [digits-vit]\npush_to_hub: true", "a grid is not pushed: leave push_to_hub"),
     "a grid of nothing": ("recipes: []", "'recipes' must be a list of recipes"),

@@ -51,14 +51,14 @@ def recipe(tmp_path):
 
 def test_command_line_overrides_the_recipe(recipe):
     name, run, model, data, training, settings, command = parse(
-        recipe, ["--num_train_epochs", "5", "--trim-end", "0.4", "--compare", "--seeds", "2"]
+        recipe, ["--num_train_epochs", "5", "--trim-keep-end", "0.4", "--compare", "--seeds", "2"]
     )
     assert (name, run.compare, run.seeds, data.dataset) == ("tiny", True, 2, "digits")
-    assert (training.num_train_epochs, training.trim_end, training.learning_rate) == (5, 0.4, 0.01)
+    assert (training.num_train_epochs, training.trim_keep_end, training.learning_rate) == (5, 0.4, 0.01)
     assert training.output_dir == "runs/tiny"
     assert model.config_overrides["patch_size"] == 4
-    assert settings["num_train_epochs"] == 5 and settings["trim_end"] == 0.4 and "seeds" not in settings
-    assert command == "python -m hf_trim.run tiny.yaml --compare --num_train_epochs 5.0 --seeds 2 --trim_end 0.4"
+    assert settings["num_train_epochs"] == 5 and settings["trim_keep_end"] == 0.4 and "seeds" not in settings
+    assert command == "python -m hf_trim.run tiny.yaml --compare --num_train_epochs 5.0 --seeds 2 --trim_keep_end 0.4"
     *_, settings, command = parse(recipe, ["--hub_token", "hf_secret", "--output_dir", "/some/where"])
     assert "hf_secret" not in json.dumps(settings) + command and command == "python -m hf_trim.run tiny.yaml"
 
@@ -80,7 +80,7 @@ def test_paper_recipes_have_the_papers_protocol():
             assert (run.l2_weight_decay, run.lr_milestones, run.lr_gamma) == (1e-4, [50, 100], 0.5)
             assert (training.num_train_epochs, training.per_device_train_batch_size) == (150, 128)
             assert (training.learning_rate, training.trim_schedule) == (1e-3, "epoch")
-            assert (training.trim_start, training.trim_end) == (1.0, 0.2)
+            assert (training.trim_keep_start, training.trim_keep_end) == (1.0, 0.2)
 
 
 @pytest.mark.parametrize(
@@ -91,8 +91,8 @@ def test_paper_recipes_have_the_papers_protocol():
         (["--compare", "digits-vit"], "the recipe comes first"),
         (["RECIPE", "--num_trian_epochs", "3"], "'--num_trian_epochs'. Did you mean '--num_train_epochs'"),
         (["RECIPE", "--trim_select", "hardst"], "Did you mean 'hardest'?"),
-        (["RECIPE", "--trim_end", "much"], "--trim_end/--trim-end: invalid float value: 'much'"),
-        (["RECIPE", "--trim_end", "2"], "trim_end must be a fraction"),
+        (["RECIPE", "--trim_keep_end", "much"], "--trim_keep_end/--trim-keep-end: invalid float value: 'much'"),
+        (["RECIPE", "--trim_keep_end", "2"], "trim_keep_end must be a fraction"),
         (["RECIPE", "--eval_strategy", "epochs"], "Did you mean 'epoch'?"),
         (["RECIPE", "--seeds", "0"], "seeds must be at least 1"),
         (["RECIPE", "--lr_milestones", "5", "3"], "lr_milestones must be rising"),
@@ -148,7 +148,7 @@ def test_training_saves_what_the_examples_save_and_is_not_repeated(recipe, tmp_p
     assert {"eval_error", "eval_accuracy", "eval_loss", "train_loss", "train_runtime", "train_seconds"} <= set(results)
     assert {"train_results.json", "eval_results.json", "trainer_state.json", "config.json"} <= set(os.listdir(out))
     state = json.loads((out / "trainer_state.json").read_text())
-    fractions = [log["trim_fraction"] for log in state["log_history"] if "trim_fraction" in log]
+    fractions = [log["keep_fraction"] for log in state["log_history"] if "keep_fraction" in log]
     assert fractions == pytest.approx([1.0, 0.6, 0.2])
     assert train_seconds(state["log_history"]) == pytest.approx(results["train_seconds"])
     model = AutoModelForImageClassification.from_pretrained(out)
@@ -158,8 +158,8 @@ def test_training_saves_what_the_examples_save_and_is_not_repeated(recipe, tmp_p
     assert main(arguments) == 0
     assert "Finished before" in capsys.readouterr().out
     assert (out / "all_results.json").stat().st_mtime_ns == written
-    assert main([*arguments, "--trim_end", "0.5"]) == 2
-    assert "other settings (trim_end was 'not set' and is 0.5)" in capsys.readouterr().err
+    assert main([*arguments, "--trim_keep_end", "0.5"]) == 2
+    assert "other settings (trim_keep_end was 'not set' and is 0.5)" in capsys.readouterr().err
 
 
 def table_of(folder):
@@ -339,6 +339,6 @@ def test_paper_recipes_run_end_to_end_on_data_of_the_hubs_schema(name, tmp_path)
     options = ["--dataset", str(path), "--num_train_epochs", "2", "--output_dir", str(tmp_path / "out"), "--use_cpu"]
     assert main([name, *options]) == 0
     state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
-    fractions = [log["trim_fraction"] for log in state["log_history"] if "trim_fraction" in log]
+    fractions = [log["keep_fraction"] for log in state["log_history"] if "keep_fraction" in log]
     assert fractions == pytest.approx([1.0, 0.2])
     assert "eval_error" in json.loads((tmp_path / "out" / "all_results.json").read_text())

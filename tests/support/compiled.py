@@ -2,7 +2,7 @@
 
 import torch
 
-from hf_trim.backward.compiled.graph import REFUSED, let_batch_size_vary
+from hf_trim.backward.compiled.graph import REFUSED_GRAPHS, mark_batch_dynamic
 from hf_trim.backward.eager.sparse import fallback_report, take_rows_sparse
 from tests.backward.test_sparse_models import (
     KEPT,
@@ -25,13 +25,13 @@ def check(model, runs, losses_of=classification_losses, kept=KEPT, autocast=None
     call = torch.compile(model, backend=backend)
 
     def losses(_, inputs, labels):
-        let_batch_size_vary({**inputs, "labels": labels}, len(labels))
+        mark_batch_dynamic({**inputs, "labels": labels}, len(labels))
         return losses_of(call, inputs, labels)
 
     kept = torch.tensor(kept)
     dense = gradients(model, lambda each: each[kept], losses, autocast)
     sparse = gradients(model, lambda each: take_rows_sparse(each, kept), losses, autocast)
-    assert not REFUSED and not fallback_report()
+    assert not REFUSED_GRAPHS and not fallback_report()
     assert runs == [(len(kept), max(2, len(kept)))] * graphs
     assert difference(sparse, dense) <= tolerance
 

@@ -29,7 +29,7 @@ class InOrder(TrimmingTrainer):
 
 def run(head: str, folder: Path, processes: int, keep: float):
     """Two processes take turns at the mini-batches that one accumulates."""
-    arguments = {"trim_start": keep, "trim_end": min(keep, 0.3), **TRAININGS[head]}
+    arguments = {"trim_keep_start": keep, "trim_keep_end": min(keep, 0.3), **TRAININGS[head]}
     if keep == 1:
         arguments["max_steps"] = 1
     return finish(head, 16, folder, 4, gradient_accumulation_steps=2 // processes, num_train_epochs=1, **arguments)
@@ -47,9 +47,9 @@ GLOBAL = {
         "decoder-classification", 2, 16, 4,
         {"torch_compile": True, "torch_compile_backend": "aot_eager", "trim_backward": "sparse", "trim_strict": True},
     ),
-    "one process keeps nothing": ("next-sentence", 2, 16, 4, {"trim_start": 0.1, "trim_end": 0.1}),
+    "one process keeps nothing": ("next-sentence", 2, 16, 4, {"trim_keep_start": 0.1, "trim_keep_end": 0.1}),
     "replay, one process keeps nothing": (
-        "next-sentence", 2, 16, 4, {"trim_start": 0.1, "trim_end": 0.1, "trim_backward": "replay"}
+        "next-sentence", 2, 16, 4, {"trim_keep_start": 0.1, "trim_keep_end": 0.1, "trim_backward": "replay"}
     ),
     "fewer mini-batches in one": (
         "question-answering", 2, 12, 4,
@@ -72,7 +72,7 @@ def run_global(case: str, folder: Path, processes: int):
     if processes == 1:
         samples = samples + 2 if case == "three processes, filled up" else samples  # with its first ones, again
         size = size * planned
-    arguments = {"trim_start": 0.6, "trim_end": 0.3, "num_train_epochs": 2, **more}
+    arguments = {"trim_keep_start": 0.6, "trim_keep_end": 0.3, "num_train_epochs": 2, **more}
     return finish(head, samples, folder, size, trim_scope="global", **arguments)
 
 

@@ -22,15 +22,15 @@ CASES = {
     "samples": ("decoder-classification", {}),
     "accumulated": ("decoder-classification", {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}),
     "tokens": ("llama", {}),
-    "one process keeps nothing": ("decoder-classification", {"trim_start": 0.1, "trim_end": 0.1}),
-    "everything": ("llama", {"trim_start": 1.0, "trim_end": 1.0}),
+    "one process keeps nothing": ("decoder-classification", {"trim_keep_start": 0.1, "trim_keep_end": 0.1}),
+    "everything": ("llama", {"trim_keep_start": 1.0, "trim_keep_end": 1.0}),
     "replay": ("decoder-classification", {"trim_backward": "replay"}),
 }
 
 
 def run(case: str, folder: Path, processes: int):
     head, more = CASES[case]
-    arguments = {"trim_start": 0.6, "trim_end": 0.3, "trim_scope": "global", "max_grad_norm": 0.0, **more}
+    arguments = {"trim_keep_start": 0.6, "trim_keep_end": 0.3, "trim_scope": "global", "max_grad_norm": 0.0, **more}
     size = arguments.pop("per_device_train_batch_size", 8)
     trainer = train(
         make(head), HEADS[head][1]()[:16], folder / case, trainer_cls=InOrder,
@@ -78,6 +78,6 @@ if __name__ == "__main__":
     for case in CASES:
         trainer = run(case, folder, int(os.environ["WORLD_SIZE"]))
         if trainer.is_world_process_zero():
-            found = {"losses": trainer.losses, "engine": engine_of(trainer), "told": [*map(list, trainer._told)]}
+            found = {"losses": trainer.losses, "engine": engine_of(trainer), "told": [*map(list, trainer._warned)]}
             (folder / case / "found.json").write_text(json.dumps(found))
     leave_process_group()

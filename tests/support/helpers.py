@@ -155,7 +155,7 @@ def relative_difference(a, b):
 
 def record(arm, seed, error, seconds=10.0, recipe="tiny", **settings):
     """A record of a run, as a comparison writes it."""
-    history = [{"epoch": 1.0, "test_error": error + 1, "trim_fraction": 1.0, "train_seconds": seconds / 2},
+    history = [{"epoch": 1.0, "test_error": error + 1, "keep_fraction": 1.0, "train_seconds": seconds / 2},
                {"epoch": 2.0, "test_error": error, "train_seconds": seconds}]  # fmt: skip
     return {"recipe": recipe, "arm": arm, "seed": seed, "metric": "error", "test_error": error,
             "train_seconds": seconds, "history": history, "settings": settings}  # fmt: skip

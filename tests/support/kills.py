@@ -51,7 +51,7 @@ def finish(process: subprocess.Popen) -> None:
 def result(out: Path) -> tuple:
     """Weights, and what was logged of each step; of a step that was repeated, all times."""
     logs = json.loads((out / "trainer_state.json").read_text())["log_history"]
-    names = ("step", "loss", "full_loss", "trim_fraction", "trim_threshold", "learning_rate")
+    names = ("step", "loss", "full_loss", "keep_fraction", "trim_threshold", "learning_rate")
     steps = [tuple(log[name] for name in names) for log in logs if "loss" in log]
     return (out / "model.safetensors").read_bytes(), steps
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hf_trim.backward.compiled.graph import REFUSED, graphs_at_hand
+from hf_trim.backward.compiled.graph import REFUSED_GRAPHS, keep_backward_graphs
 from hf_trim.backward.eager.sparse import checked, fallback_report, reset_fallbacks, take_rows_sparse
 from tests.support.compiled import DECOMPOSED
 
@@ -200,7 +200,7 @@ def difference(ops: list, head, seed: int, compiled: bool = False) -> float:
 
     differences = []
     # The proof alone must know; and the tensors are small.
-    with graphs_at_hand(), checked(False), patch("hf_trim.backward.eager.saved.WORTH_IT", 0):
+    with keep_backward_graphs(), checked(False), patch("hf_trim.backward.eager.saved.WORTH_IT", 0):
         call = torch.compile(program, backend=DECOMPOSED, dynamic=True) if compiled else program
         for _ in range(2):
             kept = torch.tensor(sorted(draw.sample(range(batch), draw.randint(1, batch - 1))))
@@ -227,7 +227,7 @@ if __name__ == "__main__":
         found = difference(*draw_program(seed), seed, args.compiled)
         assert found < 1e-10, (seed, found)
         on_rows += not fallback_report()
-        reasons.update(REFUSED.keys())
+        reasons.update(REFUSED_GRAPHS.keys())
     print(f"{args.count} programs as dense, {on_rows} of them on the kept rows alone")
     for reason, count in reasons.most_common():
         print(f"{count} graphs refused: {reason}")

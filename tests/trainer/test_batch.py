@@ -22,14 +22,14 @@ def poisoned(rows, *places):
 
 def test_losses_that_are_not_finite_end_the_training(tmp_path):
     with pytest.raises(ValueError, match="2 of 8 losses .* are NaN or infinite.*trim_nonfinite='drop'"):
-        train(tiny_vit(), poisoned(digits(8), 2, 5), tmp_path, num_train_epochs=1, trim_start=0.5)
+        train(tiny_vit(), poisoned(digits(8), 2, 5), tmp_path, num_train_epochs=1, trim_keep_start=0.5)
 
 
 @pytest.mark.parametrize("backward", ["auto", "dense", "replay"])
 @pytest.mark.parametrize("keep", [0.5, 1.0])
 def test_samples_whose_losses_are_not_finite_are_dropped(backward, keep, tmp_path, caplog):
     rows = poisoned(digits(24), 2, 5, 11)
-    arguments = {"trim_start": keep, "trim_end": 0.5, "trim_nonfinite": "drop", "num_train_epochs": 2}
+    arguments = {"trim_keep_start": keep, "trim_keep_end": 0.5, "trim_nonfinite": "drop", "num_train_epochs": 2}
     ours = train(tiny_vit(), rows, tmp_path, trim_backward=backward, **arguments)
     assert "have losses that are NaN or infinite, and were dropped" in caplog.text
     reference = tiny_vit()
@@ -46,7 +46,7 @@ def test_samples_whose_losses_are_not_finite_are_dropped(backward, keep, tmp_pat
 
 def test_a_batch_of_which_nothing_is_finite_leaves_the_weights_alone(tmp_path):
     rows = poisoned(digits(8), *range(8))
-    ours = train(tiny_vit(), rows, tmp_path, num_train_epochs=1, trim_start=0.5, trim_nonfinite="drop")
+    ours = train(tiny_vit(), rows, tmp_path, num_train_epochs=1, trim_keep_start=0.5, trim_nonfinite="drop")
     assert ours.losses == [0.0]
     assert torch.equal(weights(ours), weights(tiny_vit()))
 
@@ -69,7 +69,7 @@ def test_tokens_of_a_dropped_sample_are_dropped(head, tmp_path):
             embeddings.register_forward_hook(lambda module, args, output: Poison()(output))
         return model
 
-    arguments = {"trim_start": 0.4, "trim_end": 0.4, "num_train_epochs": 1, "trim_nonfinite": "drop"}
+    arguments = {"trim_keep_start": 0.4, "trim_keep_end": 0.4, "num_train_epochs": 1, "trim_nonfinite": "drop"}
     ours = train(model(True), rows, tmp_path, **arguments)
     (batch,) = ours.batches
     rest = [{name: value[i] for name, value in batch.items()} for i in range(8) if i != 3]
@@ -93,7 +93,7 @@ def test_trimmed_mean_of_losses_that_are_not_finite():
 @pytest.mark.parametrize("head", ["llama", "mixtral", "question-answering", "segmentation", "token-classification"])
 def test_a_batch_of_one_sample(head, tmp_path):
     rows = HEADS[head][1]()[:3]
-    ours = train(make(head), rows, tmp_path, per_device_train_batch_size=1, num_train_epochs=1, trim_start=0.2)
+    ours = train(make(head), rows, tmp_path, per_device_train_batch_size=1, num_train_epochs=1, trim_keep_start=0.2)
     assert all(0 < loss < 10 for loss in ours.losses)
     assert all(0 < log["kept_fraction"] <= 1 for log in ours.state.log_history[:-1])
 
@@ -101,7 +101,7 @@ def test_a_batch_of_one_sample(head, tmp_path):
 def test_a_batch_without_labels_among_others_counts_for_nothing(tmp_path):
     rows = HEADS["llama"][1]()[:16]
     empty = [{**row, "labels": torch.full_like(row["labels"], -100)} for row in rows[8:]]
-    arguments = {"trim_start": 0.3, "trim_end": 0.3, "num_train_epochs": 1, "gradient_accumulation_steps": 2}
+    arguments = {"trim_keep_start": 0.3, "trim_keep_end": 0.3, "num_train_epochs": 1, "gradient_accumulation_steps": 2}
 
     class InOrder(TrimmingTrainer):
         def _get_train_sampler(self, *args):
@@ -116,6 +116,6 @@ def test_a_batch_without_labels_among_others_counts_for_nothing(tmp_path):
 
 def test_half_precision_losses_are_ranked_in_float32(tmp_path):
     ours = train(make("token-classification").to(torch.bfloat16), HEADS["token-classification"][1](), tmp_path,
-                 trim_start=0.3, trim_end=0.3, num_train_epochs=1)  # fmt: skip
+                 trim_keep_start=0.3, trim_keep_end=0.3, num_train_epochs=1)  # fmt: skip
     for log in ours.state.log_history[:-1]:
         assert log["kept_fraction"] == pytest.approx(0.3, abs=0.01) and log["loss"] > log["full_loss"]

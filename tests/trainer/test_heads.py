@@ -250,7 +250,7 @@ def make(head):
 def test_without_trimming_equals_plain_trainer(head, accumulate, tmp_path):
     rows, arguments = HEADS[head][1](), {"gradient_accumulation_steps": accumulate, "num_train_epochs": 1}
     plain = train(make(head), rows, tmp_path, trainer_cls=Trainer, **arguments)
-    ours = train(make(head), rows, tmp_path, trim_start=1.0, trim_end=1.0, **arguments)
+    ours = train(make(head), rows, tmp_path, trim_keep_start=1.0, trim_keep_end=1.0, **arguments)
     assert ours.losses == plain.losses
     assert torch.equal(weights(ours), weights(plain))
     # The first step of a trimmed training, with p = 1, goes through the trimming code.
@@ -293,7 +293,12 @@ def reference_loop(head, batches, accumulate, fraction):
 @pytest.mark.parametrize("head", HEADS)
 def test_trimming_follows_the_reference_loop(head, accumulate, tmp_path):
     rows = HEADS[head][1]()
-    arguments = {"trim_start": 0.3, "trim_end": 0.3, "gradient_accumulation_steps": accumulate, "num_train_epochs": 1}
+    arguments = {
+        "trim_keep_start": 0.3,
+        "trim_keep_end": 0.3,
+        "gradient_accumulation_steps": accumulate,
+        "num_train_epochs": 1,
+    }
     if head == "pretraining" and accumulate > 1:
         arguments["gradient_accumulation_steps"] = accumulate = 1  # two means over unequal items have no common share
     ours = train(make(head), rows, tmp_path, **arguments)

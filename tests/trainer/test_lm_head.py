@@ -57,7 +57,7 @@ def test_chunked_head_trains_as_whole_logits(name, keep, unit, tmp_path, monkeyp
         set_seed(0)
         return train(
             MODELS[name](), rows, tmp_path, num_train_epochs=1, gradient_accumulation_steps=2, trim_unit=unit,
-            trim_backward=backward, trim_start=keep, trim_end=0.3, max_steps=1 if keep == 1 else 3,
+            trim_backward=backward, trim_keep_start=keep, trim_keep_end=0.3, max_steps=1 if keep == 1 else 3,
         )  # fmt: skip
 
     dense = trained("dense")
@@ -176,10 +176,10 @@ def test_what_is_in_front_gets_row_sparse_gradients_where_samples_are_trimmed(tm
     reset_fallbacks()
     arguments = {"trim_unit": "sample", "trim_backward": "sparse", "trim_strict": True, "max_steps": 2}
     rows = HEADS["llama"][1]()
-    sparse = train(make("llama"), rows, tmp_path, trim_start=0.25, trim_end=0.25, **arguments)
+    sparse = train(make("llama"), rows, tmp_path, trim_keep_start=0.25, trim_keep_end=0.25, **arguments)
     assert fallback_report() == {}
-    dense = train(make("llama"), rows, tmp_path, trim_start=0.25, trim_end=0.25, trim_unit="sample", max_steps=2,
-                  trim_backward="dense")  # fmt: skip
+    dense = train(make("llama"), rows, tmp_path, trim_keep_start=0.25, trim_keep_end=0.25, trim_unit="sample",
+                  max_steps=2, trim_backward="dense")  # fmt: skip
     start = weights(make("llama"))
     assert relative_difference(weights(sparse) - start, weights(dense) - start) < 1e-5
 

@@ -26,7 +26,7 @@ def test_with_seq2seq_trainer(tmp_path):
     rows = HEADS["bart"][1]()
     ours = train(
         make("bart"), rows, tmp_path, trainer_cls=TrimmingSeq2SeqTrainer, args_cls=TrimmingSeq2SeqArguments,
-        trim_start=0.3, trim_end=0.3, num_train_epochs=1, predict_with_generate=True,
+        trim_keep_start=0.3, trim_keep_end=0.3, num_train_epochs=1, predict_with_generate=True,
     )  # fmt: skip
     reference, logged = reference_loop("bart", ours.batches, 1, 0.3)
     assert ours.losses == pytest.approx(logged, rel=1e-4)
@@ -45,7 +45,7 @@ def test_adapters_of_a_language_model_train_and_load_back(tmp_path):
         set_seed(1)
         return peft.get_peft_model(base, config)
 
-    arguments = {"trim_start": 0.3, "trim_end": 0.3, "num_train_epochs": 1}
+    arguments = {"trim_keep_start": 0.3, "trim_keep_end": 0.3, "num_train_epochs": 1}
     ours = train(adapted(), rows, tmp_path, **arguments)
     dense = train(adapted(), rows, tmp_path, trim_backward="dense", **arguments)
     assert ours.losses == pytest.approx(dense.losses, rel=1e-5)
@@ -90,12 +90,12 @@ def test_with_trl(unit, tmp_path):
         )  # fmt: skip
 
     plain = trained(trl.SFTTrainer, trl.SFTConfig, gradient_accumulation_steps=2)
-    untrimmed = trained(trim_start=1.0, trim_end=1.0, gradient_accumulation_steps=2)
+    untrimmed = trained(trim_keep_start=1.0, trim_keep_end=1.0, gradient_accumulation_steps=2)
     assert untrimmed.losses == plain.losses
     first = trained(gradient_accumulation_steps=2, trim_unit=unit, max_steps=1)  # p = 1 through the trimming code
     assert first.losses == pytest.approx(plain.losses[:1], rel=1e-5)
 
-    ours = trained(trim_start=0.3, trim_end=0.3, trim_unit=unit)
+    ours = trained(trim_keep_start=0.3, trim_keep_end=0.3, trim_unit=unit)
     model = make("llama")
 
     def loss_of(batch):

@@ -42,7 +42,7 @@ HEADS = {
 @pytest.mark.parametrize(
     "arguments",
     [
-        {"trim_start": 1.0, "trim_end": 1.0},
+        {"trim_keep_start": 1.0, "trim_keep_end": 1.0},
         {"trim_select": "none"},
         {"trim_select": "none", "gradient_accumulation_steps": 4, "num_train_epochs": 1},
     ],
@@ -129,7 +129,12 @@ def test_trimming_follows_the_reference_loop(make_model, make_rows, task, accumu
 def test_accumulating_single_samples_equals_one_batch(tmp_path):
     # A mini-batch of one sample keeps it whatever p is, so that 8 × 1 is the untrimmed 1 × 8.
     single = train(
-        tiny_vit(), digits(), tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=8, trim_start=0.5
+        tiny_vit(),
+        digits(),
+        tmp_path,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=8,
+        trim_keep_start=0.5,
     )
     whole = train(tiny_vit(), digits(), tmp_path, trainer_cls=Trainer)
     assert single.losses == pytest.approx(whole.losses, rel=1e-4)
@@ -140,7 +145,7 @@ def test_plain_training_arguments_have_the_default_schedule(tmp_path):
     args = TrainingArguments(str(tmp_path), num_train_epochs=3, use_cpu=True, disable_tqdm=True, report_to="none")
     trainer = TrimmingTrainer(tiny_vit(), args, train_dataset=digits())
     trainer.train()
-    assert trainer.trim_fraction == pytest.approx(0.2)
+    assert trainer.keep_fraction == pytest.approx(0.2)
 
 
 @pytest.mark.parametrize("model", ["bert", "vit"])
@@ -154,7 +159,7 @@ def test_resuming_in_the_middle_of_an_epoch_changes_nothing(model, select, tmp_p
     history = [log for log in whole.state.log_history if "loss" in log]
     assert history[8]["epoch"] == pytest.approx(1.5)
     assert resumed.losses == whole.losses[8:]
-    names = ("trim_fraction", "kept_fraction", "trim_threshold")
+    names = ("keep_fraction", "kept_fraction", "trim_threshold")
     again = [log for log in resumed.state.log_history if "loss" in log]
     assert [[log[name] for name in names] for log in again] == [[log[name] for name in names] for log in history]
     assert torch.equal(weights(resumed), weights(whole))
@@ -178,31 +183,31 @@ def test_best_model_is_loaded_whole(tmp_path):
 def test_logged_metrics(tmp_path):
     trimmed = train(tiny_vit(), digits(), tmp_path, num_train_epochs=3, logging_strategy="epoch")
     logs = [log for log in trimmed.state.log_history if "loss" in log]
-    assert [log["trim_fraction"] for log in logs] == pytest.approx([1.0, 0.6, 0.2])
+    assert [log["keep_fraction"] for log in logs] == pytest.approx([1.0, 0.6, 0.2])
     assert [log["kept_fraction"] for log in logs] == pytest.approx([1.0, 5 / 8, 2 / 8])
     assert logs[0]["full_loss"] == pytest.approx(logs[0]["loss"], rel=1e-4)
     for log in logs[1:]:
         assert log["trim_threshold"] < log["loss"] and log["full_loss"] < log["loss"]
     untrimmed = train(tiny_vit(), digits(), tmp_path, trim_select="none")
     for log in untrimmed.state.log_history[:-1]:
-        assert log["trim_fraction"] == log["kept_fraction"] == 1.0
+        assert log["keep_fraction"] == log["kept_fraction"] == 1.0
         assert log["full_loss"] == pytest.approx(log["loss"], rel=1e-4)
 
 
 def test_random_control_keeps_as_many_but_others(tmp_path):
-    hardest = train(tiny_vit(), digits(), tmp_path, trim_start=0.25, trim_end=0.25)
-    rand = train(tiny_vit(), digits(), tmp_path, trim_start=0.25, trim_end=0.25, trim_select="random")
+    hardest = train(tiny_vit(), digits(), tmp_path, trim_keep_start=0.25, trim_keep_end=0.25)
+    rand = train(tiny_vit(), digits(), tmp_path, trim_keep_start=0.25, trim_keep_end=0.25, trim_select="random")
     first, control = hardest.state.log_history[0], rand.state.log_history[0]
     assert control["kept_fraction"] == first["kept_fraction"] == 0.25
     assert control["full_loss"] == first["full_loss"]
     assert control["loss"] < first["loss"]
-    again = train(tiny_vit(), digits(), tmp_path, trim_start=0.25, trim_end=0.25, trim_select="random")
+    again = train(tiny_vit(), digits(), tmp_path, trim_keep_start=0.25, trim_keep_end=0.25, trim_select="random")
     assert again.losses == rand.losses
 
 
 def test_evaluation_and_prediction_are_never_trimmed(tmp_path):
     rows = digits()
-    trimmed = train(tiny_vit(), rows, tmp_path, trim_start=0.2)
+    trimmed = train(tiny_vit(), rows, tmp_path, trim_keep_start=0.2)
     plain = Trainer(trimmed.model, TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"))
     ours, expected = trimmed.evaluate(rows), plain.evaluate(rows)
     assert ours["eval_loss"] == expected["eval_loss"]
@@ -218,7 +223,7 @@ def weighted_loss(outputs, labels, num_items_in_batch=None):
 
 def test_class_weights_through_an_unreduced_loss(tmp_path):
     kwargs = {"trainer_kwargs": {"compute_loss_func": weighted_loss}}
-    ours = train(tiny_vit(), digits(), tmp_path, trim_start=0.5, trim_end=0.5, **kwargs)
+    ours = train(tiny_vit(), digits(), tmp_path, trim_keep_start=0.5, trim_keep_end=0.5, **kwargs)
     reference = tiny_vit()
     logged = reference_loop(
         reference,
@@ -253,7 +258,7 @@ def test_a_loss_per_label_is_trimmed_per_token_or_per_sample(unit, tmp_path):
     def reference_loss(logits, labels):
         return F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
 
-    arguments = {"trim_start": 0.3, "trim_end": 0.3, "gradient_accumulation_steps": 2, "trim_unit": unit}
+    arguments = {"trim_keep_start": 0.3, "trim_keep_end": 0.3, "gradient_accumulation_steps": 2, "trim_unit": unit}
     ours = train(make_model(), rows, tmp_path, trainer_kwargs={"compute_loss_func": token_loss}, **arguments)
     batches = grouped(ours.batches, 2, 2)
     if unit == "sample":
@@ -282,7 +287,7 @@ def test_peft_model_trains_trimmed(tmp_path):
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(tiny_bert(), peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query"]))
     before = weights(model).clone()
-    trainer = train(model, digit_texts(), tmp_path, trim_start=0.5)
+    trainer = train(model, digit_texts(), tmp_path, trim_keep_start=0.5)
     assert trainer.state.log_history[0]["kept_fraction"] == 0.5
     assert not torch.equal(weights(model), before)
 
@@ -333,10 +338,13 @@ def test_parallelism_that_would_rank_wrongly_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "arguments, match",
     [
-        ({"trim_end": 0.0}, r"trim_end must be a fraction in \(0, 1\], and is 0.0"),
-        ({"trim_start": 1.5}, "trim_start must be a fraction"),
-        ({"trim_start": "1"}, "trim_start must be a fraction"),
-        ({"trim_start": 0.3, "trim_end": 0.5}, "trim_end .0.5. must not be above trim_start .0.3."),
+        ({"trim_keep_end": 0.0}, r"trim_keep_end must be a fraction in \(0, 1\], and is 0.0"),
+        ({"trim_keep_start": 1.5}, "trim_keep_start must be a fraction"),
+        ({"trim_keep_start": "1"}, "trim_keep_start must be a fraction"),
+        (
+            {"trim_keep_start": 0.3, "trim_keep_end": 0.5},
+            "trim_keep_end .0.5. must not be above trim_keep_start .0.3.",
+        ),
         ({"trim_schedule": "epochs"}, "Did you mean 'epoch'"),
         ({"trim_select": "hard"}, "trim_select must be one of.*and is 'hard'"),
         ({"trim_unit": "tokens"}, "Did you mean 'token'"),
@@ -382,6 +390,6 @@ def test_wrong_losses_and_batches_are_refused_at_the_first_batch(tmp_path):
 
 def test_a_batch_without_valid_items_leaves_the_weights_alone(tmp_path):
     rows = [{**row, "labels": -100} for row in digits(8)]
-    trainer = train(tiny_vit(), rows, tmp_path, num_train_epochs=1, trim_start=0.5)
+    trainer = train(tiny_vit(), rows, tmp_path, num_train_epochs=1, trim_keep_start=0.5)
     assert trainer.losses == [0.0]
     assert torch.equal(weights(trainer), weights(tiny_vit()))

@@ -25,7 +25,7 @@ from hf_trim.backward.eager.tensor import FALLBACKS, Rows, RowSparseTensor, RowT
 
 
 logger = logging.getLogger(__name__)
-REFUSED = Counter()  # reason → how often a compiled graph ran on the whole batch for it
+REFUSED_GRAPHS = Counter()  # reason → how often a compiled graph ran on the whole batch for it
 _PENDING = "hf_trim_pending"
 _READY = "hf_trim_ready"
 _ALIGNMENT = 16  # bytes that inductor's kernels rely on
@@ -39,7 +39,7 @@ CUDA_GRAPHS = (
 )
 
 
-class Refused(Exception):
+class GraphRefusedError(Exception):
     """Why a compiled graph runs on the whole batch."""
 
 
@@ -86,7 +86,7 @@ def is_compiled_graph(node: torch.autograd.graph.Node) -> bool:
     return all(hasattr(function, name) for name in ("_lazy_backward_info", "_backward_impl", "metadata"))
 
 
-def let_rows_in(node: torch.autograd.graph.Node) -> None:
+def accept_row_sparse_gradients(node: torch.autograd.graph.Node) -> None:
     """
     Prepares the backward pass of a compiled graph for row-sparse gradients.
 
@@ -139,12 +139,12 @@ def compile_for_rows(graph: torch.fx.GraphModule, inputs: list, mode: str | None
     patches = {**(list_mode_options(mode, True) if mode else {}), **(options or {})}
     if patches.get("triton.cudagraphs"):
         raise ValueError(f"backend='hf_trim' compiles without CUDA graphs: {CUDA_GRAPHS}.")
-    with graphs_at_hand():
+    with keep_backward_graphs():
         return compile_fx(graph, inputs, config_patches=patches or None)
 
 
 @contextmanager
-def graphs_at_hand():
+def keep_backward_graphs():
     """
     What is compiled in this context keeps its backward graph, of which AOTAutograd's cache would leave nothing to look
     at (inductor's own cache of the compiled code goes on), and tells a batch size from a length that is the same.
@@ -169,7 +169,7 @@ def uses_cuda_graphs(model: torch.nn.Module) -> bool:
     return any(config is not None and config.get("triton.cudagraphs") for config in configs)
 
 
-def let_batch_size_vary(inputs: Mapping, size: int) -> None:
+def mark_batch_dynamic(inputs: Mapping, size: int) -> None:
     """
     Has graphs that are compiled for these inputs serve other batch sizes as well, if their code allows for it.
 
@@ -215,16 +215,16 @@ class CompiledBackward:
         try:
             plan, values = self._plan(call, args)
             return self._on_rows(ctx, args, call, plan, values)
-        except Refused as refused:
+        except GraphRefusedError as refused:
             self._refuse(str(refused))
         return self.dense(ctx, args)
 
     def _refuse(self, reason: str) -> None:
         if Settings.strict:
             raise RuntimeError(f"A compiled backward graph cannot run on the kept rows: {reason}.")
-        if reason not in REFUSED:
+        if reason not in REFUSED_GRAPHS:
             logger.warning("A compiled backward graph runs on the whole batch: %s.", reason)
-        REFUSED[reason] += 1
+        REFUSED_GRAPHS[reason] += 1
         FALLBACKS[f"a compiled graph ({reason})"] += 1
 
     # ---- what is sliced -------------------------------------------------------------------------------------------
@@ -232,9 +232,11 @@ class CompiledBackward:
     def _plan(self, call: Call, args: list) -> tuple[Plan, dict]:
         """The plan for these gradients, and the values of the graph's symbols."""
         if self.graph is None or any("val" not in node.meta for node in self.inputs):
-            raise Refused("AOTAutograd's cache has kept no graph of it (backend='hf_trim' does without that cache)")
+            raise GraphRefusedError(
+                "AOTAutograd's cache has kept no graph of it (backend='hf_trim' does without that cache)"
+            )
         if len(args) != len(self.inputs):
-            raise Refused("it has inputs that are not in its graph")
+            raise GraphRefusedError("it has inputs that are not in its graph")
         values = {
             symbol: int(args[at] if dim is None else args[at].shape[dim]) for symbol, (at, dim) in self.places.items()
         }
@@ -243,9 +245,9 @@ class CompiledBackward:
             self.plans[kinds] = self._make_plan(call, values)
         plan = self.plans[kinds]
         if plan.reason:
-            raise Refused(plan.reason)
+            raise GraphRefusedError(plan.reason)
         if values[plan.proof.batch] != call.rows.batch:
-            raise Refused("two of its sizes were equal when its rows were looked for, and are no longer")
+            raise GraphRefusedError("two of its sizes were equal when its rows were looked for, and are no longer")
         return plan, values
 
     def _make_plan(self, call: Call, values: dict) -> Plan:
@@ -311,7 +313,7 @@ class CompiledBackward:
             at = {symbol: sympy.Integer(value) for symbol, value in {**values, batch: count}.items()}
             if all(guard.xreplace(at) == sympy.true for guard in guards):
                 return count
-        raise Refused(f"it was compiled for batch sizes that {rows.count} is not one of")
+        raise GraphRefusedError(f"it was compiled for batch sizes that {rows.count} is not one of")
 
     # ---- running it -----------------------------------------------------------------------------------------------
 
@@ -320,9 +322,9 @@ class CompiledBackward:
         arrived = {at: grad for at, grad in zip(self.grads, call.grads, strict=True) if _is_sparse(grad)}
         for at, grad in arrived.items():
             if inputs[at][0] != (grad.row_dim, grad.row_outer, grad.row_inner):
-                raise Refused("a gradient has its rows in another place than the graph")
+                raise GraphRefusedError("a gradient has its rows in another place than the graph")
         if not all(_counts_rows(args[at]) for at in plan.proof.row_numbers):
-            raise Refused("it looks up rows by other numbers than their own")
+            raise GraphRefusedError("it looks up rows by other numbers than their own")
         rows = _padded(call.rows, count)
         check = Settings.check_compiled and not plan.checked
         whole = list(args) if check else None
@@ -424,7 +426,7 @@ def _places_of_symbols(examples: list) -> dict[sympy.Symbol, tuple[int, int | No
 def _number(size: sympy.Expr, values: dict) -> int:
     value = size.xreplace({symbol: sympy.Integer(value) for symbol, value in values.items()})
     if not value.is_Integer:
-        raise Refused(f"a size in it is not known: {size}")
+        raise GraphRefusedError(f"a size in it is not known: {size}")
     return int(value)
 
 

@@ -35,7 +35,7 @@ _SYMBOLIC = (SymInt, SymFloat, SymBool)
 INDEXING = ("index", "_unsafe_index", "index_put", "_unsafe_index_put", "_unsafe_masked_index_put_accumulate")
 
 
-class Mixed(Exception):
+class RowsMixedError(Exception):
     """The rows of an op's result are not known to be independent."""
 
 
@@ -143,7 +143,7 @@ class Walk:
                 break
             try:
                 self.known[node] = self._input(node) if node.op == "placeholder" else self._call(node)
-            except Mixed as reason:
+            except RowsMixedError as reason:
                 self.known[node] = self._unknown(node, str(reason))
             except Exception as error:  # an op that is called in a way that its rule does not know
                 self.known[node] = self._unknown(node, f"{node.target}: {type(error).__name__}: {error}")
@@ -187,7 +187,7 @@ class Walk:
         """What is merged with the rows in a dimension of this size."""
         factor = sympy.cancel(size / self.batch)
         if self.batch in factor.free_symbols or not is_whole(factor):
-            raise Mixed(f"a dimension of size {size} is no multiple of the batch size {self.batch}")
+            raise RowsMixedError(f"a dimension of size {size} is no multiple of the batch size {self.batch}")
         return factor
 
     def _input(self, node: fx.Node) -> Value | None:
@@ -197,7 +197,7 @@ class Walk:
         shape, zero = self._shape(tensor), self.tangents.get(node, NOWHERE)
         rows = self.rows_in(shape)
         if len(rows) > 1:
-            raise Mixed(f"{node.name} has the batch size {self.batch} in two dimensions")
+            raise RowsMixedError(f"{node.name} has the batch size {self.batch} in two dimensions")
         if not rows:
             return Value(shape, zero=EVERYWHERE if zero == EVERYWHERE else NOWHERE, source=node)
         outer, inner = self.placed.get(node, (sympy.Integer(1), self.merged(shape[rows[0]])))
@@ -209,19 +209,19 @@ class Walk:
         shape = tuple(shape)
         rows = self.rows_in(shape)
         if rows != ([] if dim is None else [dim]):
-            raise Mixed(f"rows are expected in dimension {dim} of {shape}")
+            raise RowsMixedError(f"rows are expected in dimension {dim} of {shape}")
         if dim is None:
             return Value(shape, zero=EVERYWHERE if zero == EVERYWHERE else NOWHERE)
         outer, inner, origin = (None, None, None) if like is None else (like.outer, like.inner, like.origin)
         if outer is not None and not equal(outer * inner * self.batch, shape[dim]):
-            raise Mixed(f"{shape[dim]} rows are not {outer}*{self.batch}*{inner}")
+            raise RowsMixedError(f"{shape[dim]} rows are not {outer}*{self.batch}*{inner}")
         return Value(shape, dim, outer, inner, zero, numbers, origin=origin)
 
     def uniform(self, shape: tuple, zero: int) -> Value:
         """A result that is equal all along the dimension that carries rows, if there is one."""
         rows = self.rows_in(shape)
         if len(rows) > 1:
-            raise Mixed("rows meet rows")
+            raise RowsMixedError("rows meet rows")
         return self.result(shape, rows[0] if rows else None, zero=zero)
 
     def layout(self, values: Iterable[Value]) -> Value | None:
@@ -242,7 +242,7 @@ class Walk:
         """An op wants the rows of a value there. If they may be, the walk goes on as if, and is repeated."""
         fits = is_whole(outer) and is_whole(inner) and equal(outer * inner, value.outer * value.inner)
         if not (self.is_free(value) and fits):
-            raise Mixed(reason)
+            raise RowsMixedError(reason)
         self.wishes.setdefault(value.origin, (outer, inner))
 
     # ---- ops ------------------------------------------------------------------------------------------------------
@@ -251,7 +251,7 @@ class Walk:
         out = node.meta.get("val")
         if node.op == "get_attr":
             if not isinstance(out, Tensor):
-                raise Mixed("a constant that is not known")
+                raise RowsMixedError("a constant that is not known")
             return Value(self._shape(out))
         if node.target is getitem and isinstance(self.known.get(node.args[0]), tuple):
             return self.known[node.args[0]][node.args[1]]
@@ -270,23 +270,23 @@ class Walk:
     def _result_of(self, op, out, args, kwargs):
         values = list(tensors((args, kwargs)))
         if not isinstance(op, torch._ops.OpOverload):
-            raise Mixed("not an op whose rows are known")
+            raise RowsMixedError("not an op whose rows are known")
         name = op.overloadpacket.__name__
         rule = RULES.get(name)
         if rule is None and (torch.Tag.pointwise in op.tags or name in POINTWISE):
             rule = pointwise
         unknown = next((value for value in values if value.unknown), None)
         if unknown is not None and rule is not pointwise:
-            raise Mixed(unknown.unknown)
+            raise RowsMixedError(unknown.unknown)
         shapes = [self._shape(each) for each in out] if isinstance(out, (tuple, list)) else self._shape(out)
         if not self._touches(values, args, kwargs, shapes) and torch.Tag.nondeterministic_seeded not in op.tags:
             return self._same(rule, args, kwargs, shapes, name)
         if rule is None:
-            raise Mixed("not an op whose rows are known")
+            raise RowsMixedError("not an op whose rows are known")
         found = rule(self, name, shapes, *args, **kwargs)
         counted = any(value.numbers for value in values) and name not in INDEXING
         if counted and not (isinstance(found, Value) and (found.numbers or found.zero == EVERYWHERE)):
-            raise Mixed("the number of a row is part of a value")  # among the kept rows it has another one
+            raise RowsMixedError("the number of a row is part of a value")  # among the kept rows it has another one
         return tuple(found) if isinstance(found, list) else found
 
     def _same(self, rule, args, kwargs, shape, name) -> Value | tuple:
@@ -297,7 +297,7 @@ class Walk:
             return Value(shape)
         try:
             return rule(self, name, shape, *args, **kwargs)
-        except Mixed:
+        except RowsMixedError:
             return Value(shape)
 
     def _argument(self, node: fx.Node):
@@ -389,15 +389,15 @@ def pointwise(walk: Walk, name: str, shape: tuple, *args, **kwargs) -> Value:
     values = list(tensors((args, kwargs)))
     for value in values:
         if value.unknown:
-            raise Mixed(value.unknown)
+            raise RowsMixedError(value.unknown)
     if walk.counts_rows((args, kwargs)):
-        raise Mixed("the batch size is part of a value")
+        raise RowsMixedError("the batch size is part of a value")
     carriers = [value for value in values if value.dim is not None]
     if not carriers:
         return walk.result(shape, zero=zero)
     dims = {value.dim - len(value.shape) for value in carriers}
     if len(dims) > 1:
-        raise Mixed("rows meet rows")
+        raise RowsMixedError("rows meet rows")
     numbers = len(values) == 1 and values[0].numbers and name in ("clone", "alias", "detach")
     return walk.result(shape, dims.pop() + len(shape), walk.layout(carriers), zero, numbers)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointFunction
 
-from hf_trim.backward.compiled.graph import REFUSED, is_compiled_graph, let_rows_in
+from hf_trim.backward.compiled.graph import REFUSED_GRAPHS, accept_row_sparse_gradients, is_compiled_graph
 from hf_trim.backward.eager import rules  # noqa: F401
 from hf_trim.backward.eager.checkpoint import recompute_kept_rows
 from hf_trim.backward.eager.saved import COMPUTES_FIRST, keep_rows_of_saved
@@ -95,7 +95,7 @@ def guard(nodes, rows, skip_leaves=()):
         elif kind.__name__.startswith("AsStrided"):  # its formula writes into zeros of the whole storage
             _run_dense(node, counted=False)
         elif is_compiled_graph(node):
-            let_rows_in(node)
+            accept_row_sparse_gradients(node)
         elif kind.__module__ != "builtins" or not _ATEN_NODE.match(kind.__name__):
             function = getattr(node, "_forward_cls", None)
             if function is CheckpointFunction:
@@ -182,7 +182,7 @@ def fallback_report() -> dict[str, int]:
 def reset_fallbacks():
     """Forgets the ops counted so far."""
     FALLBACKS.clear()
-    REFUSED.clear()
+    REFUSED_GRAPHS.clear()
 
 
 @contextmanager

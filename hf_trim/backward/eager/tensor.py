@@ -28,7 +28,7 @@ _SHARE_FROM = 1 << 16  # elements; smaller slices are copied faster than looked 
 _wrapper = Tensor._make_wrapper_subclass
 
 
-class NotRowwise(Exception):
+class NotRowwiseError(Exception):
     """A rule does not apply to these operands: the op runs dense instead."""
 
 
@@ -79,10 +79,10 @@ class Rows:
             `torch.Tensor`: The same shape but for `outer * k * inner` entries along `dim`; may be a view of `x`.
 
         Raises:
-            `NotRowwise`: If `x` has another size along `dim`.
+            `NotRowwiseError`: If `x` has another size along `dim`.
         """
         if not -x.ndim <= dim < x.ndim or x.shape[dim] != outer * self.batch * inner:
-            raise NotRowwise(f"{tuple(x.shape)} has no {outer}*{self.batch}*{inner} rows along dimension {dim}")
+            raise NotRowwiseError(f"{tuple(x.shape)} has no {outer}*{self.batch}*{inner} rows along dimension {dim}")
         dim %= x.ndim
         if x.is_contiguous():
             return self._take(x, dim, outer, inner)
@@ -175,7 +175,7 @@ class RowTensor(Tensor):
     @staticmethod
     def __new__(cls, payload: Tensor, rows: Rows, row_dim: int = 0, row_outer: int = 1, row_inner: int = 1):
         if isinstance(payload, RowTensor):
-            raise NotRowwise("an operand carries rows of its own")
+            raise NotRowwiseError("an operand carries rows of its own")
         shape, size = list(payload.shape), row_outer * rows.count * row_inner
         if shape[row_dim] != size:
             raise AssertionError(f"a payload of shape {shape} does not hold {size} rows along dimension {row_dim}")
@@ -212,7 +212,7 @@ class RowTensor(Tensor):
             dim (`int`, *optional*): The dimension of `x` that carries rows.
 
         Raises:
-            `NotRowwise`: If `x` does not carry the same rows in the same way.
+            `NotRowwiseError`: If `x` does not carry the same rows in the same way.
         """
         if dim is None:
             dim = self.row_dim
@@ -222,7 +222,7 @@ class RowTensor(Tensor):
             if x is self and dim in (self.row_dim, self.row_dim - self.ndim):
                 return x.payload
             if x.layout_of_rows() != (self.rows, dim % x.ndim, self.row_outer, self.row_inner):
-                raise NotRowwise("operands carry different rows")
+                raise NotRowwiseError("operands carry different rows")
             return x.payload
         return self.rows.take(x, dim, self.row_outer, self.row_inner)
 
@@ -239,7 +239,7 @@ class RowTensor(Tensor):
         """The ordinary tensor of the same shape."""
         raise NotImplementedError
 
-    def become_dense(self, dense: Tensor):
+    def densify_(self, dense: Tensor):
         """Keeps this object, whose payload is from now on `dense`: every row of the first dimension is kept."""
         self.check_writable(self.is_view or self.has_views)
         self.rows = Rows.all_of(self)
@@ -283,7 +283,7 @@ class RowSparseTensor(RowTensor):
         rule = RULES[func]
         try:
             return rule(func, *args, **kwargs) if kwargs else rule(func, *args)
-        except NotRowwise as reason:
+        except NotRowwiseError as reason:
             return run_dense(func, args, kwargs or {}, reason)
 
     def densify(self) -> Tensor:
@@ -307,7 +307,7 @@ class RowSparseTensor(RowTensor):
         """Adds the kept rows to a dense tensor of the same shape, in place."""
         return self.rows.add_to(out, self.payload, self.row_dim, self.row_outer, self.row_inner, alpha)
 
-    def become(self, other: Tensor):
+    def overwrite_(self, other: Tensor):
         """Takes over the content of `other`, which an in-place op computed."""
         self.check_writable()
         same = isinstance(other, RowSparseTensor) and self.layout_of_rows() == other.layout_of_rows()
@@ -315,7 +315,7 @@ class RowSparseTensor(RowTensor):
             self.payload.copy_(other.payload)
             return self
         dense = torch.empty_strided(self.shape, self.stride(), dtype=self.dtype, device=self.device)
-        return self.become_dense(dense.copy_(densify(other)))
+        return self.densify_(dense.copy_(densify(other)))
 
     def __coerce_same_metadata_as_tangent__(self, expected_metadata, expected_type=None):
         return self.densify()  # a graph compiled by AOTAutograd knows ordinary tensors only
@@ -332,7 +332,7 @@ class ActivationRows(RowTensor):
     """
     An activation that is known in the kept rows only, recomputed for them (`checkpoint.py`). Ops work on it if each
     row of the result depends on that row alone. Anything else needs the other rows: `whole`, if there is one, finds
-    them out, else [`NotRowwise`] ends the recomputation.
+    them out, else [`NotRowwiseError`] ends the recomputation.
     """
 
     whole = None  # `Callable` that returns the ordinary tensor
@@ -348,7 +348,7 @@ class ActivationRows(RowTensor):
             return change(rule, func, args, kwargs)
         try:
             out = rule(func, *args, **kwargs)
-        except NotRowwise:
+        except NotRowwiseError:
             return run_whole(func, args, kwargs)
         for position, x in enumerate(tree_iter(out)):
             if isinstance(x, ActivationRows):
@@ -358,7 +358,7 @@ class ActivationRows(RowTensor):
     def densify(self) -> Tensor:
         """The ordinary tensor of the same shape; the other rows are computed now."""
         if self.whole is None:
-            raise NotRowwise("the other rows are unknown")
+            raise NotRowwiseError("the other rows are unknown")
         return self.whole()
 
 
@@ -385,9 +385,9 @@ def change(rule, func, args, kwargs):
 
     try:
         rule(func, *args, **kwargs)
-    except NotRowwise:
+    except NotRowwiseError:
         dense = whole()
-        changed.become_dense(dense)
+        changed.densify_(dense)
         changed.whole = lambda: dense
     else:
         changed.whole = whole
@@ -405,7 +405,7 @@ def view_dense(func, x, *args, **kwargs):
     alone = not (x.is_view or x.has_views)
     if not x.is_copy and (whole or alone):
         if not whole:
-            x.become_dense(x.densify())
+            x.densify_(x.densify())
         x.has_views = True
         return func(x.payload, *args, **kwargs)
 

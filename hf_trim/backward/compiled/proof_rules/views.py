@@ -3,7 +3,7 @@ Rules of the proof: where an op of a backward graph leaves the rows, and where i
 
 A rule gets the walk through the graph, the op's name, the symbolic shape of its result (or a list of shapes) and the
 op's arguments, tensors as [`~hf_trim.backward.compiled.proof.Value`]. What it returns must hold for the op on the
-whole batch and on any of its rows; else it raises [`~hf_trim.backward.compiled.proof.Mixed`].
+whole batch and on any of its rows; else it raises [`~hf_trim.backward.compiled.proof.RowsMixedError`].
 """
 
 from dataclasses import replace
@@ -15,7 +15,7 @@ import sympy
 from hf_trim.backward.compiled.proof import (
     EVERYWHERE,
     NOWHERE,
-    Mixed,
+    RowsMixedError,
     Value,
     Walk,
     equal,
@@ -31,14 +31,14 @@ from hf_trim.backward.compiled.proof import (
 def same(*values: Any) -> None:
     """Operands that must not carry rows."""
     if any(isinstance(value, Value) and value.dim is not None for value in values):
-        raise Mixed("an operand that serves all rows carries rows")
+        raise RowsMixedError("an operand that serves all rows carries rows")
 
 
 def is_batch_first(*values: Value) -> None:
     """Operands that must carry rows in their first dimension, not merged with anything."""
     for value in values:
         if value.dim != 0 or (value.outer is not None and not (value.outer == value.inner == 1)):
-            raise Mixed("rows are not samples")
+            raise RowsMixedError("rows are not samples")
 
 
 def batch_first(walk: Walk, shape: tuple, zero: int = NOWHERE) -> Value:
@@ -49,7 +49,7 @@ def batch_first(walk: Walk, shape: tuple, zero: int = NOWHERE) -> Value:
 def batch_first_and_sums(walk: Walk, shapes: list, grad: Value) -> list:
     """What an op's backward returns: a gradient of rows, and others that are sums over them."""
     if not grad.zero:
-        raise Mixed("a sum over rows that are not all kept")
+        raise RowsMixedError("a sum over rows that are not all kept")
     return [
         batch_first(walk, shape, grad.zero) if at == 0 and shape else walk.result(shape, zero=grad.zero)
         for at, shape in enumerate(shapes)
@@ -65,7 +65,7 @@ def _constant(walk, name, shape, *args, **kwargs):
     if "full" in name or name == "scalar_tensor":
         value = args[0 if name == "scalar_tensor" else 2 if name == "new_full" else 1]
         if isinstance(value, Value) or walk.counts_rows(value):
-            raise Mixed("the batch size is part of a value")
+            raise RowsMixedError("the batch size is part of a value")
     else:
         value = "ones" in name
     return walk.uniform(shape, EVERYWHERE if value == 0 else NOWHERE)
@@ -78,10 +78,10 @@ def _numbers(walk, name, shape, *args, start=None, step=None, **kwargs):
     rows = walk.rows_in(shape)
     if not rows:
         if walk.counts_rows((args, start, step)):
-            raise Mixed("the batch size is part of a value")
+            raise RowsMixedError("the batch size is part of a value")
         return walk.result(shape)
     if start != 0 or step != 1 or not equal(shape[0], walk.batch):
-        raise Mixed("numbers of rows that are not counted from 0")
+        raise RowsMixedError("numbers of rows that are not counted from 0")
     return replace(walk.result(shape, 0, numbers=True), outer=sympy.Integer(1), inner=sympy.Integer(1))
 
 
@@ -94,7 +94,7 @@ def _view(walk, name, shape, x, *args):
         return walk.result(shape, zero=x.zero)
     rows = walk.rows_in(shape)
     if len(rows) != 1:
-        raise Mixed("rows meet rows")
+        raise RowsMixedError("rows meet rows")
     at = rows[0]
     if x.outer is None:
         if x.zero == EVERYWHERE:
@@ -159,7 +159,7 @@ def _squeeze(walk, name, shape, x, dims=None):
 @rule("view_as_real", "view_as_complex")
 def _complex(walk, name, shape, x):
     if name == "view_as_complex" and x.dim == len(shape):
-        raise Mixed("rows are real and imaginary parts")
+        raise RowsMixedError("rows are real and imaginary parts")
     return walk.result(shape, x.dim, x, x.zero)
 
 
@@ -174,7 +174,7 @@ def _expand(walk, name, shape, x, sizes, **kwargs):
 def _repeat(walk, name, shape, x, repeats):
     added = len(shape) - len(x.shape)
     if x.dim is None or repeats[x.dim + added] != 1 or walk.counts_rows(repeats):
-        raise Mixed("rows are repeated")
+        raise RowsMixedError("rows are repeated")
     return walk.result(shape, x.dim + added, x, x.zero)
 
 
@@ -190,9 +190,9 @@ def _slice(walk, name, shape, x, dim=0, start=None, end=None, step=1):
     if _is_whole_slice(x, dim, start, end, step):
         return x
     if dim == x.dim:
-        raise Mixed("a part of the rows is taken")
+        raise RowsMixedError("a part of the rows is taken")
     elif walk.counts_rows((start, end, step)):
-        raise Mixed("the batch size is part of a value")
+        raise RowsMixedError("the batch size is part of a value")
     return walk.result(shape, x.dim, x, x.zero, x.numbers)
 
 
@@ -200,7 +200,7 @@ def _slice(walk, name, shape, x, dim=0, start=None, end=None, step=1):
 def _select(walk, name, shape, x, dim, index):
     dim %= len(x.shape)
     if dim == x.dim or walk.counts_rows(index):
-        raise Mixed("one row is taken")
+        raise RowsMixedError("one row is taken")
     at = None if x.dim is None else x.dim - (x.dim > dim)
     return walk.result(shape, at, x, x.zero, x.numbers)
 
@@ -210,7 +210,7 @@ def _select_backward(walk, name, shape, grad, sizes, dim, index):
     dim %= len(shape)
     at = None if grad.dim is None else grad.dim + (grad.dim >= dim)
     if walk.counts_rows(index):
-        raise Mixed("the batch size is part of a value")
+        raise RowsMixedError("the batch size is part of a value")
     return walk.result(shape, at, grad, grad.zero)
 
 
@@ -218,9 +218,9 @@ def _select_backward(walk, name, shape, grad, sizes, dim, index):
 def _slice_backward(walk, name, shape, grad, sizes, dim, start, end, step):
     if grad.dim == dim % len(shape):
         if not (_is_whole_slice(grad, grad.dim, start, end, step) and equal(grad.shape[grad.dim], shape[grad.dim])):
-            raise Mixed("a part of the rows is taken")
+            raise RowsMixedError("a part of the rows is taken")
     elif walk.counts_rows((start, end, step)):
-        raise Mixed("the batch size is part of a value")
+        raise RowsMixedError("the batch size is part of a value")
     return walk.result(shape, grad.dim, grad, grad.zero)
 
 
@@ -228,17 +228,17 @@ def _slice_backward(walk, name, shape, grad, sizes, dim, start, end, step):
 def _scatter_into(walk, name, shape, x, source, dim=0, *place, **kwargs):
     dim %= len(shape)
     if walk.counts_rows((place, kwargs)) and x.dim != dim:
-        raise Mixed("the batch size is part of a value")
+        raise RowsMixedError("the batch size is part of a value")
     at = source.dim
     if at is not None and name == "select_scatter":
         at += at >= dim
     if x.dim != at:
-        raise Mixed("rows meet rows")
+        raise RowsMixedError("rows meet rows")
     if at == dim:
         start, end, step = (*place, *(None, None, 1)[len(place) :])
         whole = _is_whole_slice(x, dim, kwargs.get("start", start), kwargs.get("end", end), kwargs.get("step", step))
         if name == "select_scatter" or not whole:
-            raise Mixed("a part of the rows is taken")
+            raise RowsMixedError("a part of the rows is taken")
     return walk.result(shape, at, walk.layout([x, source]), min(x.zero, source.zero))
 
 
@@ -247,13 +247,13 @@ def _cat(walk, name, shape, tensors, dim=0):
     dim %= len(shape)
     dims = {None if x.dim is None else x.dim + (name == "stack" and x.dim >= dim) for x in tensors}
     if len(dims) > 1:
-        raise Mixed("rows meet rows")
+        raise RowsMixedError("rows meet rows")
     at, zero = dims.pop(), min(x.zero for x in tensors)
     if name == "stack" or at != dim or at is None:
         return walk.result(shape, at, walk.layout(tensors), zero)
     # [B, ...] after [B, ...], as in the gradient of an `unbind`
     if any(x.outer is None or not equal(x.inner, tensors[0].inner) for x in tensors):
-        raise Mixed("rows are joined to rows")
+        raise RowsMixedError("rows are joined to rows")
     return walk.result(shape, at, replace(tensors[0], outer=sum(x.outer for x in tensors), origin=None), zero)
 
 
@@ -261,7 +261,7 @@ def _cat(walk, name, shape, tensors, dim=0):
 def _split(walk, name, shapes, x, *args, **kwargs):
     dim = kwargs.get("dim", args[-1] if len(args) == (1 if name == "unbind" else 2) else 0) % len(x.shape)
     if dim == x.dim:
-        raise Mixed("the rows are split")
+        raise RowsMixedError("the rows are split")
     at = x.dim if x.dim is None or name != "unbind" else x.dim - (x.dim > dim)
     return [walk.result(shape, at, x, x.zero) for shape in shapes]
 
@@ -271,7 +271,7 @@ def _pad(walk, name, shape, x, pad, value=0):
     if x.dim is not None:
         behind = len(x.shape) - 1 - x.dim
         if any(each != 0 for each in pad[2 * behind : 2 * behind + 2]) or walk.counts_rows(pad):
-            raise Mixed("rows are added")
+            raise RowsMixedError("rows are added")
     return walk.result(shape, x.dim, x, x.zero if value == 0 else NOWHERE)
 
 
@@ -280,7 +280,7 @@ def _turn(walk, name, shape, x, *args):
     dims = args[-1] if name != "roll" or len(args) > 1 else []
     dims = {d % len(shape) for d in dims}
     if not dims or x.dim in dims:
-        raise Mixed("rows change places")
+        raise RowsMixedError("rows change places")
     return walk.result(shape, x.dim, x, x.zero)
 
 
@@ -296,7 +296,7 @@ def _dims(x: Value, dims: Any) -> set[int]:
 def _reduced(walk, shape, x, dims, zero) -> Value:
     """Rows of a reduction over other dimensions."""
     if x.dim in dims:
-        raise Mixed("a value of all rows together")
+        raise RowsMixedError("a value of all rows together")
     if x.dim is None:
         return walk.result(shape, zero=zero)
     kept = len(shape) == len(x.shape)
@@ -309,7 +309,7 @@ def _sum(walk, name, shape, x, dims=None, *args, **kwargs):
     if x.dim not in dims or x.dim is None:
         return _reduced(walk, shape, x, dims, x.zero)
     if x.zero == NOWHERE:
-        raise Mixed("a sum over rows that are not all kept")
+        raise RowsMixedError("a sum over rows that are not all kept")
     # What is merged with the rows is summed, too, and what is the same of it is zero where all is.
     return walk.result(shape, zero=x.zero)
 
@@ -330,14 +330,14 @@ def _variance(walk, name, shapes, x, dims=None, *args, **kwargs):
 @rule("_softmax", "_log_softmax", "cumsum", "cumprod", "logcumsumexp")
 def _along(walk, name, shape, x, dim, *args, **kwargs):
     if x.dim == dim % len(shape):
-        raise Mixed("a value of all rows together")
+        raise RowsMixedError("a value of all rows together")
     return walk.result(shape, x.dim, x, x.zero if name == "cumsum" else NOWHERE)
 
 
 @rule("sort", "topk", "max", "min", "cummax", "cummin")
 def _along_with_indices(walk, name, shapes, x, *args, **kwargs):
     if not isinstance(shapes, list):
-        raise Mixed("a value of all rows together")
+        raise RowsMixedError("a value of all rows together")
     dims = {"sort": 0, "topk": 1}
     at = dims.get(name, 0)
     dim = kwargs.get("dim", args[at] if len(args) > at else -1)
@@ -347,7 +347,7 @@ def _along_with_indices(walk, name, shapes, x, *args, **kwargs):
 @rule("_softmax_backward_data", "_log_softmax_backward_data")
 def _softmax_backward(walk, name, shape, grad, out, dim, dtype):
     if dim % len(shape) in (grad.dim, out.dim):
-        raise Mixed("a value of all rows together")
+        raise RowsMixedError("a value of all rows together")
     return pointwise(walk, "mul", shape, grad, out) if grad.zero else pointwise(walk, "softmax", shape, grad, out)
 
 
@@ -362,14 +362,14 @@ def _product_of(walk, shape, a: Value, b: Value) -> Value:
     layout = walk.layout([a, b])
     if a.dim == last and b.dim == last - 1:
         if zero == NOWHERE:
-            raise Mixed("a sum over rows that are not all kept")
+            raise RowsMixedError("a sum over rows that are not all kept")
         return walk.result(shape, zero=zero)
     batched = last > 1 and a.dim == b.dim == 0
     if batched or (b.dim is None and a.dim == last - 1):
         return walk.result(shape, a.dim, layout, zero)
     if a.dim is None and b.dim == last:
         return walk.result(shape, b.dim, layout, zero)
-    raise Mixed("rows meet rows")
+    raise RowsMixedError("rows meet rows")
 
 
 @rule("mm", "bmm")
@@ -399,12 +399,12 @@ def _first_rows(walk, name, shape, zero) -> Value:
 def _attention_backward(walk, name, shapes, grad, query, key, value, *args, **kwargs):
     # Each has one float among its arguments by position, and kernels draw their masks by the position in the batch.
     if next(x for x in args if isinstance(x, float)) != 0:
-        raise Mixed("dropout inside of the attention kernel")
+        raise RowsMixedError("dropout inside of the attention kernel")
     carriers = [x for x in tensors((grad, query, key, value, args, kwargs)) if x.dim is not None]
     is_batch_first(grad, query, key, value, *carriers)
     asked = next((x for x in args if isinstance(x, (list, tuple))), None)  # which of the gradients are asked for
     if asked is not None and len(asked) > 3 and asked[3]:
-        raise Mixed("the bias wants a gradient")
+        raise RowsMixedError("the bias wants a gradient")
     return [
         walk.result(shape, 0, grad, grad.zero)
         if walk.rows_in(shape) == [0]
@@ -418,7 +418,7 @@ def _attention_backward(walk, name, shapes, grad, query, key, value, *args, **kw
 def _attention(walk, name, shapes, query, key, value, *args, **kwargs):
     dropout = [x for x in (*args, kwargs.get("dropout_p", 0.0)) if isinstance(x, float)]
     if any(dropout):
-        raise Mixed("dropout inside of the attention kernel")
+        raise RowsMixedError("dropout inside of the attention kernel")
     is_batch_first(query, key, value, *(x for x in tensors((args, kwargs)) if x.dim is not None))
     return [_first_rows(walk, name, shape, NOWHERE) for shape in shapes]
 
@@ -442,9 +442,9 @@ def _norm_backward(walk, name, shapes, grad, x, normalized, *others):
     first = len(grad.shape) - len(normalized)
     carriers = [each for each in (grad, x, *tensors(others)) if each.dim is not None]
     if any(each.dim >= first or each.dim != grad.dim for each in carriers):
-        raise Mixed("rows are normalized")
+        raise RowsMixedError("rows are normalized")
     if not grad.zero:
-        raise Mixed("a sum over rows that are not all kept")
+        raise RowsMixedError("a sum over rows that are not all kept")
     return [
         walk.result(shape, grad.dim if at == 0 and shape else None, walk.layout(carriers), grad.zero)
         for at, shape in enumerate(shapes)
@@ -455,7 +455,7 @@ def _norm_backward(walk, name, shapes, grad, x, normalized, *others):
 def _norm(walk, name, shapes, x, normalized, *others):
     same(*others)
     if x.dim is not None and x.dim >= len(x.shape) - len(normalized):
-        raise Mixed("rows are normalized")
+        raise RowsMixedError("rows are normalized")
     return [walk.result(shape, x.dim, x) for shape in shapes]
 
 
@@ -476,7 +476,7 @@ def _group_norm(walk, name, shapes, x, weight, bias, *sizes):
 @rule("native_batch_norm_backward")
 def _batch_norm_backward(walk, name, shapes, grad, x, weight, mean, variance, saved_mean, saved_rstd, train, *others):
     if train:
-        raise Mixed("batch norm in training mode mixes rows")
+        raise RowsMixedError("batch norm in training mode mixes rows")
     same(weight, mean, variance, saved_mean, saved_rstd)
     is_batch_first(grad, x)
     return batch_first_and_sums(walk, shapes, grad)
@@ -489,7 +489,7 @@ def _loss_backward(walk, name, shape, grad, x, target, *others):
         return pointwise(walk, "mul", shape, grad, x)
     reduction = next(each for each in others if isinstance(each, int))
     if reduction != 0:
-        raise Mixed("a value of all rows together")
+        raise RowsMixedError("a value of all rows together")
     is_batch_first(grad, x, target)
     same(*others)
     return batch_first(walk, shape, grad.zero)
@@ -514,7 +514,7 @@ def _pool_indices(walk, name, shape, offsets, *args):
 @rule("gather")
 def _gather(walk, name, shape, x, dim, index, **kwargs):
     if x.dim is None or x.dim == dim % len(shape) or index.dim != x.dim or not equal(x.shape[x.dim], shape[x.dim]):
-        raise Mixed("rows are looked up")
+        raise RowsMixedError("rows are looked up")
     return walk.result(shape, x.dim, walk.layout([x, index]), x.zero)
 
 
@@ -522,9 +522,9 @@ def _gather(walk, name, shape, x, dim, index, **kwargs):
 def _scatter(walk, name, shape, x, dim, index, source, **kwargs):
     carriers = [x, index] + ([source] if isinstance(source, Value) else [])
     if any(each.dim is None or each.dim != x.dim for each in carriers) or x.dim == dim % len(shape):
-        raise Mixed("rows are looked up")
+        raise RowsMixedError("rows are looked up")
     if any(not equal(each.shape[x.dim], shape[x.dim]) for each in carriers):
-        raise Mixed("a part of the rows is looked up")
+        raise RowsMixedError("a part of the rows is looked up")
     return walk.result(shape, x.dim, walk.layout(carriers), min(x.zero, zero_of(source)))
 
 
@@ -537,9 +537,9 @@ def _embedding(walk, name, shape, weight, index, *args):
 @rule("embedding_dense_backward")
 def _embedding_backward(walk, name, shape, grad, index, size, padding, by_frequency):
     if by_frequency:
-        raise Mixed("frequencies are counted over the batch")
+        raise RowsMixedError("frequencies are counted over the batch")
     if grad.dim is None or grad.dim != index.dim or not grad.zero:
-        raise Mixed("a sum over rows that are not all kept")
+        raise RowsMixedError("a sum over rows that are not all kept")
     walk.layout([grad, index])
     return walk.result(shape, zero=grad.zero)
 
@@ -552,23 +552,23 @@ def _indexed(walk, x: Value, indices) -> tuple[Value | None, bool]:
     given = {d: index for d, index in enumerate(indices) if index is not None}
     carriers = [index for index in given.values() if index.dim is not None]
     if len({index.dim - len(index.shape) for index in carriers}) > 1:
-        raise Mixed("rows meet rows")
+        raise RowsMixedError("rows meet rows")
     carrier = walk.layout(carriers) or (carriers[0] if carriers else None)
     if x.numbers or any(index.numbers for d, index in given.items() if d != x.dim):
-        raise Mixed("the number of a row is part of a value")
+        raise RowsMixedError("the number of a row is part of a value")
     if x.dim is None:
         return carrier, False
     if x.dim not in given:
-        raise Mixed("rows are looked up") if carriers else Mixed("an index beside the rows")
+        raise RowsMixedError("rows are looked up") if carriers else RowsMixedError("an index beside the rows")
     at = given[x.dim]
     source = None if at.source is None else at.source.meta["val"]
     if not at.numbers and source is not None and source.ndim == 1 and at.outer == at.inner == 1:
         walk.taken.add(at.source)
         walk.numbers.add(at.source)  # whether it does is looked at when it is there
     elif not at.numbers:
-        raise Mixed("rows are looked up")
+        raise RowsMixedError("rows are looked up")
     if not (x.outer is None or x.outer == x.inner == 1):
-        raise Mixed("rows are looked up in a merged dimension")
+        raise RowsMixedError("rows are looked up in a merged dimension")
     return carrier, True
 
 
@@ -602,12 +602,12 @@ def _index_put(walk, name, shape, x, *args):
     others = [d for d in range(len(x.shape)) if d >= len(indices) or indices[d] is None]
     first, common = _place_of_indices(indices)
     if values.numbers:
-        raise Mixed("the number of a row is part of a value")
+        raise RowsMixedError("the number of a row is part of a value")
     if x.dim in others and not any(index is not None and index.dim is not None for index in indices):
         in_front = sum(d < x.dim for d in others)
         at = (in_front if in_front < first else in_front + common) - len(others) - common
         if values.dim is None or values.dim - len(values.shape) != at or mask is not None:
-            raise Mixed("rows meet rows")
+            raise RowsMixedError("rows meet rows")
         return walk.result(shape, x.dim, walk.layout([x, values]), min(x.zero, values.zero))
     carrier, by_row = _indexed(walk, x, indices)
     if carrier is None:
@@ -616,10 +616,10 @@ def _index_put(walk, name, shape, x, *args):
     at = first + common + carrier.dim - len(carrier.shape) - len(others) - common
     carriers = [each for each in (values, mask) if each is not None and each.dim is not None]
     if any(each.dim - len(each.shape) != at for each in carriers):
-        raise Mixed("rows meet rows")
+        raise RowsMixedError("rows meet rows")
     layout = walk.layout([carrier, *carriers])
     if by_row:
         return walk.result(shape, x.dim, replace(x, outer=layout.outer, inner=layout.inner), min(x.zero, values.zero))
     if not adds or values.zero == NOWHERE:
-        raise Mixed("a sum over rows that are not all kept")
+        raise RowsMixedError("a sum over rows that are not all kept")
     return walk.result(shape, zero=min(x.zero, values.zero))

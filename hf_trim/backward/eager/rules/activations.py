@@ -25,7 +25,7 @@ from hf_trim.backward.eager.tensor import (
     FORWARD_RULES,
     RULES,
     ActivationRows,
-    NotRowwise,
+    NotRowwiseError,
     RowTensor,
 )
 
@@ -55,7 +55,7 @@ FORWARD_RULES.find_rule = find_rule
 
 
 def no_rule(func, *args, **kwargs):
-    raise NotRowwise(f"{func} has no forward rule")
+    raise NotRowwiseError(f"{func} has no forward rule")
 
 
 def pointwise(func, *args, **kwargs):

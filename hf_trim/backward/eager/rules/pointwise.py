@@ -12,10 +12,10 @@ A rule gets the op and its arguments and returns what the op returns. It must gu
    row-carrying operands; if rows are summed (weight gradients), the sum over the kept rows is the whole sum.
 3. *Every operand accounted for.* A dense operand that has the gradient's rows is sliced with
    [`~hf_trim.backward.eager.tensor.RowTensor.kept_rows`]; one that is broadcast over them is left as it is; anything
-   else raises [`~hf_trim.backward.eager.tensor.NotRowwise`]. `kept_rows` checks the size: a rule need only name the
-   dimension.
+   else raises [`~hf_trim.backward.eager.tensor.NotRowwiseError`]. `kept_rows` checks the size: a rule need only name
+   the dimension.
 4. *No guessing.* For modes that it does not fully understand (training-mode batch norm, a reduced loss, dropout inside
-   a fused kernel) it raises `NotRowwise`: the op then runs on densified arguments, and is counted.
+   a fused kernel) it raises `NotRowwiseError`: the op then runs on densified arguments, and is counted.
 
 To add a rule for an op of one's own:
 
@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_iter
 
-from hf_trim.backward.eager.tensor import RULES, NotRowwise, RowSparseTensor, RowTensor, densify, run_dense
+from hf_trim.backward.eager.tensor import RULES, NotRowwiseError, RowSparseTensor, RowTensor, densify, run_dense
 
 
 aten = torch.ops.aten
@@ -100,7 +100,7 @@ def dense_rule(func, *args, **kwargs):
 
 def require(condition, reason):
     if not condition:
-        raise NotRowwise(reason)
+        raise NotRowwiseError(reason)
 
 
 def reference(args, kind=RowSparseTensor) -> RowTensor:
@@ -108,7 +108,7 @@ def reference(args, kind=RowSparseTensor) -> RowTensor:
     for x in args:
         if isinstance(x, kind):
             return x
-    raise NotRowwise("the row-sparse operand is passed by keyword")
+    raise NotRowwiseError("the row-sparse operand is passed by keyword")
 
 
 def row_sparse(x):
@@ -250,7 +250,7 @@ def in_place(func, *args, **kwargs):
         require(not isinstance(args[0], RowSparseTensor), "it changes its argument")
         return run_dense(func, args, kwargs, "It has no functional form.")
     out = functional(*args, **kwargs)
-    return args[0].become(out) if isinstance(args[0], RowSparseTensor) else args[0].copy_(densify(out))
+    return args[0].overwrite_(out) if isinstance(args[0], RowSparseTensor) else args[0].copy_(densify(out))
 
 
 @rule("copy_", "copy")
@@ -260,7 +260,7 @@ def copy(func, x, source, non_blocking=False):
     out = source.like(source.payload.to(x.dtype, copy=True))
     if func is aten.copy.default:
         return out
-    return x.become(out) if isinstance(x, RowSparseTensor) else out.add_to(x.zero_())
+    return x.overwrite_(out) if isinstance(x, RowSparseTensor) else out.add_to(x.zero_())
 
 
 @rule("zero_")
@@ -358,7 +358,7 @@ def plan_view(x, size):
         if n == 0 or before % n:
             break
         before //= n
-    raise NotRowwise(f"{size} splits the rows")
+    raise NotRowwiseError(f"{size} splits the rows")
 
 
 @rule("t", "transpose.int", "numpy_T", "mT", "swapaxes")
