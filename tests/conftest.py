@@ -22,7 +22,7 @@ from torch._dynamo.utils import counters  # noqa: E402
 import hf_trim  # noqa: E402, F401
 from hf_trim.backward.compiled.graph import CompiledBackward  # noqa: E402
 from hf_trim.backward.eager.checkpoint import _KeptRows  # noqa: E402
-from hf_trim.backward.eager.sparse import reset_fallbacks  # noqa: E402
+from hf_trim.backward.settings import reset_fallbacks  # noqa: E402
 
 
 # The last module to end decides how long two workers take: those that start processes come first.

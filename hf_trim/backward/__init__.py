@@ -4,6 +4,22 @@ from torch import Tensor
 
 from hf_trim.backward.dense import take_rows_dense
 from hf_trim.backward.eager.sparse import take_rows_sparse
+from hf_trim.backward.eager.tensor import NotRowwiseError
+from hf_trim.backward.registry import implements
+from hf_trim.backward.settings import checked, fallback_report, reset_fallbacks, strict
+
+
+__all__ = [
+    "BACKWARD_CHOICES",
+    "NotRowwiseError",
+    "checked",
+    "fallback_report",
+    "implements",
+    "reset_fallbacks",
+    "strict",
+    "take_kept",
+    "take_rows_sparse",
+]
 
 
 BACKWARD_CHOICES = ("auto", "dense", "sparse", "replay")

@@ -37,8 +37,8 @@ from transformers import (
 )
 
 from hf_trim.backward.compiled.graph import mark_batch_dynamic
-from hf_trim.backward.eager.sparse import fallback_report, reset_fallbacks
 from hf_trim.backward.replay import rows_of
+from hf_trim.backward.settings import fallback_report, reset_fallbacks
 from hf_trim.bench.trainer import overhead, time_selection, time_trainers
 from hf_trim.messages import check_choice
 from hf_trim.processes import leave_process_group

@@ -11,9 +11,9 @@ from torch.utils.checkpoint import checkpoint
 
 from hf_trim import trimmed_mean
 from hf_trim.backward.compiled import graph
-from hf_trim.backward.compiled.graph import REFUSED_GRAPHS
 from hf_trim.backward.compiled.proof import Proof
-from hf_trim.backward.eager.sparse import checked, fallback_report, strict, take_rows_sparse
+from hf_trim.backward.eager.sparse import take_rows_sparse
+from hf_trim.backward.settings import REFUSED_GRAPHS, checked, fallback_report, strict
 from tests.backward.test_sparse_models import KEPT, TRANSFORMERS, build, difference, gradients
 from tests.support.compiled import DECOMPOSED, check
 from tests.support.helpers import digit_texts, digits, relative_difference, tiny_bert, tiny_resnet, train, weights

@@ -2,8 +2,7 @@
 
 import pytest
 
-from hf_trim.backward.compiled.graph import REFUSED_GRAPHS
-from hf_trim.backward.eager.sparse import fallback_report
+from hf_trim.backward.settings import REFUSED_GRAPHS, fallback_report
 from tests.support.programs import HEADS, MIXING, ROW_BY_ROW, difference, draw_program
 
 

@@ -15,10 +15,12 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from hf_trim.backward.eager.rules.pointwise import dense_rule, rule
+from hf_trim.backward.eager.rules.pointwise import dense_rule
 from hf_trim.backward.eager.saved import COMPUTES_FIRST
-from hf_trim.backward.eager.sparse import fallback_report, reset_fallbacks, strict, take_rows_sparse
-from hf_trim.backward.eager.tensor import RULES, ActivationRows, Rows, RowSparseTensor, densify
+from hf_trim.backward.eager.sparse import take_rows_sparse
+from hf_trim.backward.eager.tensor import ActivationRows, Rows, RowSparseTensor, densify
+from hf_trim.backward.registry import GRADIENTS, implements
+from hf_trim.backward.settings import fallback_report, reset_fallbacks, strict
 
 
 few = settings(max_examples=8, deadline=None, derandomize=True)
@@ -578,19 +580,20 @@ def test_arguments_are_checked():
 
 def test_own_rule():
     op = torch.ops.aten.frac.default
-    before = RULES.pop(op, None)
+    before = GRADIENTS.pop(op, None)
 
-    @rule(op)
+    @implements(op)
     def frac(func, x):
         return x.like(func(x.payload) * 1)
 
     try:
         grad = RowSparseTensor(torch.randn(2, 3), Rows(KEPT, 6))
         close(grad.frac(), grad.densify().frac())
-        assert RULES[op] is frac
+        assert GRADIENTS[op] is frac
     finally:
-        RULES.pop(op)
-        RULES.update({} if before is None else {op: before})
+        GRADIENTS.pop(op)
+        GRADIENTS.registered.discard(op)
+        GRADIENTS.update({} if before is None else {op: before})
 
 
 # ---- gradient checkpointing ----------------------------------------------------------------------------------------
@@ -652,7 +655,7 @@ def test_checkpointed_function_that_mixes_samples(recomputed):
 
 def test_checkpointed_op_without_a_gradient_rule(recomputed, monkeypatch):
     """Then the op's other rows are wanted after all."""
-    monkeypatch.setitem(RULES, torch.ops.aten.tanh_backward.default, dense_rule)
+    monkeypatch.setitem(GRADIENTS, torch.ops.aten.tanh_backward.default, dense_rule)
     compare_checkpointed(make_layers(0.5))
     assert fallback_report()
     assert recomputed == {"kept": 1, "all": 0}

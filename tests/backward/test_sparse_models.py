@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 import transformers as tf
 
-from hf_trim.backward.eager.sparse import fallback_report, reset_fallbacks, take_rows_sparse
+from hf_trim.backward.eager.sparse import take_rows_sparse
+from hf_trim.backward.settings import fallback_report, reset_fallbacks
 
 
 BATCH, LENGTH, VOCAB = 6, 7, 31

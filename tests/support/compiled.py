@@ -2,8 +2,9 @@
 
 import torch
 
-from hf_trim.backward.compiled.graph import REFUSED_GRAPHS, mark_batch_dynamic
-from hf_trim.backward.eager.sparse import fallback_report, take_rows_sparse
+from hf_trim.backward.compiled.graph import mark_batch_dynamic
+from hf_trim.backward.eager.sparse import take_rows_sparse
+from hf_trim.backward.settings import REFUSED_GRAPHS, fallback_report
 from tests.backward.test_sparse_models import (
     KEPT,
     TIMM_MODELS,

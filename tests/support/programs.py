@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hf_trim.backward.compiled.graph import REFUSED_GRAPHS, keep_backward_graphs
-from hf_trim.backward.eager.sparse import checked, fallback_report, reset_fallbacks, take_rows_sparse
+from hf_trim.backward.compiled.graph import keep_backward_graphs
+from hf_trim.backward.eager.sparse import take_rows_sparse
+from hf_trim.backward.settings import REFUSED_GRAPHS, checked, fallback_report, reset_fallbacks
 from tests.support.compiled import DECOMPOSED
 
 

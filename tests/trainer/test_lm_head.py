@@ -7,7 +7,7 @@ from torch import nn
 from transformers import Gemma2Config, Gemma2ForCausalLM, set_seed
 
 from hf_trim import trimmed_linear_cross_entropy, trimmed_mean
-from hf_trim.backward.eager.sparse import fallback_report, reset_fallbacks
+from hf_trim.backward.settings import fallback_report, reset_fallbacks
 from hf_trim.trainer import lm_head
 from hf_trim.trainer.lm_head import LazyLogits, LMHead, find_lm_head
 from hf_trim.trainer.losses import LossCalls

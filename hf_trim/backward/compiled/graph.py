@@ -9,7 +9,6 @@ slice, and whether the gradients are those of the whole batch; if not, the graph
 
 import logging
 import math
-from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,11 +20,11 @@ from torch import SymInt, Tensor
 
 from hf_trim.backward.compiled import proof_rules  # noqa: F401
 from hf_trim.backward.compiled.proof import ELSEWHERE, EVERYWHERE, NOWHERE, Proof, Value, expression, prove
-from hf_trim.backward.eager.tensor import FALLBACKS, Rows, RowSparseTensor, RowTensor, Settings, densify
+from hf_trim.backward.eager.tensor import Rows, RowSparseTensor, RowTensor, densify
+from hf_trim.backward.settings import FALLBACKS, REFUSED_GRAPHS, Settings
 
 
 logger = logging.getLogger(__name__)
-REFUSED_GRAPHS = Counter()  # reason → how often a compiled graph ran on the whole batch for it
 _PENDING = "hf_trim_pending"
 _READY = "hf_trim_ready"
 _ALIGNMENT = 16  # bytes that inductor's kernels rely on

@@ -16,7 +16,7 @@ Where the rows of a saved tensor of `[B * T, C]` are is not written in the graph
 for where the gradient's are, and any choice is right that suits all ops.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from operator import getitem
 from typing import Any
@@ -27,10 +27,10 @@ from torch import SymBool, SymFloat, SymInt, Tensor, fx
 from torch.utils._pytree import tree_iter
 
 from hf_trim.backward.eager.rules.pointwise import POINTWISE
+from hf_trim.backward.registry import PROOF, implements
 
 
 NOWHERE, ELSEWHERE, EVERYWHERE = 0, 1, 2  # where a value is zero: it may be none, in all rows but the kept, in all
-RULES: dict[str, Callable] = {}
 _SYMBOLIC = (SymInt, SymFloat, SymBool)
 INDEXING = ("index", "_unsafe_index", "index_put", "_unsafe_index_put", "_unsafe_masked_index_put_accumulate")
 
@@ -272,7 +272,7 @@ class Walk:
         if not isinstance(op, torch._ops.OpOverload):
             raise RowsMixedError("not an op whose rows are known")
         name = op.overloadpacket.__name__
-        rule = RULES.get(name)
+        rule = PROOF[name]
         if rule is None and (torch.Tag.pointwise in op.tags or name in POINTWISE):
             rule = pointwise
         unknown = next((value for value in values if value.unknown), None)
@@ -329,16 +329,6 @@ def is_whole(factor: sympy.Expr) -> bool:
     """Whether a product of positive sizes by others is one of integers."""
     numerator, denominator = sympy.fraction(sympy.cancel(factor))
     return denominator == 1 and numerator != 0
-
-
-def rule(*names: str):
-    """Registers a function of walk, name, symbolic shape of the result (or list of shapes) and the op's arguments."""
-
-    def register(function):
-        RULES.update(dict.fromkeys(names, function))
-        return function
-
-    return register
 
 
 def zero_of(x: Any) -> int:
@@ -402,10 +392,10 @@ def pointwise(walk: Walk, name: str, shape: tuple, *args, **kwargs) -> Value:
     return walk.result(shape, dims.pop() + len(shape), walk.layout(carriers), zero, numbers)
 
 
-@rule("native_dropout_backward")
+@implements("native_dropout_backward", table=PROOF)
 def _dropout_backward(walk, name, shape, grad, mask, scale):
     return pointwise(walk, "mul", shape, grad, mask)
 
 
 # Of these not all versions of PyTorch tell that they are pointwise.
-RULES.update(dict.fromkeys(("clone", "alias", "detach", "_to_copy", "convert_element_type", "fma"), pointwise))
+implements("clone", "alias", "detach", "_to_copy", "convert_element_type", "fma", table=PROOF)(pointwise)

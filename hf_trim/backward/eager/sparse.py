@@ -2,17 +2,17 @@
 it costs as much. Nodes that cannot work on such a gradient are found beforehand and are handed an ordinary one."""
 
 import re
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointFunction
 
-from hf_trim.backward.compiled.graph import REFUSED_GRAPHS, accept_row_sparse_gradients, is_compiled_graph
+from hf_trim.backward.compiled.graph import accept_row_sparse_gradients, is_compiled_graph
 from hf_trim.backward.eager import rules  # noqa: F401
 from hf_trim.backward.eager.checkpoint import recompute_kept_rows
 from hf_trim.backward.eager.saved import COMPUTES_FIRST, keep_rows_of_saved
-from hf_trim.backward.eager.tensor import FALLBACKS, Rows, RowSparseTensor, RowTensor, Settings, densify
+from hf_trim.backward.eager.tensor import Rows, RowSparseTensor, RowTensor, densify
+from hf_trim.backward.settings import FALLBACKS, Settings
 
 
 DENSE_ABOVE = 0.8  # kept share above which slicing costs about what it saves
@@ -164,59 +164,3 @@ class _Checkpoint(CheckpointFunction):
             return CheckpointFunction.backward(ctx, *grads)
         finally:
             ctx.run_function = run_function
-
-
-# ---- what ran dense ----------------------------------------------------------------------------------------------
-
-
-def fallback_report() -> dict[str, int]:
-    """
-    The ops that had no row-sparse rule and ran dense, since the last reset.
-
-    Returns:
-        `dict[str, int]`: Name of the op or autograd node → how often, most frequent first.
-    """
-    return dict(FALLBACKS.most_common())
-
-
-def reset_fallbacks():
-    """Forgets the ops counted so far."""
-    FALLBACKS.clear()
-    REFUSED_GRAPHS.clear()
-
-
-@contextmanager
-def strict(enabled: bool = True):
-    """
-    Within this context, a backward pass raises where it would otherwise run an op dense.
-
-    Args:
-        enabled (`bool`, *optional*, defaults to `True`): Whether to raise.
-
-    Raises:
-        `RuntimeError`: Names the op and the shapes of its arguments.
-    """
-    with _setting("strict", enabled):
-        yield
-
-
-@contextmanager
-def checked(enabled: bool = True):
-    """
-    Within this context, the first gradients of a compiled graph on the kept rows are compared with the dense ones.
-
-    Args:
-        enabled (`bool`, *optional*, defaults to `True`): Whether they are, as they are by default.
-    """
-    with _setting("check_compiled", enabled):
-        yield
-
-
-@contextmanager
-def _setting(name: str, value: bool):
-    before = getattr(Settings, name)
-    setattr(Settings, name, value)
-    try:
-        yield
-    finally:
-        setattr(Settings, name, before)

@@ -2,7 +2,6 @@
 gradient that is zero elsewhere, and an activation that is unknown elsewhere. The rules by which ATen's ops work on
 them are in `rules.py`."""
 
-from collections import Counter
 from functools import partial
 
 import torch
@@ -10,33 +9,16 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_iter, tree_map_only
 
-
-class Registry(dict):
-    """Op → rule. An op that has none of its own gets one from `find_rule`, which the module of the rules sets."""
-
-    find_rule = None
-
-    def __missing__(self, func):
-        rule = self[func] = self.find_rule(func)
-        return rule
+from hf_trim.backward.registry import ACTIVATIONS, GRADIENTS
+from hf_trim.backward.settings import FALLBACKS, Settings
 
 
-RULES = Registry()  # of gradients
-FORWARD_RULES = Registry()  # of activations
-FALLBACKS = Counter()
 _SHARE_FROM = 1 << 16  # elements; smaller slices are copied faster than looked up
 _wrapper = Tensor._make_wrapper_subclass
 
 
 class NotRowwiseError(Exception):
     """A rule does not apply to these operands: the op runs dense instead."""
-
-
-class Settings:
-    """Switches of the engine, changed through [`~hf_trim.backward.eager.sparse.strict`]."""
-
-    strict = False
-    check_compiled = True  # whether a compiled graph's first gradients on the kept rows are compared with dense ones
 
 
 class Rows:
@@ -280,7 +262,7 @@ class RowSparseTensor(RowTensor):
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        rule = RULES[func]
+        rule = GRADIENTS[func]
         try:
             return rule(func, *args, **kwargs) if kwargs else rule(func, *args)
         except NotRowwiseError as reason:
@@ -341,7 +323,7 @@ class ActivationRows(RowTensor):
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         if RowSparseTensor in types:
             return NotImplemented  # a gradient's rules take activations as operands
-        kwargs, rule = kwargs or {}, FORWARD_RULES[func]
+        kwargs, rule = kwargs or {}, ACTIVATIONS[func]
         if not all(x.whole for x in tree_iter((args, kwargs)) if isinstance(x, ActivationRows)):
             return rule(func, *args, **kwargs)
         if func._schema.is_mutable:

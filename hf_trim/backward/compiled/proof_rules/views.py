@@ -22,10 +22,10 @@ from hf_trim.backward.compiled.proof import (
     expression,
     is_whole,
     pointwise,
-    rule,
     tensors,
     zero_of,
 )
+from hf_trim.backward.registry import PROOF, implements
 
 
 def same(*values: Any) -> None:
@@ -59,8 +59,8 @@ def batch_first_and_sums(walk: Walk, shapes: list, grad: Value) -> list:
 # ---- tensors made of a number -------------------------------------------------------------------------------------
 
 
-@rule("full", "full_like", "zeros", "zeros_like", "new_zeros", "ones", "ones_like", "new_ones", "new_full",
-      "scalar_tensor")  # fmt: skip
+@implements("full", "full_like", "zeros", "zeros_like", "new_zeros", "ones", "ones_like", "new_ones", "new_full",
+      "scalar_tensor", table=PROOF)  # fmt: skip
 def _constant(walk, name, shape, *args, **kwargs):
     if "full" in name or name == "scalar_tensor":
         value = args[0 if name == "scalar_tensor" else 2 if name == "new_full" else 1]
@@ -71,7 +71,7 @@ def _constant(walk, name, shape, *args, **kwargs):
     return walk.uniform(shape, EVERYWHERE if value == 0 else NOWHERE)
 
 
-@rule("iota", "arange")
+@implements("iota", "arange", table=PROOF)
 def _numbers(walk, name, shape, *args, start=None, step=None, **kwargs):
     if name == "arange":
         start, step = (args[0] if len(args) > 1 else 0), (args[2] if len(args) > 2 else 1)
@@ -88,7 +88,7 @@ def _numbers(walk, name, shape, *args, start=None, step=None, **kwargs):
 # ---- views --------------------------------------------------------------------------------------------------------
 
 
-@rule("view", "_unsafe_view", "reshape", "unflatten", "flatten")
+@implements("view", "_unsafe_view", "reshape", "unflatten", "flatten", table=PROOF)
 def _view(walk, name, shape, x, *args):
     if x.dim is None:
         return walk.result(shape, zero=x.zero)
@@ -122,31 +122,31 @@ def _moved(walk, shape, x, order) -> Value:
     return walk.result(shape, None if x.dim is None else order.index(x.dim), x, x.zero)
 
 
-@rule("permute")
+@implements("permute", table=PROOF)
 def _permute(walk, name, shape, x, dims):
     return _moved(walk, shape, x, [d % len(shape) for d in dims])
 
 
-@rule("t")
+@implements("t", table=PROOF)
 def _t(walk, name, shape, x):
     return _moved(walk, shape, x, list(range(len(shape)))[::-1])
 
 
-@rule("transpose")
+@implements("transpose", table=PROOF)
 def _transpose(walk, name, shape, x, a, b):
     order = list(range(len(shape)))
     order[a], order[b] = order[b], order[a]
     return _moved(walk, shape, x, order)
 
 
-@rule("unsqueeze")
+@implements("unsqueeze", table=PROOF)
 def _unsqueeze(walk, name, shape, x, dim):
     dim %= len(shape)
     at = None if x.dim is None else x.dim + (x.dim >= dim)
     return replace(walk.result(shape, at, x, x.zero, x.numbers), source=x.source)
 
 
-@rule("squeeze")
+@implements("squeeze", table=PROOF)
 def _squeeze(walk, name, shape, x, dims=None):
     if dims is None:
         dims = [d for d, size in enumerate(x.shape) if size == 1]
@@ -156,21 +156,21 @@ def _squeeze(walk, name, shape, x, dims=None):
     return walk.result(shape, at, x, x.zero, x.numbers)
 
 
-@rule("view_as_real", "view_as_complex")
+@implements("view_as_real", "view_as_complex", table=PROOF)
 def _complex(walk, name, shape, x):
     if name == "view_as_complex" and x.dim == len(shape):
         raise RowsMixedError("rows are real and imaginary parts")
     return walk.result(shape, x.dim, x, x.zero)
 
 
-@rule("expand")
+@implements("expand", table=PROOF)
 def _expand(walk, name, shape, x, sizes, **kwargs):
     if x.dim is not None:
         return walk.result(shape, x.dim + len(shape) - len(x.shape), x, x.zero, x.numbers)
     return walk.uniform(shape, x.zero)
 
 
-@rule("repeat")
+@implements("repeat", table=PROOF)
 def _repeat(walk, name, shape, x, repeats):
     added = len(shape) - len(x.shape)
     if x.dim is None or repeats[x.dim + added] != 1 or walk.counts_rows(repeats):
@@ -184,7 +184,7 @@ def _is_whole_slice(x, dim, start, end, step) -> bool:
     return start in (None, 0) and ends and step == 1
 
 
-@rule("slice")
+@implements("slice", table=PROOF)
 def _slice(walk, name, shape, x, dim=0, start=None, end=None, step=1):
     dim %= len(shape)
     if _is_whole_slice(x, dim, start, end, step):
@@ -196,7 +196,7 @@ def _slice(walk, name, shape, x, dim=0, start=None, end=None, step=1):
     return walk.result(shape, x.dim, x, x.zero, x.numbers)
 
 
-@rule("select")
+@implements("select", table=PROOF)
 def _select(walk, name, shape, x, dim, index):
     dim %= len(x.shape)
     if dim == x.dim or walk.counts_rows(index):
@@ -205,7 +205,7 @@ def _select(walk, name, shape, x, dim, index):
     return walk.result(shape, at, x, x.zero, x.numbers)
 
 
-@rule("select_backward")
+@implements("select_backward", table=PROOF)
 def _select_backward(walk, name, shape, grad, sizes, dim, index):
     dim %= len(shape)
     at = None if grad.dim is None else grad.dim + (grad.dim >= dim)
@@ -214,7 +214,7 @@ def _select_backward(walk, name, shape, grad, sizes, dim, index):
     return walk.result(shape, at, grad, grad.zero)
 
 
-@rule("slice_backward")
+@implements("slice_backward", table=PROOF)
 def _slice_backward(walk, name, shape, grad, sizes, dim, start, end, step):
     if grad.dim == dim % len(shape):
         if not (_is_whole_slice(grad, grad.dim, start, end, step) and equal(grad.shape[grad.dim], shape[grad.dim])):
@@ -224,7 +224,7 @@ def _slice_backward(walk, name, shape, grad, sizes, dim, start, end, step):
     return walk.result(shape, grad.dim, grad, grad.zero)
 
 
-@rule("select_scatter", "slice_scatter")
+@implements("select_scatter", "slice_scatter", table=PROOF)
 def _scatter_into(walk, name, shape, x, source, dim=0, *place, **kwargs):
     dim %= len(shape)
     if walk.counts_rows((place, kwargs)) and x.dim != dim:
@@ -242,7 +242,7 @@ def _scatter_into(walk, name, shape, x, source, dim=0, *place, **kwargs):
     return walk.result(shape, at, walk.layout([x, source]), min(x.zero, source.zero))
 
 
-@rule("cat", "stack")
+@implements("cat", "stack", table=PROOF)
 def _cat(walk, name, shape, tensors, dim=0):
     dim %= len(shape)
     dims = {None if x.dim is None else x.dim + (name == "stack" and x.dim >= dim) for x in tensors}
@@ -257,7 +257,7 @@ def _cat(walk, name, shape, tensors, dim=0):
     return walk.result(shape, at, replace(tensors[0], outer=sum(x.outer for x in tensors), origin=None), zero)
 
 
-@rule("split", "split_with_sizes", "unbind", "chunk")
+@implements("split", "split_with_sizes", "unbind", "chunk", table=PROOF)
 def _split(walk, name, shapes, x, *args, **kwargs):
     dim = kwargs.get("dim", args[-1] if len(args) == (1 if name == "unbind" else 2) else 0) % len(x.shape)
     if dim == x.dim:
@@ -266,7 +266,7 @@ def _split(walk, name, shapes, x, *args, **kwargs):
     return [walk.result(shape, at, x, x.zero) for shape in shapes]
 
 
-@rule("constant_pad_nd")
+@implements("constant_pad_nd", table=PROOF)
 def _pad(walk, name, shape, x, pad, value=0):
     if x.dim is not None:
         behind = len(x.shape) - 1 - x.dim
@@ -275,7 +275,7 @@ def _pad(walk, name, shape, x, pad, value=0):
     return walk.result(shape, x.dim, x, x.zero if value == 0 else NOWHERE)
 
 
-@rule("flip", "rev", "roll")
+@implements("flip", "rev", "roll", table=PROOF)
 def _turn(walk, name, shape, x, *args):
     dims = args[-1] if name != "roll" or len(args) > 1 else []
     dims = {d % len(shape) for d in dims}
@@ -303,7 +303,7 @@ def _reduced(walk, shape, x, dims, zero) -> Value:
     return walk.result(shape, x.dim if kept else x.dim - sum(d < x.dim for d in dims), x, zero)
 
 
-@rule("sum")
+@implements("sum", table=PROOF)
 def _sum(walk, name, shape, x, dims=None, *args, **kwargs):
     dims = _dims(x, dims)
     if x.dim not in dims or x.dim is None:
@@ -314,27 +314,27 @@ def _sum(walk, name, shape, x, dims=None, *args, **kwargs):
     return walk.result(shape, zero=x.zero)
 
 
-@rule("mean", "prod", "amax", "amin", "any", "all", "logsumexp", "argmax", "argmin")
+@implements("mean", "prod", "amax", "amin", "any", "all", "logsumexp", "argmax", "argmin", table=PROOF)
 def _reduction(walk, name, shape, x, dims=None, *args, **kwargs):
     zero = x.zero if name in ("mean", "amax", "amin", "any") else NOWHERE
     return _reduced(walk, shape, x, _dims(x, dims), zero)
 
 
-@rule("var_mean", "var", "std", "std_mean")
+@implements("var_mean", "var", "std", "std_mean", table=PROOF)
 def _variance(walk, name, shapes, x, dims=None, *args, **kwargs):
     several = isinstance(shapes, list)
     found = [_reduced(walk, shape, x, _dims(x, dims), NOWHERE) for shape in (shapes if several else [shapes])]
     return found if several else found[0]
 
 
-@rule("_softmax", "_log_softmax", "cumsum", "cumprod", "logcumsumexp")
+@implements("_softmax", "_log_softmax", "cumsum", "cumprod", "logcumsumexp", table=PROOF)
 def _along(walk, name, shape, x, dim, *args, **kwargs):
     if x.dim == dim % len(shape):
         raise RowsMixedError("a value of all rows together")
     return walk.result(shape, x.dim, x, x.zero if name == "cumsum" else NOWHERE)
 
 
-@rule("sort", "topk", "max", "min", "cummax", "cummin")
+@implements("sort", "topk", "max", "min", "cummax", "cummin", table=PROOF)
 def _along_with_indices(walk, name, shapes, x, *args, **kwargs):
     if not isinstance(shapes, list):
         raise RowsMixedError("a value of all rows together")
@@ -344,7 +344,7 @@ def _along_with_indices(walk, name, shapes, x, *args, **kwargs):
     return [_reduced(walk, shape, x, {dim % len(x.shape)}, NOWHERE) for shape in shapes]
 
 
-@rule("_softmax_backward_data", "_log_softmax_backward_data")
+@implements("_softmax_backward_data", "_log_softmax_backward_data", table=PROOF)
 def _softmax_backward(walk, name, shape, grad, out, dim, dtype):
     if dim % len(shape) in (grad.dim, out.dim):
         raise RowsMixedError("a value of all rows together")
@@ -372,12 +372,12 @@ def _product_of(walk, shape, a: Value, b: Value) -> Value:
     raise RowsMixedError("rows meet rows")
 
 
-@rule("mm", "bmm")
+@implements("mm", "bmm", table=PROOF)
 def _mm(walk, name, shape, a, b, *args, **kwargs):
     return _product_of(walk, shape, a, b)
 
 
-@rule("addmm", "baddbmm")
+@implements("addmm", "baddbmm", table=PROOF)
 def _addmm(walk, name, shape, bias, a, b, *, beta=1, alpha=1):
     return pointwise(walk, "add", shape, bias, _product_of(walk, shape, a, b))
 
@@ -392,9 +392,10 @@ def _first_rows(walk, name, shape, zero) -> Value:
     return batch_first(walk, shape, zero)
 
 
-@rule(
+@implements(
     "_scaled_dot_product_flash_attention_for_cpu_backward", "_scaled_dot_product_flash_attention_backward",
     "_scaled_dot_product_efficient_attention_backward", "_scaled_dot_product_cudnn_attention_backward",
+    table=PROOF,
 )  # fmt: skip
 def _attention_backward(walk, name, shapes, grad, query, key, value, *args, **kwargs):
     # Each has one float among its arguments by position, and kernels draw their masks by the position in the batch.
@@ -413,8 +414,8 @@ def _attention_backward(walk, name, shapes, grad, query, key, value, *args, **kw
     ]
 
 
-@rule("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention",
-      "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention")  # fmt: skip
+@implements("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention",
+      "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention", table=PROOF)  # fmt: skip
 def _attention(walk, name, shapes, query, key, value, *args, **kwargs):
     dropout = [x for x in (*args, kwargs.get("dropout_p", 0.0)) if isinstance(x, float)]
     if any(dropout):
@@ -423,21 +424,21 @@ def _attention(walk, name, shapes, query, key, value, *args, **kwargs):
     return [_first_rows(walk, name, shape, NOWHERE) for shape in shapes]
 
 
-@rule("convolution")
+@implements("convolution", table=PROOF)
 def _convolution(walk, name, shape, x, weight, bias, *args):
     same(weight, bias)
     is_batch_first(x)
     return batch_first(walk, shape)
 
 
-@rule("convolution_backward")
+@implements("convolution_backward", table=PROOF)
 def _convolution_backward(walk, name, shapes, grad, x, weight, bias_sizes, *args):
     same(weight)
     is_batch_first(grad, x)
     return batch_first_and_sums(walk, shapes, grad)
 
 
-@rule("native_layer_norm_backward", "_fused_rms_norm_backward")
+@implements("native_layer_norm_backward", "_fused_rms_norm_backward", table=PROOF)
 def _norm_backward(walk, name, shapes, grad, x, normalized, *others):
     first = len(grad.shape) - len(normalized)
     carriers = [each for each in (grad, x, *tensors(others)) if each.dim is not None]
@@ -451,7 +452,7 @@ def _norm_backward(walk, name, shapes, grad, x, normalized, *others):
     ]
 
 
-@rule("native_layer_norm", "_fused_rms_norm")
+@implements("native_layer_norm", "_fused_rms_norm", table=PROOF)
 def _norm(walk, name, shapes, x, normalized, *others):
     same(*others)
     if x.dim is not None and x.dim >= len(x.shape) - len(normalized):
@@ -459,21 +460,21 @@ def _norm(walk, name, shapes, x, normalized, *others):
     return [walk.result(shape, x.dim, x) for shape in shapes]
 
 
-@rule("native_group_norm_backward")
+@implements("native_group_norm_backward", table=PROOF)
 def _group_norm_backward(walk, name, shapes, grad, x, mean, rstd, weight, *sizes):
     same(weight)
     is_batch_first(grad, x, mean, rstd)
     return batch_first_and_sums(walk, shapes, grad)
 
 
-@rule("native_group_norm")
+@implements("native_group_norm", table=PROOF)
 def _group_norm(walk, name, shapes, x, weight, bias, *sizes):
     same(weight, bias)
     is_batch_first(x)
     return [batch_first(walk, shape) for shape in shapes]
 
 
-@rule("native_batch_norm_backward")
+@implements("native_batch_norm_backward", table=PROOF)
 def _batch_norm_backward(walk, name, shapes, grad, x, weight, mean, variance, saved_mean, saved_rstd, train, *others):
     if train:
         raise RowsMixedError("batch norm in training mode mixes rows")
@@ -482,8 +483,8 @@ def _batch_norm_backward(walk, name, shapes, grad, x, weight, mean, variance, sa
     return batch_first_and_sums(walk, shapes, grad)
 
 
-@rule("nll_loss_backward", "nll_loss2d_backward", "mse_loss_backward", "smooth_l1_loss_backward",
-      "huber_loss_backward", "binary_cross_entropy_backward")  # fmt: skip
+@implements("nll_loss_backward", "nll_loss2d_backward", "mse_loss_backward", "smooth_l1_loss_backward",
+      "huber_loss_backward", "binary_cross_entropy_backward", table=PROOF)  # fmt: skip
 def _loss_backward(walk, name, shape, grad, x, target, *others):
     if grad.zero == EVERYWHERE:  # a loss that no gradient comes from
         return pointwise(walk, "mul", shape, grad, x)
@@ -495,14 +496,14 @@ def _loss_backward(walk, name, shape, grad, x, target, *others):
     return batch_first(walk, shape, grad.zero)
 
 
-@rule("max_pool2d_with_indices_backward", "avg_pool2d_backward", "_adaptive_avg_pool2d_backward",
-      "adaptive_max_pool2d_backward")  # fmt: skip
+@implements("max_pool2d_with_indices_backward", "avg_pool2d_backward", "_adaptive_avg_pool2d_backward",
+      "adaptive_max_pool2d_backward", table=PROOF)  # fmt: skip
 def _pool_backward(walk, name, shape, grad, x, *args):
     is_batch_first(grad, x, *tensors(args))
     return batch_first(walk, shape, grad.zero)
 
 
-@rule("_low_memory_max_pool_offsets_to_indices")
+@implements("_low_memory_max_pool_offsets_to_indices", table=PROOF)
 def _pool_indices(walk, name, shape, offsets, *args):
     is_batch_first(offsets)
     return batch_first(walk, shape)
@@ -511,14 +512,14 @@ def _pool_indices(walk, name, shape, offsets, *args):
 # ---- indexing -----------------------------------------------------------------------------------------------------
 
 
-@rule("gather")
+@implements("gather", table=PROOF)
 def _gather(walk, name, shape, x, dim, index, **kwargs):
     if x.dim is None or x.dim == dim % len(shape) or index.dim != x.dim or not equal(x.shape[x.dim], shape[x.dim]):
         raise RowsMixedError("rows are looked up")
     return walk.result(shape, x.dim, walk.layout([x, index]), x.zero)
 
 
-@rule("scatter", "scatter_add")
+@implements("scatter", "scatter_add", table=PROOF)
 def _scatter(walk, name, shape, x, dim, index, source, **kwargs):
     carriers = [x, index] + ([source] if isinstance(source, Value) else [])
     if any(each.dim is None or each.dim != x.dim for each in carriers) or x.dim == dim % len(shape):
@@ -528,13 +529,13 @@ def _scatter(walk, name, shape, x, dim, index, source, **kwargs):
     return walk.result(shape, x.dim, walk.layout(carriers), min(x.zero, zero_of(source)))
 
 
-@rule("embedding")
+@implements("embedding", table=PROOF)
 def _embedding(walk, name, shape, weight, index, *args):
     same(weight)
     return walk.result(shape, index.dim, index)
 
 
-@rule("embedding_dense_backward")
+@implements("embedding_dense_backward", table=PROOF)
 def _embedding_backward(walk, name, shape, grad, index, size, padding, by_frequency):
     if by_frequency:
         raise RowsMixedError("frequencies are counted over the batch")
@@ -579,7 +580,7 @@ def _place_of_indices(indices) -> tuple[int, int]:
     return (at[0] if at == list(range(at[0], at[-1] + 1)) else 0), common
 
 
-@rule("index", "_unsafe_index")
+@implements("index", "_unsafe_index", table=PROOF)
 def _index(walk, name, shape, x, indices):
     others = [d for d in range(len(x.shape)) if d >= len(indices) or indices[d] is None]
     first, common = _place_of_indices(indices)
@@ -594,7 +595,7 @@ def _index(walk, name, shape, x, indices):
     return walk.result(shape, at, carrier, x.zero if by_row or x.zero == EVERYWHERE else NOWHERE)
 
 
-@rule("index_put", "_unsafe_index_put", "_unsafe_masked_index_put_accumulate")
+@implements("index_put", "_unsafe_index_put", "_unsafe_masked_index_put_accumulate", table=PROOF)
 def _index_put(walk, name, shape, x, *args):
     mask = args[0] if "masked" in name else None
     indices, values, *accumulate = args[1:] if "masked" in name else args

@@ -14,36 +14,20 @@ from hf_trim.backward.eager.rules.pointwise import (
     by_row,
     factory,
     other_dim,
-    overloads,
     payloads_of,
     reference,
     require,
-    rule,
     samples,
 )
 from hf_trim.backward.eager.tensor import (
-    FORWARD_RULES,
-    RULES,
     ActivationRows,
     NotRowwiseError,
     RowTensor,
 )
+from hf_trim.backward.registry import ACTIVATIONS, GRADIENTS, implements, overloads
 
 
-def forward_rule(*ops):
-    """
-    Registers a function as the rule of some forward ops.
-
-    Args:
-        ops (`str` or `torch._ops.OpOverload`): As for [`~hf_trim.backward.eager.rules.pointwise.rule`].
-
-    Returns:
-        `Callable`: The decorator.
-    """
-    return rule(*ops, registry=FORWARD_RULES)
-
-
-def find_rule(func):
+def default_rule(func):
     """The rule of an op that has none of its own: elementwise if its tags say so, else none."""
     random = torch.Tag.nondeterministic_seeded in func.tags
     if not random and (torch.Tag.pointwise in func.tags or func.overloadpacket.__name__ in POINTWISE):
@@ -51,7 +35,7 @@ def find_rule(func):
     return no_rule
 
 
-FORWARD_RULES.find_rule = find_rule
+ACTIVATIONS.default = default_rule
 
 
 def no_rule(func, *args, **kwargs):
@@ -69,7 +53,7 @@ def activation(x):
     return x
 
 
-@forward_rule("fill_.Scalar", "zero_", "masked_fill_.Scalar", "masked_fill_.Tensor")
+@implements("fill_.Scalar", "zero_", "masked_fill_.Scalar", "masked_fill_.Tensor", table=ACTIVATIONS)
 def in_place(func, x, *args, **kwargs):
     require(not (activation(x).is_view or x.has_views), "it changes something else too")
     func(*payloads_of(x, (x, *args), kwargs), **kwargs)
@@ -85,31 +69,40 @@ STRUCTURE = overloads(
     "constant_pad_nd", "tril", "triu", "cumsum", "im2col", "col2im", "pixel_shuffle", "pixel_unshuffle",
     "channel_shuffle", "index_select", "gather",
 )  # fmt: skip
-_known = dict(RULES)  # in which a missing rule is an error, not looked for
-FORWARD_RULES.update({op: _known[op] for op in STRUCTURE})
-forward_rule("new_empty", "new_zeros", "new_ones", "new_full")(factory)
+for _op in STRUCTURE:
+    ACTIVATIONS.register(_op, dict(GRADIENTS)[_op])  # not looked for: a missing rule is an error
+implements("new_empty", "new_zeros", "new_ones", "new_full", table=ACTIVATIONS)(factory)
 
 
-@forward_rule("empty_like", "zeros_like", "ones_like", "full_like")
+@implements("empty_like", "zeros_like", "ones_like", "full_like", table=ACTIVATIONS)
 def fill(func, x, *args, **kwargs):
     return x.like(func(x.payload, *args, **kwargs))
 
 
-@forward_rule("cat")
+@implements("cat", table=ACTIVATIONS)
 def cat(func, tensors, dim=0):
     ref = reference(tensors, ActivationRows)
     dim = other_dim(ref, dim)
     return ref.like(func([ref.kept_rows(x) for x in tensors], dim))
 
 
-@forward_rule("stack")
+@implements("stack", table=ACTIVATIONS)
 def stack(func, tensors, dim=0):
     ref = reference(tensors, ActivationRows)
     dim %= ref.ndim + 1
     return ref.like(func([ref.kept_rows(x) for x in tensors], dim), ref.row_dim + (dim <= ref.row_dim))
 
 
-@forward_rule("sum.dim_IntList", "mean.dim", "amax", "amin", "var.correction", "std.correction", "linalg_vector_norm")
+@implements(
+    "sum.dim_IntList",
+    "mean.dim",
+    "amax",
+    "amin",
+    "var.correction",
+    "std.correction",
+    "linalg_vector_norm",
+    table=ACTIVATIONS,
+)
 def reduce(func, x, *args, **kwargs):
     named = by_name(func, 1, args, kwargs)
     require(bool(named.get("dim")), "rows are reduced")
@@ -127,7 +120,7 @@ def by_name(func, skipped, args, kwargs) -> dict:
 # ---- matrix products ---------------------------------------------------------------------------------------------
 
 
-@forward_rule("mm", "bmm", "addmm", "baddbmm")
+@implements("mm", "bmm", "addmm", "baddbmm", table=ACTIVATIONS)
 def matmul(func, *args, **kwargs):
     """`[n, m] @ [m, p]`, with or without a batch dimension; rows along n, p or the batch, but not along m."""
     *added, a, b = args
@@ -147,42 +140,43 @@ def matmul(func, *args, **kwargs):
 # ---- neural-network ops ------------------------------------------------------------------------------------------
 
 
-@forward_rule("native_layer_norm", "_fused_rms_norm")
+@implements("native_layer_norm", "_fused_rms_norm", table=ACTIVATIONS)
 def norm(func, x, normalized_shape, *args):
     require(activation(x).row_dim < x.ndim - len(normalized_shape), "rows are normalized")
     return tuple(x.like(out) for out in func(x.payload, normalized_shape, *args))
 
 
-@forward_rule("native_group_norm")
+@implements("native_group_norm", table=ACTIVATIONS)
 def group_norm(func, x, weight, bias, N, C, HxW, group, eps):
     samples(activation(x))
     return tuple(x.like(out) for out in func(x.payload, weight, bias, x.rows.count, C, HxW, group, eps))
 
 
-@forward_rule("_softmax", "_log_softmax", "_safe_softmax", "glu")
+@implements("_softmax", "_log_softmax", "_safe_softmax", "glu", table=ACTIVATIONS)
 def softmax(func, x, dim=-1, *args, **kwargs):
     other_dim(x, dim)
     return x.like(func(x.payload, dim, *args, **kwargs))
 
 
-@forward_rule("convolution")
+@implements("convolution", table=ACTIVATIONS)
 def convolution(func, x, weight, *args):
     samples(activation(x))
     require(x.ndim == weight.ndim and not isinstance(weight, RowTensor), "rows are not samples")
     return x.like(func(x.payload, weight, *args))
 
 
-@forward_rule("embedding")
+@implements("embedding", table=ACTIVATIONS)
 def embedding(func, weight, indices, *args):
     require(not isinstance(weight, RowTensor), "rows of the table are unknown")
     return indices.like(func(weight, indices.payload, *args))
 
 
-@forward_rule(
+@implements(
     "_scaled_dot_product_flash_attention_for_cpu",
     "_scaled_dot_product_flash_attention",
     "_scaled_dot_product_efficient_attention",
     "_scaled_dot_product_cudnn_attention",
+    table=ACTIVATIONS,
 )
 def attention(func, query, key, value, *args, **kwargs):
     samples(activation(query))
@@ -203,19 +197,19 @@ def whole_batch(x):
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
 
 
-@forward_rule("bernoulli_.float", "uniform_", "normal_")
+@implements("bernoulli_.float", "uniform_", "normal_", table=ACTIVATIONS)
 def draw_in_place(func, x, *args, **kwargs):
     require(not (x.is_view or x.has_views), "it changes a view")
     x.payload.copy_(x.kept_rows(func(whole_batch(x), *args, **kwargs)))
     return x
 
 
-@forward_rule("rand_like", "randn_like")
+@implements("rand_like", "randn_like", table=ACTIVATIONS)
 def draw_like(func, x, **kwargs):
     return x.like(x.kept_rows(func(whole_batch(x), **kwargs)))
 
 
-@forward_rule("native_dropout")
+@implements("native_dropout", table=ACTIVATIONS)
 def native_dropout(func, x, p, train):
     scale, mask = (x.kept_rows(out) for out in func(whole_batch(x).fill_(1), p, train))
     return x.like(x.payload * scale), x.like(mask)

@@ -4,7 +4,8 @@ Kernels that apply dropout themselves draw their mask from a counter over the wh
 would redraw it: with dropout inside the kernel these ops run dense.
 """
 
-from hf_trim.backward.eager.rules.pointwise import require, row_sparse, rule, samples
+from hf_trim.backward.eager.rules.pointwise import require, row_sparse, samples
+from hf_trim.backward.registry import implements
 
 
 def _batch_first(grad, *tensors):
@@ -22,14 +23,14 @@ def _wrap(grad, outs):
     return tuple(None if out is None else grad.like(out) for out in outs)
 
 
-@rule("_scaled_dot_product_flash_attention_for_cpu_backward")
+@implements("_scaled_dot_product_flash_attention_for_cpu_backward")
 def flash_cpu(func, grad, query, key, value, out, logsumexp, dropout_p, is_causal, *, attn_mask=None, scale=None):
     require(dropout_p == 0, "dropout inside the kernel")
     kept = _batch_first(grad, grad, query, key, value, out, logsumexp)
     return _wrap(grad, func(*kept, dropout_p, is_causal, attn_mask=_mask(grad, attn_mask), scale=scale))
 
 
-@rule("_scaled_dot_product_flash_attention_backward")
+@implements("_scaled_dot_product_flash_attention_backward")
 def flash(
     func, grad, query, key, value, out, logsumexp, cum_q, cum_k, max_q, max_k, dropout_p, is_causal, seed, offset,
     *, scale=None,
@@ -40,7 +41,7 @@ def flash(
     return _wrap(grad, func(*kept, cum_q, cum_k, max_q, max_k, dropout_p, is_causal, seed, offset, scale=scale))
 
 
-@rule("_scaled_dot_product_efficient_attention_backward")
+@implements("_scaled_dot_product_efficient_attention_backward")
 def efficient(
     func, grad, query, key, value, bias, out, logsumexp, seed, offset, dropout_p, grad_input_mask, is_causal=False,
     *, scale=None,
@@ -53,7 +54,7 @@ def efficient(
     return *_wrap(grad, outs[:3]), outs[3]
 
 
-@rule("_scaled_dot_product_cudnn_attention_backward")
+@implements("_scaled_dot_product_cudnn_attention_backward")
 def cudnn(
     func, grad, query, key, value, out, logsumexp, seed, offset, bias, cum_q, cum_k, max_q, max_k, dropout_p,
     is_causal, *, scale=None,

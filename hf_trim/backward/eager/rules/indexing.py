@@ -2,8 +2,9 @@
 
 import torch
 
-from hf_trim.backward.eager.rules.pointwise import other_dim, reference, require, row_sparse, rule
+from hf_trim.backward.eager.rules.pointwise import other_dim, reference, require, row_sparse
 from hf_trim.backward.eager.tensor import RowSparseTensor, RowTensor
+from hf_trim.backward.registry import implements
 
 
 def kept_size(grad, size, dim):
@@ -12,26 +13,26 @@ def kept_size(grad, size, dim):
     return [grad.payload.shape[grad.row_dim] if d == dim else n for d, n in enumerate(size)]
 
 
-@rule("select_backward")
+@implements("select_backward")
 def select_backward(func, grad, size, dim, index):
     dim %= len(size)
     rows_dim = row_sparse(grad).row_dim + (dim <= grad.row_dim)
     return grad.like(func(grad.payload, kept_size(grad, size, rows_dim), dim, index), rows_dim)
 
 
-@rule("slice_backward")
+@implements("slice_backward")
 def slice_backward(func, grad, size, dim, start, end, step):
     other_dim(row_sparse(grad), dim)
     return grad.like(func(grad.payload, kept_size(grad, size, grad.row_dim), dim, start, end, step))
 
 
-@rule("unfold_backward")
+@implements("unfold_backward")
 def unfold_backward(func, grad, size, dim, length, step):
     require(row_sparse(grad).row_dim < len(size) and grad.row_dim != dim % len(size), "it works along the rows")
     return grad.like(func(grad.payload, kept_size(grad, size, grad.row_dim), dim, length, step))
 
 
-@rule("value_selecting_reduction_backward")
+@implements("value_selecting_reduction_backward")
 def selecting_backward(func, grad, dim, indices, size, keepdim):
     dim %= len(size)
     rows_dim = row_sparse(grad).row_dim + (not keepdim and dim <= grad.row_dim)
@@ -41,7 +42,7 @@ def selecting_backward(func, grad, dim, indices, size, keepdim):
     )
 
 
-@rule("select_scatter", "slice_scatter")
+@implements("select_scatter", "slice_scatter")
 def scatter_slice(func, x, source, dim=0, *args, **kwargs):
     # Zeros, where the gradient of what is overwritten is taken out; a GPU would make the host wait for the answer.
     zeros = isinstance(source, RowSparseTensor) or (source.device.type == "cpu" and not source.any())
@@ -51,41 +52,41 @@ def scatter_slice(func, x, source, dim=0, *args, **kwargs):
     return x.like(func(x.payload, x.kept_rows(source, at), dim, *args, **kwargs))
 
 
-@rule("gather")
+@implements("gather")
 def gather(func, x, dim, index, sparse_grad=False):
     require(isinstance(x, RowTensor), "it gathers from a tensor without rows")
     dim = other_dim(x, dim)
     return x.like(func(x.payload, dim, x.kept_rows(index)))
 
 
-@rule("scatter_add", "scatter.src")
+@implements("scatter_add", "scatter.src")
 def scatter(func, x, dim, index, source):
     require(isinstance(x, RowSparseTensor) and isinstance(source, RowSparseTensor), "a dense tensor is joined")
     dim = other_dim(x, dim)
     return x.like(func(x.payload, dim, x.kept_rows(index), x.kept_rows(source)))
 
 
-@rule("scatter.value")
+@implements("scatter.value")
 def scatter_value(func, x, dim, index, value):
     require(value == 0, "the result is not zero outside the kept rows")
     return row_sparse(x).like(func(x.payload, other_dim(x, dim), x.kept_rows(index), value))
 
 
-@rule("index_select")
+@implements("index_select")
 def index_select(func, x, dim, index):
     require(isinstance(x, RowTensor), "it selects from a tensor without rows")
     dim = other_dim(x, dim)
     return x.like(func(x.payload, dim, index))
 
 
-@rule("index_add", "index_copy")
+@implements("index_add", "index_copy")
 def index_add(func, x, dim, index, source, **kwargs):
     require(isinstance(x, RowSparseTensor) and isinstance(source, RowSparseTensor), "a dense tensor is joined")
     dim = other_dim(x, dim)
     return x.like(func(x.payload, dim, index, x.kept_rows(source), **kwargs))
 
 
-@rule("index.Tensor")
+@implements("index.Tensor")
 def index(func, x, indices):
     require(x.row_dim == 0 and indices[0] is None, "it works along the rows")
     return x.like(func(x.payload, indices), 0)
@@ -100,7 +101,7 @@ def add_to_table(func, table, indices, grad):
     return func(table, [grad.kept_rows_or_broadcast(i, at) for i in indices], grad.payload, True)
 
 
-@rule("index_put", "_unsafe_index_put")
+@implements("index_put", "_unsafe_index_put")
 def index_put(func, x, indices, source, accumulate=False):
     """Backward of advanced indexing: `x[:, columns]`, or `x[arange(B), positions]` as decoder classifiers have it."""
     ref = reference((x, source))

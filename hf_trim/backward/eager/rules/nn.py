@@ -2,7 +2,8 @@
 
 import torch
 
-from hf_trim.backward.eager.rules.pointwise import other_dim, require, row_sparse, rule
+from hf_trim.backward.eager.rules.pointwise import other_dim, require, row_sparse
+from hf_trim.backward.registry import implements
 
 
 def wrap(grad, outs):
@@ -13,7 +14,7 @@ def wrap(grad, outs):
 # ---- norms -------------------------------------------------------------------------------------------------------
 
 
-@rule("native_layer_norm_backward")
+@implements("native_layer_norm_backward")
 def layer_norm_backward(func, grad, x, normalized_shape, mean, rstd, weight, bias, output_mask):
     require(row_sparse(grad).row_dim < grad.ndim - len(normalized_shape), "rows are normalized")
     mean, rstd = grad.kept_rows(mean), grad.kept_rows(rstd)
@@ -21,14 +22,14 @@ def layer_norm_backward(func, grad, x, normalized_shape, mean, rstd, weight, bia
     return *wrap(grad, out[:1]), *out[1:]
 
 
-@rule("_fused_rms_norm_backward")
+@implements("_fused_rms_norm_backward")
 def rms_norm_backward(func, grad, x, normalized_shape, rstd, weight, output_mask):
     require(row_sparse(grad).row_dim < grad.ndim - len(normalized_shape), "rows are normalized")
     out = func(grad.payload, grad.kept_rows(x), normalized_shape, grad.kept_rows(rstd), weight, output_mask)
     return *wrap(grad, out[:1]), *out[1:]
 
 
-@rule("native_group_norm_backward")
+@implements("native_group_norm_backward")
 def group_norm_backward(func, grad, x, mean, rstd, weight, N, C, HxW, group, output_mask):
     require(row_sparse(grad).row_dim == 0 and N == grad.shape[0], "rows are normalized")
     mean, rstd = grad.kept_rows(mean), grad.kept_rows(rstd)
@@ -37,7 +38,7 @@ def group_norm_backward(func, grad, x, mean, rstd, weight, N, C, HxW, group, out
     return *wrap(grad, out[:1]), *out[1:]
 
 
-@rule("native_batch_norm_backward")
+@implements("native_batch_norm_backward")
 def batch_norm_backward(func, grad, x, weight, running_mean, running_var, mean, invstd, train, eps, output_mask):
     require(not train, "batch norm in training mode mixes samples")
     require(row_sparse(grad).row_dim != 1, "rows are channels")
@@ -49,45 +50,45 @@ def batch_norm_backward(func, grad, x, weight, running_mean, running_var, mean, 
 # ---- softmax and losses ------------------------------------------------------------------------------------------
 
 
-@rule("_softmax_backward_data", "_log_softmax_backward_data")
+@implements("_softmax_backward_data", "_log_softmax_backward_data")
 def softmax_backward(func, grad, out, dim, input_dtype):
     other_dim(row_sparse(grad), dim)
     return grad.like(func(grad.payload, grad.kept_rows(out), dim, input_dtype))
 
 
-@rule("_masked_softmax_backward")
+@implements("_masked_softmax_backward")
 def masked_softmax_backward(func, grad, out, mask, dim=None):
     other_dim(row_sparse(grad), grad.ndim - 1 if dim is None else dim)
     require(mask.shape == grad.shape, "the mask is broadcast")
     return grad.like(func(grad.payload, grad.kept_rows(out), grad.kept_rows(mask), dim))
 
 
-@rule("glu_backward")
+@implements("glu_backward")
 def glu_backward(func, grad, x, dim):
     other_dim(row_sparse(grad), dim)
     return grad.like(func(grad.payload, grad.kept_rows(x), dim))
 
 
-@rule("nll_loss_backward", "nll_loss2d_backward")
+@implements("nll_loss_backward", "nll_loss2d_backward")
 def nll_loss_backward(func, grad, x, target, weight, reduction, ignore_index, total_weight):
     require(reduction == 0 and row_sparse(grad).row_dim == 0 and target.ndim == grad.ndim, "the loss is reduced")
     args = (grad.kept_rows(x), grad.kept_rows(target), weight, reduction, ignore_index, total_weight)
     return grad.like(func(grad.payload, *args))
 
 
-@rule("mse_loss_backward")
+@implements("mse_loss_backward")
 def mse_loss_backward(func, grad, x, target, reduction):
     require(reduction == 0 and row_sparse(grad).shape == x.shape == target.shape, "the loss is reduced")
     return grad.like(func(grad.payload, grad.kept_rows(x), grad.kept_rows(target), reduction))
 
 
-@rule("smooth_l1_loss_backward", "huber_loss_backward")
+@implements("smooth_l1_loss_backward", "huber_loss_backward")
 def smooth_l1_loss_backward(func, grad, x, target, reduction, scale):
     require(reduction == 0 and row_sparse(grad).shape == x.shape == target.shape, "the loss is reduced")
     return grad.like(func(grad.payload, grad.kept_rows(x), grad.kept_rows(target), reduction, scale))
 
 
-@rule("binary_cross_entropy_backward")
+@implements("binary_cross_entropy_backward")
 def binary_cross_entropy_backward(func, grad, x, target, weight=None, reduction=1):
     require(reduction == 0 and row_sparse(grad).shape == x.shape == target.shape, "the loss is reduced")
     at = grad.row_dim - grad.ndim
@@ -98,7 +99,7 @@ def binary_cross_entropy_backward(func, grad, x, target, weight=None, reduction=
 # ---- convolution, pooling, resampling ----------------------------------------------------------------------------
 
 
-@rule("convolution_backward")
+@implements("convolution_backward")
 def convolution_backward(func, grad, x, weight, bias_sizes, *args):
     # [B, C, ...]; a convolution without a batch dimension has been given one of size 1
     require(row_sparse(grad).row_dim == 0 and grad.ndim == weight.ndim, "rows are not samples")
@@ -115,7 +116,7 @@ def spatial_rows(func, grad, x):
     require(row_sparse(grad).ndim == x.ndim and grad.row_dim < x.ndim - spatial, "rows are not samples")
 
 
-@rule("max_pool2d_with_indices_backward", "max_pool3d_with_indices_backward")
+@implements("max_pool2d_with_indices_backward", "max_pool3d_with_indices_backward")
 def max_pool_backward(func, grad, x, kernel_size, stride, padding, dilation, ceil_mode, indices):
     spatial_rows(func, grad, x)
     return grad.like(
@@ -125,22 +126,22 @@ def max_pool_backward(func, grad, x, kernel_size, stride, padding, dilation, cei
     )
 
 
-@rule("avg_pool2d_backward", "avg_pool3d_backward")
-@rule("_adaptive_avg_pool2d_backward", "_adaptive_avg_pool3d_backward")
-@rule("reflection_pad1d_backward", "reflection_pad2d_backward", "reflection_pad3d_backward")
-@rule("replication_pad1d_backward", "replication_pad2d_backward", "replication_pad3d_backward")
+@implements("avg_pool2d_backward", "avg_pool3d_backward")
+@implements("_adaptive_avg_pool2d_backward", "_adaptive_avg_pool3d_backward")
+@implements("reflection_pad1d_backward", "reflection_pad2d_backward", "reflection_pad3d_backward")
+@implements("replication_pad1d_backward", "replication_pad2d_backward", "replication_pad3d_backward")
 def pool_backward(func, grad, x, *args):
     spatial_rows(func, grad, x)
     return grad.like(func(grad.payload, grad.kept_rows(x), *args))
 
 
-@rule("adaptive_max_pool2d_backward", "adaptive_max_pool3d_backward")
+@implements("adaptive_max_pool2d_backward", "adaptive_max_pool3d_backward")
 def adaptive_max_pool_backward(func, grad, x, indices):
     spatial_rows(func, grad, x)
     return grad.like(func(grad.payload, grad.kept_rows(x), grad.kept_rows(indices)))
 
 
-@rule(
+@implements(
     *(f"upsample_{kind}_backward" for kind in ("nearest1d", "nearest2d", "nearest3d", "linear1d", "bilinear2d")),
     *(f"upsample_{kind}_backward" for kind in ("bicubic2d", "trilinear3d")),
     *(f"_upsample_{kind}_backward" for kind in ("nearest_exact1d", "nearest_exact2d", "nearest_exact3d")),
@@ -151,7 +152,7 @@ def upsample_backward(func, grad, output_size, input_size, *args):
     return grad.like(func(grad.payload, output_size, [grad.payload.shape[0], *input_size[1:]], *args))
 
 
-@rule("im2col", "col2im")
+@implements("im2col", "col2im")
 def columns(func, x, *args):
     require(
         x.row_dim == 0 and x.ndim == (4 if func.overloadpacket.__name__ == "im2col" else 3), "rows are not samples"
@@ -159,7 +160,7 @@ def columns(func, x, *args):
     return x.like(func(x.payload, *args))
 
 
-@rule("pixel_shuffle", "pixel_unshuffle", "channel_shuffle")
+@implements("pixel_shuffle", "pixel_unshuffle", "channel_shuffle")
 def shuffle(func, x, factor):
     require(x.row_dim < x.ndim - 3, "rows are not samples")
     return x.like(func(x.payload, factor))
@@ -168,7 +169,7 @@ def shuffle(func, x, factor):
 # ---- embeddings --------------------------------------------------------------------------------------------------
 
 
-@rule("embedding_dense_backward")
+@implements("embedding_dense_backward")
 def embedding_backward(func, grad, indices, num_weights, padding_idx, scale_grad_by_freq):
     require(not scale_grad_by_freq, "frequencies are counted over the batch")
     require(row_sparse(grad).row_dim < indices.ndim == grad.ndim - 1, "rows are features")

@@ -20,10 +20,10 @@ A rule gets the op and its arguments and returns what the op returns. It must gu
 To add a rule for an op of one's own:
 
 ```python
-from hf_trim.backward.eager.rules.pointwise import rule
+from hf_trim.backward import implements
 
 
-@rule(torch.ops.mylib.swish_backward.default)
+@implements(torch.ops.mylib.swish_backward.default)
 def swish_backward(func, grad, x):
     return grad.like(func(grad.payload, grad.kept_rows(x)))
 ```
@@ -35,53 +35,14 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_iter
 
-from hf_trim.backward.eager.tensor import RULES, NotRowwiseError, RowSparseTensor, RowTensor, densify, run_dense
+from hf_trim.backward.eager.tensor import NotRowwiseError, RowSparseTensor, RowTensor, densify, run_dense
+from hf_trim.backward.registry import GRADIENTS, implements
 
 
 aten = torch.ops.aten
 
 
-def overloads(*ops) -> list:
-    """
-    Finds ops by name.
-
-    Args:
-        ops (`str` or `torch._ops.OpOverload`):
-            Overloads, or names such as `"mm"` (the default overload) and `"add.Tensor"` of ATen ops.
-
-    Returns:
-        `list[torch._ops.OpOverload]`: Those that this version of PyTorch has.
-    """
-    found = []
-    for op in ops:
-        if isinstance(op, str):
-            name, _, overload = op.partition(".")
-            op = getattr(getattr(aten, name, None), overload or "default", None)
-        if op is not None:
-            found.append(op)
-    return found
-
-
-def rule(*ops, registry=RULES):
-    """
-    Registers a function as the rule of some ops.
-
-    Args:
-        ops (`str` or `torch._ops.OpOverload`): As for [`overloads`].
-        registry (`dict`, *optional*): Where to; the default is the rules of gradients.
-
-    Returns:
-        `Callable`: The decorator; the decorated function is called with the overload and the op's own arguments.
-    """
-
-    def register(function):
-        registry.update(dict.fromkeys(overloads(*ops), function))
-        return function
-
-    return register
-
-
-def find_rule(func):
+def default_rule(func):
     """The rule of an op that has none of its own: by its tags and schema, else the fallback."""
     if func._schema.is_mutable:
         return in_place
@@ -91,7 +52,7 @@ def find_rule(func):
     return dense_rule
 
 
-RULES.find_rule = find_rule
+GRADIENTS.default = default_rule
 
 
 def dense_rule(func, *args, **kwargs):
@@ -201,7 +162,7 @@ def payloads_of(ref, args, kwargs) -> list:
     ]
 
 
-@rule("_prelu_kernel_backward")
+@implements("_prelu_kernel_backward")
 def prelu_backward(func, grad, x, weight):
     at = row_sparse(grad).row_dim - grad.ndim
     require(grad.shape == x.shape, "shapes differ")
@@ -209,7 +170,7 @@ def prelu_backward(func, grad, x, weight):
     return tuple(grad.like(out) for out in outs)
 
 
-@rule("add.Tensor", "sub.Tensor")
+@implements("add.Tensor", "sub.Tensor")
 def add(func, x, other, alpha=1):
     if isinstance(x, RowSparseTensor) and isinstance(other, RowSparseTensor):
         at = x.row_dim - x.ndim
@@ -231,7 +192,7 @@ def add(func, x, other, alpha=1):
     return x.add_to(other * (sign * alpha))
 
 
-@rule("add_.Tensor")
+@implements("add_.Tensor")
 def add_(func, x, other, alpha=1):
     if isinstance(x, RowSparseTensor):
         return in_place(func, x, other, alpha=alpha)
@@ -253,7 +214,7 @@ def in_place(func, *args, **kwargs):
     return args[0].overwrite_(out) if isinstance(args[0], RowSparseTensor) else args[0].copy_(densify(out))
 
 
-@rule("copy_", "copy")
+@implements("copy_", "copy")
 def copy(func, x, source, non_blocking=False):
     require(isinstance(source, RowSparseTensor), "every row is overwritten")
     require(x.shape == source.shape and x.device == source.device, "operands are broadcast")
@@ -263,7 +224,7 @@ def copy(func, x, source, non_blocking=False):
     return x.overwrite_(out) if isinstance(x, RowSparseTensor) else out.add_to(x.zero_())
 
 
-@rule("zero_")
+@implements("zero_")
 def zero_(func, x):
     x.check_writable()
     x.payload.zero_()
@@ -273,7 +234,7 @@ def zero_(func, x):
 # ---- factories ---------------------------------------------------------------------------------------------------
 
 
-@rule("new_zeros", "zeros_like")
+@implements("new_zeros", "zeros_like")
 def zeros(func, x, size=None, memory_format=None, **kwargs):
     """Zeros are row-sparse with any rows; the gradient's own, where they fit, let a scatter into them stay sparse."""
     size = list(x.shape if size is None else size)
@@ -284,15 +245,15 @@ def zeros(func, x, size=None, memory_format=None, **kwargs):
     return torch.zeros(size, **options)
 
 
-@rule("new_empty", "new_full", "new_ones", "empty_like", "full_like", "ones_like", "new_empty_strided")
-@rule("rand_like", "randn_like")
+@implements("new_empty", "new_full", "new_ones", "empty_like", "full_like", "ones_like", "new_empty_strided")
+@implements("rand_like", "randn_like")
 def factory(func, x, *args, **kwargs):
     """Only shape, dtype and device of the gradient matter."""
     like = torch.empty_strided(x.shape, [0] * x.ndim, dtype=x.dtype, device=x.device)
     return func(like, *args, **kwargs)
 
 
-@rule("is_same_size")
+@implements("is_same_size")
 def is_same_size(func, x, other):
     return x.shape == other.shape
 
@@ -307,23 +268,23 @@ def as_view(source, out):
     return out
 
 
-@rule("alias", "detach")
+@implements("alias", "detach")
 def alias(func, x):
     return as_view(x, x.like(func(x.payload)))
 
 
-@rule("view_as_real", "view_as_complex")
+@implements("view_as_real", "view_as_complex")
 def view_as(func, x):
     require(func is aten.view_as_real.default or x.row_dim < x.ndim - 1, "rows are real and imaginary parts")
     return as_view(x, x.like(func(x.payload)))
 
 
-@rule("lift_fresh")
+@implements("lift_fresh")
 def lift_fresh(func, x):
     return x
 
 
-@rule("view", "_unsafe_view", "reshape", "_reshape_alias")
+@implements("view", "_unsafe_view", "reshape", "_reshape_alias")
 def view(func, x, size, stride=None):
     key = ("view", x.shape, x.row_dim, x.row_outer, x.row_inner, *size)
     plan = x.rows.plans.get(key)
@@ -361,7 +322,7 @@ def plan_view(x, size):
     raise NotRowwiseError(f"{size} splits the rows")
 
 
-@rule("t", "transpose.int", "numpy_T", "mT", "swapaxes")
+@implements("t", "transpose.int", "numpy_T", "mT", "swapaxes")
 def transpose(func, x, dim0=0, dim1=1):
     if x.ndim < 2:
         return alias(aten.alias.default, x)
@@ -370,13 +331,13 @@ def transpose(func, x, dim0=0, dim1=1):
     return as_view(x, x.like(x.payload.transpose(dim0, dim1), dim))
 
 
-@rule("permute")
+@implements("permute")
 def permute(func, x, dims):
     dims = [d % x.ndim for d in dims]
     return as_view(x, x.like(x.payload.permute(dims), dims.index(x.row_dim)))
 
 
-@rule("expand")
+@implements("expand")
 def expand(func, x, size, implicit=False):
     dim = x.row_dim + len(size) - x.ndim
     require(size[dim] in (-1, x.shape[x.row_dim]), "rows are repeated")
@@ -384,13 +345,13 @@ def expand(func, x, size, implicit=False):
     return as_view(x, x.like(x.payload.expand(size), dim))
 
 
-@rule("unsqueeze")
+@implements("unsqueeze")
 def unsqueeze(func, x, dim):
     dim %= x.ndim + 1
     return as_view(x, x.like(x.payload.unsqueeze(dim), x.row_dim + (dim <= x.row_dim)))
 
 
-@rule("squeeze", "squeeze.dim", "squeeze.dims")
+@implements("squeeze", "squeeze.dim", "squeeze.dims")
 def squeeze(func, x, dim=None):
     dims = range(x.ndim) if dim is None else [dim] if isinstance(dim, int) else dim
     dims = [d % x.ndim for d in dims if x.shape[d] == 1 and d % x.ndim != x.row_dim]
@@ -404,13 +365,13 @@ def other_dim(x, dim) -> int:
     return dim
 
 
-@rule("select.int")
+@implements("select.int")
 def select(func, x, dim, index):
     dim = other_dim(x, dim)
     return as_view(x, x.like(x.payload.select(dim, index), x.row_dim - (dim < x.row_dim)))
 
 
-@rule("slice.Tensor")
+@implements("slice.Tensor")
 def slice_(func, x, dim=0, start=None, end=None, step=1):
     dim %= x.ndim
     if dim == x.row_dim:
@@ -420,20 +381,22 @@ def slice_(func, x, dim=0, start=None, end=None, step=1):
     return as_view(x, x.like(func(x.payload, dim, start, end, step)))
 
 
-@rule("split.Tensor", "split_with_sizes", "chunk", "tensor_split.sections", "unsafe_split.Tensor", "unsafe_chunk")
-@rule("unsafe_split_with_sizes")
+@implements(
+    "split.Tensor", "split_with_sizes", "chunk", "tensor_split.sections", "unsafe_split.Tensor", "unsafe_chunk"
+)
+@implements("unsafe_split_with_sizes")
 def split(func, x, sizes, dim=0):
     dim = other_dim(x, dim)
     return [as_view(x, x.like(part)) for part in func(x.payload, sizes, dim)]
 
 
-@rule("unbind.int")
+@implements("unbind.int")
 def unbind(func, x, dim=0):
     dim = other_dim(x, dim)
     return [as_view(x, x.like(part, x.row_dim - (dim < x.row_dim))) for part in x.payload.unbind(dim)]
 
 
-@rule("unfold")
+@implements("unfold")
 def unfold(func, x, dim, size, step):
     dim = other_dim(x, dim)
     return as_view(x, x.like(x.payload.unfold(dim, size, step)))
@@ -450,7 +413,7 @@ def _is_undefined(x, ref) -> bool:
     return not once.any()
 
 
-@rule("cat")
+@implements("cat")
 def cat(func, tensors, dim=0):
     ref = reference(tensors)
     dim = other_dim(ref, dim)
@@ -462,7 +425,7 @@ def cat(func, tensors, dim=0):
     return ref.like(func(payloads, dim))
 
 
-@rule("stack")
+@implements("stack")
 def stack(func, tensors, dim=0):
     ref = reference(tensors)
     dim %= ref.ndim + 1
@@ -471,31 +434,31 @@ def stack(func, tensors, dim=0):
     return ref.like(func([ref.kept_rows(x) for x in tensors], dim), ref.row_dim + (dim <= ref.row_dim))
 
 
-@rule("roll")
+@implements("roll")
 def roll(func, x, shifts, dims=()):
     require(len(dims) > 0, "it works along the rows")
     return x.like(func(x.payload, shifts, [other_dim(x, d) for d in dims]))
 
 
-@rule("flip")
+@implements("flip")
 def flip(func, x, dims):
     return x.like(func(x.payload, [other_dim(x, d) for d in dims]))
 
 
-@rule("constant_pad_nd")
+@implements("constant_pad_nd")
 def constant_pad(func, x, pad, value=0):
     at = 2 * (x.ndim - 1 - x.row_dim)
     require(value == 0 and not any(pad[at : at + 2]), "it works along the rows")
     return x.like(func(x.payload, pad, value))
 
 
-@rule("tril", "triu")
+@implements("tril", "triu")
 def triangle(func, x, diagonal=0):
     require(x.row_dim < x.ndim - 2, "it works along the rows")
     return x.like(func(x.payload, diagonal))
 
 
-@rule("cumsum")
+@implements("cumsum")
 def cumsum(func, x, dim, dtype=None):
     return x.like(func(x.payload, other_dim(x, dim), dtype=dtype))
 
@@ -508,7 +471,7 @@ def _reduced(x, dim):
     return [d % x.ndim for d in dims]
 
 
-@rule("sum", "sum.dim_IntList", "mean", "mean.dim")
+@implements("sum", "sum.dim_IntList", "mean", "mean.dim")
 def sum_(func, x, dim=None, keepdim=False, dtype=None):
     """Sums over rows are complete without the rows that are zero; a mean divides by the logical count."""
     dims = _reduced(x, dim)
@@ -521,13 +484,13 @@ def sum_(func, x, dim=None, keepdim=False, dtype=None):
     return out
 
 
-@rule("any", "all", "any.dim", "any.dims")
+@implements("any", "all", "any.dim", "any.dims")
 def any_(func, x, dim=None, keepdim=False):
     require(func is aten.any.default, "the result is not a plain tensor")
     return func(x.payload)
 
 
-@rule("linalg_vector_norm")
+@implements("linalg_vector_norm")
 def vector_norm(func, x, ord=2, dim=None, keepdim=False, dtype=None):
     dims = _reduced(x, dim)
     require(ord > 0 and x.row_dim in dims, "rows keep a norm of their own")
@@ -537,7 +500,7 @@ def vector_norm(func, x, ord=2, dim=None, keepdim=False, dtype=None):
 # ---- matrix products ---------------------------------------------------------------------------------------------
 
 
-@rule("mm", "bmm")
+@implements("mm", "bmm")
 def matmul(func, a, b):
     """`[n, m] @ [m, p]`, with or without a batch dimension: rows along n or p stay, rows along m are summed."""
     first = 0 if func is aten.mm.default else 1  # where the matrix dimensions begin
@@ -551,14 +514,14 @@ def matmul(func, a, b):
     return ref.like(func(ref.payload, b) if ref is a else func(a, ref.payload))
 
 
-@rule("addmm", "baddbmm")
+@implements("addmm", "baddbmm")
 def addmm(func, x, a, b, beta=1, alpha=1):
     """Rewritten as its parts, which have rules of their own."""
     product = torch.mm(a, b) if func is aten.addmm.default else torch.bmm(a, b)
     return x * beta + product * alpha
 
 
-@rule("mv", "dot")
+@implements("mv", "dot")
 def product_with_vector(func, a, b):
     ref = a if isinstance(a, RowSparseTensor) else b
     if ref.row_dim == ref.ndim - 1:
