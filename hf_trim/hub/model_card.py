@@ -7,7 +7,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import Trainer
 from transformers.modelcard import TASK_MAPPING, extract_hyperparameters_from_trainer
 
-from hf_trim.run.records import UNITS, hardware, metric_name, test_score, versions
+from hf_trim.environment import hardware, versions
+from hf_trim.run.records import UNITS, metric_name, test_score
 
 
 TEMPLATE = Path(__file__).with_suffix(".md")

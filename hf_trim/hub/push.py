@@ -14,8 +14,8 @@ from huggingface_hub.errors import (
 )
 from transformers import TrainingArguments
 
+from hf_trim.files import write_json
 from hf_trim.hub.model_card import describe, plot_curves, render
-from hf_trim.run.records import write_json
 
 
 logger = logging.getLogger(__name__)

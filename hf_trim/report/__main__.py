@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.table import Table
 from scipy.stats import bootstrap
 
-from hf_trim.run.records import UNITS, fingerprint, metric_name, read_records, test_score, write_json
+from hf_trim.files import write_json
+from hf_trim.run.records import UNITS, fingerprint, metric_name, read_records, test_score
 
 
 ARMS = ("plain", "trimmed", "random")

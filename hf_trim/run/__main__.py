@@ -15,6 +15,8 @@ from transformers import set_seed
 
 from hf_trim.data.device_images import DeviceImages
 from hf_trim.data.load import Data, load_data
+from hf_trim.environment import hardware
+from hf_trim.files import is_write_error, write_json
 from hf_trim.hub.model_card import describe, plot_curves, render
 from hf_trim.hub.push import PushError, push_folder, save_arguments
 from hf_trim.processes import leave_process_group
@@ -42,8 +44,8 @@ from hf_trim.run.recipe import (
     recipe_names,
     user_errors,
 )
-from hf_trim.run.records import UNITS, hardware, make_record, metric_name, read_record, test_score, write_json
-from hf_trim.trainer.checkpoints import is_write_error, last_complete_checkpoint
+from hf_trim.run.records import UNITS, make_record, metric_name, read_record, test_score
+from hf_trim.trainer.checkpoints import last_complete_checkpoint
 from hf_trim.trainer.trainer import TrimmingTrainer
 
 

@@ -2,63 +2,14 @@
 
 import hashlib
 import json
-import os
-import platform
 from pathlib import Path
 
-import torch
-import transformers
-
+from hf_trim.environment import hardware, versions
 from hf_trim.run.clock import train_seconds
 
 
 # Behind a value of each metric.
 UNITS = {"error": " %", "perplexity": ""}
-
-
-def write_json(path: Path, content) -> None:
-    """
-    Write a file so that a reader, or a rerun after a crash, sees the old content or the new, never a part of it.
-
-    Args:
-        path (`Path`): The file; its folder is made.
-        content: What JSON can hold.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    with open(part, "w", encoding="utf-8") as file:
-        if isinstance(content, list):  # one element a line
-            file.write("[\n" + ",\n".join(json.dumps(each, sort_keys=True) for each in content) + "\n]\n")
-        else:
-            file.write(json.dumps(content, indent=2, sort_keys=True) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
-
-
-def hardware() -> str:
-    """
-    Returns:
-        `str`: What the run ran on, e.g. `"2 CPU cores"` or a GPU's name.
-    """
-    if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} × {torch.cuda.get_device_name()}"
-    return f"{len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} CPU cores"
-
-
-def versions() -> dict[str, str]:
-    """
-    Returns:
-        `dict[str, str]`: Versions that a result may depend on.
-    """
-    from hf_trim import __version__
-
-    return {
-        "hf_trim": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
 
 
 def make_record(recipe: str, arm: str, seed: int, settings: dict, metrics: dict, log_history: list[dict]) -> dict:

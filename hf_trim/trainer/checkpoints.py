@@ -1,6 +1,5 @@
 """Where an interrupted training goes on."""
 
-import errno
 import json
 import logging
 import pickle
@@ -65,35 +64,6 @@ def _defect(folder: Path, step: int) -> str | None:
         except (OSError, zipfile.BadZipFile, RuntimeError, pickle.UnpicklingError) as error:
             return f"{path.name}: {str(error).splitlines()[0]}"
     return None
-
-
-# Of an error while a file is written: no space, too large, over quota, read-only, not allowed, no folder, broken disk.
-WRITE_ERRORS = (
-    errno.ENOSPC,
-    errno.EFBIG,
-    errno.EDQUOT,
-    errno.EROFS,
-    errno.EACCES,
-    errno.EPERM,
-    errno.ENOTDIR,
-    errno.EIO,
-)
-
-
-def is_write_error(error: BaseException) -> bool:
-    """
-    Args:
-        error (`BaseException`): What was raised.
-
-    Returns:
-        `bool`: Whether a file could not be written: by Python, safetensors or torch, each of which has its own error.
-    """
-    if isinstance(error, OSError):
-        return error.errno in WRITE_ERRORS
-    if isinstance(error, SafetensorError):
-        return any(f"os error {number}" in str(error) for number in WRITE_ERRORS)
-    torch_writes = ("PytorchStreamWriter", "inline_container.cc", "iostream error")
-    return isinstance(error, RuntimeError) and any(each in str(error) for each in torch_writes)
 
 
 def load_converted_weights(model: nn.Module, folder: str | Path) -> None:

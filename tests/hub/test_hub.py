@@ -16,11 +16,11 @@ from sklearn.datasets import load_digits
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForTokenClassification
 
 from hf_trim import TrimmingArguments
+from hf_trim.files import write_json
 from hf_trim.hub.model_card import CALLS, _usage
 from hf_trim.hub.push import Token
 from hf_trim.run.__main__ import main
 from hf_trim.run.models import ModelArguments, load_processing_class
-from hf_trim.run.records import write_json
 from tests.run.test_run import TINY
 from tests.support.helpers import record
 from tests.support.hub_server import TOKEN, Hub

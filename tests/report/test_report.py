@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from hf_trim.files import write_json
 from hf_trim.report.__main__ import (
     find_records,
     group,
@@ -18,7 +19,7 @@ from hf_trim.report.__main__ import (
     summarize,
     table_rows,
 )
-from hf_trim.run.records import read_records, write_json
+from hf_trim.run.records import read_records
 from tests.support.helpers import record
 
 
