@@ -19,13 +19,13 @@ from hf_trim.report.__main__ import (
     summarize,
     table_rows,
 )
-from hf_trim.run.records import read_records
 from tests.support.helpers import record
 
 
 PLAIN, TRIMMED = [5.0, 6.0, 7.5], [4.0, 6.5, 6.0]
-README = Path(__file__).parents[2] / "README.md"
-RESULTS = README.parent / "recipes" / "results"
+ROOT = Path(__file__).parents[2]
+READMES = (ROOT / "README.md", ROOT / "recipes" / "README.md")
+RESULTS = ROOT / "recipes" / "results"
 
 
 def three_seeds(**arguments):
@@ -99,16 +99,16 @@ def test_records_are_found_once_and_broken_ones_named(tmp_path, capsys):
     assert "b.json is no record of a finished run" in capsys.readouterr().err
 
 
-def tables_of_readme():
-    """The tables that stand in README behind a marker: file of results, title, table."""
-    marker = r"<!-- report: (\S+) \| (.+?) -->\n\n((?:\|.*\n)+)"
-    return re.findall(marker, README.read_text(encoding="utf-8"))
+def tables_of_readmes():
+    """The tables that stand behind a marker in a README: files of results, title, table."""
+    marker = r"<!-- report: (.+?) \| (.+?) -->\n\n((?:\|.*\n)+)"
+    return [table for readme in READMES for table in re.findall(marker, readme.read_text(encoding="utf-8"))]
 
 
-def test_readme_has_the_tables_of_the_committed_records():
-    tables = tables_of_readme()
-    assert {name for name, _, _ in tables} == {path.name for path in RESULTS.glob("*.json")}
-    for name, title, table in tables:
-        groups = group(read_records(RESULTS / name))
+def test_readmes_have_the_tables_of_the_committed_records():
+    tables = tables_of_readmes()
+    assert {name for names, _, _ in tables for name in names.split()} == {path.name for path in RESULTS.glob("*.json")}
+    for names, title, table in tables:
+        groups = group(find_records([str(RESULTS / name) for name in names.split()]))
         rows = overview_rows(groups) if title == "all" else table_rows(groups[title])
-        assert markdown_table(*rows) == table, (name, title)
+        assert markdown_table(*rows) == table, (names, title)
