@@ -13,8 +13,7 @@ from rich.table import Table
 from safetensors import SafetensorError
 from transformers import set_seed
 
-from hf_trim.data.device_images import DeviceImages
-from hf_trim.data.load import Data, load_data
+from hf_trim.data import Data, DeviceImages, load_data
 from hf_trim.environment import hardware
 from hf_trim.files import is_write_error, write_json
 from hf_trim.hub.model_card import describe, plot_curves, render

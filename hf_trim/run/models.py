@@ -23,7 +23,7 @@ from transformers import (
     TimmWrapperForImageClassification,
 )
 
-from hf_trim.data.load import Data, package_folder
+from hf_trim.data import Data, package_folder
 from hf_trim.messages import closest
 
 

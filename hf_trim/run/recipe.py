@@ -12,7 +12,7 @@ from typing import NamedTuple
 import yaml
 from transformers import HfArgumentParser
 
-from hf_trim.data.load import DataArguments
+from hf_trim.data import DataArguments
 from hf_trim.messages import closest
 from hf_trim.run.models import ModelArguments
 from hf_trim.trainer.arguments import TrimmingArguments

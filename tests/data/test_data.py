@@ -12,9 +12,9 @@ from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
-import hf_trim.data.load
+import hf_trim.data.arguments
+from hf_trim.data.arguments import DataArguments, load_data
 from hf_trim.data.device_images import DeviceImages, random_shift
-from hf_trim.data.load import DataArguments, load_data
 from hf_trim.run.models import ModelArguments, load_processing_class
 
 
@@ -68,7 +68,7 @@ def test_digits():
 
 
 def test_bbc_news(minilm_tokenizer):
-    raw = hf_trim.data.load._load_bbc_news()["train"]
+    raw = hf_trim.data.arguments._load_bbc_news()["train"]
     assert len(raw) == len(set(raw["text"])) == 2127
     assert raw.features["label"].names == ["business", "entertainment", "politics", "sports", "tech"]
     data = load_data(DataArguments("bbc-news", max_seq_length=32, max_train_samples=64), minilm_tokenizer)
@@ -88,7 +88,7 @@ def test_blocks_of_a_language_model(minilm_tokenizer):
     inputs = batch(data)
     assert inputs["input_ids"].shape == (4, 64) and torch.equal(inputs["input_ids"], inputs["labels"])
     whole = load_data(DataArguments("bbc-news", task="causal-lm", max_seq_length=512), minilm_tokenizer)
-    texts = hf_trim.data.load._load_bbc_news()["train"]["text"][:]
+    texts = hf_trim.data.arguments._load_bbc_news()["train"]["text"][:]
     ids = minilm_tokenizer(texts, verbose=False)["input_ids"]
     blocks = torch.tensor(whole.train_dataset["input_ids"][:] + whole.test_dataset["input_ids"][:])
     assert 0 <= sum(map(len, ids)) - blocks.numel() < 2 * 512  # nothing is lost but the two ends
@@ -126,7 +126,7 @@ def write_idx(path, array):
 
 
 def test_fashion_mnist(tmp_path, monkeypatch):
-    monkeypatch.setattr(hf_trim.data.load, "FASHION_MNIST_FOLDER", tmp_path)
+    monkeypatch.setattr(hf_trim.data.arguments, "FASHION_MNIST_FOLDER", tmp_path)
     with pytest.raises(ValueError, match="apt-get install dataset-fashion-mnist"):
         load_data(DataArguments("fashion-mnist"))
     images = np.arange(30 * 28 * 28, dtype=np.uint8).reshape(30, 28, 28)
@@ -212,9 +212,9 @@ def test_a_folder_without_data_does_not_hide_a_hub_name(tmp_path, monkeypatch):
     (tmp_path / "digits").mkdir()
     (tmp_path / "owner" / "name").mkdir(parents=True)
     assert len(load_data(DataArguments("digits")).train_dataset) == 1437
-    assert hf_trim.data.load._local_path("owner/name") is None
+    assert hf_trim.data.arguments._local_path("owner/name") is None
     tiny().to_parquet(tmp_path / "owner" / "name" / "train.parquet")
-    assert hf_trim.data.load._local_path("owner/name") == tmp_path / "owner" / "name"
+    assert hf_trim.data.arguments._local_path("owner/name") == tmp_path / "owner" / "name"
 
 
 # Images and texts
@@ -224,7 +224,7 @@ def test_images_are_the_same_in_memory_or_decoded_when_drawn(tmp_path, monkeypat
     tiny(30).save_to_disk(tmp_path)
     args = DataArguments(str(tmp_path), image_size=16, test_fraction=0.5)
     once = load_data(args)
-    monkeypatch.setattr(hf_trim.data.load, "IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr(hf_trim.data.arguments, "IN_MEMORY_BYTES", 0)
     each_time = load_data(args)
     assert isinstance(once.train_dataset, DeviceImages) and each_time.train_dataset.features["pixel_values"] == Image()
     assert once.test_dataset[3]["pixel_values"].equal(each_time.test_dataset[3]["pixel_values"])
@@ -251,7 +251,7 @@ def test_only_training_images_are_augmented(monkeypatch):
         plain = load_data(DataArguments("digits"))
         assert not torch.equal(batch(data, 64)["pixel_values"], batch(plain, 64)["pixel_values"])
         assert torch.equal(batch(data, 64, "test")["pixel_values"], batch(plain, 64, "test")["pixel_values"])
-        monkeypatch.setattr(hf_trim.data.load, "IN_MEMORY_BYTES", 0)
+        monkeypatch.setattr(hf_trim.data.arguments, "IN_MEMORY_BYTES", 0)
         assert isinstance(data.train_dataset, DeviceImages) == in_memory
 
 
@@ -362,4 +362,4 @@ def test_texts_need_a_tokenizer_and_images_none(minilm_tokenizer):
 
 def test_a_missing_package_is_named_with_its_command():
     with pytest.raises(ValueError, match="run `pip install no-such`"):
-        hf_trim.data.load.package_folder("no_such", "data", "no-such")
+        hf_trim.data.arguments.package_folder("no_such", "data", "no-such")

@@ -14,7 +14,7 @@ from transformers import (
     set_seed,
 )
 
-from hf_trim.data.load import DataArguments, load_data
+from hf_trim.data import DataArguments, load_data
 from hf_trim.run.metrics import compute_metrics
 from hf_trim.run.models import ModelArguments, build_model, load_processing_class
 from hf_trim.run.recipe import parse, recipe_names
