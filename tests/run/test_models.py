@@ -18,7 +18,7 @@ from hf_trim.data import DataArguments, load_data
 from hf_trim.run.metrics import compute_metrics
 from hf_trim.run.models import ModelArguments, build_model, load_processing_class
 from hf_trim.run.recipe import parse, recipe_names
-from tests.data.test_data import tiny
+from tests.data.test_load import tiny
 
 
 TINY_VIT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
