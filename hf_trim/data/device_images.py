@@ -1,29 +1,44 @@
-"""A small set of images as one tensor on the training's device, so that no input pipeline holds a GPU up."""
+"""
+A small set of images as one tensor on the training's device, so that no input pipeline holds a GPU up.
+
+Bytes `[N, C, H, W]` → a mini-batch of floats `[B, C, H, W]`, made on the device.
+"""
 
 import random
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.transforms.v2 import functional as F
+
+from hf_trim.data.augment import augment_images, normalize_images
 
 
 class DeviceImages(Dataset):
     """
-    Images and their classes in memory. A mini-batch is taken, augmented and normalized as a whole, on the device. How
-    it is augmented follows from torch's seed and from which images it has, in which order: so a training that goes on
-    in the middle of an epoch sees what it would have seen, whatever was fetched in advance.
+    Images and their classes in memory. A mini-batch is taken, augmented and normalized at once, on the device.
+
+    The augmentation is a function of torch's seed and of the indices of the mini-batch. So a run that resumes in the
+    middle of an epoch sees the same images as a run without a break, whatever was fetched in advance.
 
     Args:
         images (`torch.Tensor`): `[N, C, H, W]`, bytes.
         labels (`torch.Tensor`): `[N]`, class numbers.
         mean (`list[float]`): Mean of each channel, for pixels from 0 to 1.
         std (`list[float]`): Standard deviation of each channel.
-        augment (`str`, *optional*, defaults to `"none"`): `"crop"` or `"crop-flip"`, see [`augmented`].
+        augment (`str`, *optional*, defaults to `"none"`): `"crop"` or `"crop-flip"`, see
+            [`~hf_trim.data.augment.augment_images`].
         device (`torch.device`, *optional*, defaults to the CPU): Where all of them are kept.
     """
 
-    def __init__(self, images: Tensor, labels: Tensor, mean, std, augment: str = "none", device="cpu"):
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        mean: list[float],
+        std: list[float],
+        augment: str = "none",
+        device: torch.device | str = "cpu",
+    ):
         self.images, self.labels = images.to(device), labels.to(device)
         self.mean, self.std, self.augment = mean, std, augment
 
@@ -35,17 +50,17 @@ class DeviceImages(Dataset):
         return {name: values[0] for name, values in batch.items()}
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Tensor]]:
-        """What torch's `DataLoader` asks for: here a list of one element, the whole mini-batch ([`only_batch`])."""
-        which = torch.tensor(indices).to(self.images.device, non_blocking=True)
+        """What torch's `DataLoader` calls: a list of one element, the mini-batch. See [`unwrap_batch`]."""
+        rows = torch.tensor(indices).to(self.images.device, non_blocking=True)
         seed = random.Random(str((torch.initial_seed(), indices))).getrandbits(63)
-        images = augmented(self.images[which], self.augment, torch.Generator().manual_seed(seed))
-        images = normalized(images, self.mean, self.std)
-        return [{"pixel_values": images, "labels": self.labels[which]}]
+        images = augment_images(self.images[rows], self.augment, torch.Generator().manual_seed(seed))
+        images = normalize_images(images, self.mean, self.std)
+        return [{"pixel_values": images, "labels": self.labels[rows]}]
 
 
-def only_batch(batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+def unwrap_batch(batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """
-    The collator of [`DeviceImages`].
+    The collator for [`DeviceImages`], which hands out mini-batches and no samples.
 
     Args:
         batches (`list[dict[str, torch.Tensor]]`): One mini-batch.
@@ -55,58 +70,3 @@ def only_batch(batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """
     (batch,) = batches
     return batch
-
-
-def normalized(images: Tensor, mean: list[float], std: list[float]) -> Tensor:
-    """
-    Args:
-        images (`torch.Tensor`): `[B, C, H, W]`, bytes.
-        mean (`list[float]`): Mean of each channel, for pixels from 0 to 1.
-        std (`list[float]`): Standard deviation of each channel.
-
-    Returns:
-        `torch.Tensor`: `[B, C, H, W]`, floats.
-    """
-    return F.normalize(F.to_dtype(images, torch.float32, scale=True), mean, std)
-
-
-def augmented(images: Tensor, augment: str, generator: torch.Generator | None = None) -> Tensor:
-    """
-    Args:
-        images (`torch.Tensor`): `[B, C, H, W]`.
-        augment (`str`): `"none"`; `"crop"`, which shifts each image by up to an eighth of its size; or `"crop-flip"`,
-            which mirrors half of them too.
-        generator (`torch.Generator`, *optional*): Of the CPU; torch's global one by default.
-
-    Returns:
-        `torch.Tensor`: `[B, C, H, W]`.
-    """
-    if augment == "none":
-        return images
-    return random_shift(images, images.shape[-1] // 8, flip=augment == "crop-flip", generator=generator)
-
-
-def random_shift(images: Tensor, padding: int, flip: bool, generator: torch.Generator | None = None) -> Tensor:
-    """
-    Random crop of the zero-padded images, and random mirroring, drawn for each image. (torchvision's transforms draw
-    once for a whole batch.)
-
-    Args:
-        images (`torch.Tensor`): `[B, C, H, W]`.
-        padding (`int`): The farthest shift, in pixels.
-        flip (`bool`): Whether to mirror each image with a chance of one half.
-        generator (`torch.Generator`, *optional*): Of the CPU, so that every device gives the same; torch's global one
-            by default.
-
-    Returns:
-        `torch.Tensor`: `[B, C, H, W]`.
-    """
-    batch, channels, height, width = images.shape
-    top, left = torch.randint(0, 2 * padding + 1, (2, batch, 1), generator=generator)
-    rows, columns = top + torch.arange(height), left + torch.arange(width)
-    if flip:
-        columns = torch.where(torch.rand(batch, 1, generator=generator) < 0.5, columns.flip(1), columns)
-    rows, columns = (each.to(images.device, non_blocking=True) for each in (rows, columns))
-    each = torch.arange(batch, device=images.device).view(-1, 1, 1, 1)
-    channel = torch.arange(channels, device=images.device).view(1, -1, 1, 1)
-    return F.pad(images, [padding])[each, channel, rows[:, None, :, None], columns[:, None, None, :]]

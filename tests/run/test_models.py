@@ -18,7 +18,7 @@ from hf_trim.data import DataArguments, load_data
 from hf_trim.run.metrics import compute_metrics
 from hf_trim.run.models import ModelArguments, build_model, load_processing_class
 from hf_trim.run.recipe import parse, recipe_names
-from tests.data.test_load import tiny
+from tests.support.data import tiny_digits
 
 
 TINY_VIT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
@@ -34,7 +34,7 @@ HUB_SETS = {
 def save_like_the_hub(dataset, folder):
     """Writes 20 digits for training and testing to disk, under the columns of a set on the Hub."""
     columns = HUB_SETS[dataset]
-    DatasetDict(train=tiny(20, **columns), test=tiny(20, **columns)).save_to_disk(folder)
+    DatasetDict(train=tiny_digits(20, **columns), test=tiny_digits(20, **columns)).save_to_disk(folder)
 
 
 @pytest.fixture(autouse=True)
@@ -110,7 +110,7 @@ def test_minilm(bbc, tmp_path):
 
 @pytest.mark.parametrize("source", [{"timm_model": "resnet10t"}, {"model_type": "vit", "config_overrides": TINY_VIT}])
 def test_pipelines_prepare_images_as_training_did(source, tmp_path):
-    splits = DatasetDict(train=tiny(20), test=tiny(20))
+    splits = DatasetDict(train=tiny_digits(20), test=tiny_digits(20))
     splits.save_to_disk(tmp_path / "data")
     data = load_data(DataArguments(str(tmp_path / "data"), image_size=16))
     model = build_model(ModelArguments(**source), data).eval()
@@ -131,7 +131,7 @@ def test_pretrained_image_models_get_a_new_head_and_keep_their_settings(tmp_path
     model.save_pretrained(tmp_path / "model")
     data.processing_class.save_pretrained(tmp_path / "model")
 
-    tiny(20, names=["even", "odd"] + [str(number) for number in range(10)]).save_to_disk(tmp_path / "data")
+    tiny_digits(20, names=["even", "odd"] + [str(number) for number in range(10)]).save_to_disk(tmp_path / "data")
     args = ModelArguments(model_name_or_path=str(tmp_path / "model"))
     other = load_data(DataArguments(str(tmp_path / "data"), test_fraction=0.5), load_processing_class(args))
     assert (other.image_size, list(other.processing_class.image_mean)) == (16, [0.4, 0.5, 0.6])

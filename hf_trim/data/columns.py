@@ -1,0 +1,122 @@
+"""
+Which columns hold the images or texts, and the classes.
+
+The columns' types and names, and the arguments → [`Columns`].
+"""
+
+from typing import Any, NamedTuple
+
+from datasets import ClassLabel, Dataset, Image, Value
+
+from hf_trim.data.arguments import DataArguments
+from hf_trim.messages import closest
+
+
+# Usual names on the Hub, the more telling first.
+LABEL_COLUMNS = ("label", "labels", "class", "category", "target")
+TEXT_COLUMNS = ("text", "sentence", "content", "document")
+
+
+class Columns(NamedTuple):
+    """
+    The columns that are used.
+
+    Args:
+        kind (`str`): `"image"` or `"text"`.
+        inputs (`str`): The column of the images or texts.
+        label (`str` or `None`): The column of the classes; `None` if the task needs none.
+    """
+
+    kind: str
+    inputs: str
+    label: str | None
+
+
+def find_columns(args: DataArguments, train: Dataset, test: Dataset | None) -> Columns:
+    """
+    Find the columns by the arguments, else by their types and names.
+
+    Args:
+        args ([`~hf_trim.data.DataArguments`]): The task, and the columns as far as the user names them.
+        train (`datasets.Dataset`): The training split.
+        test (`datasets.Dataset`, *optional*): The test split, which must have the same columns.
+
+    Returns:
+        [`Columns`]: The columns.
+
+    Raises:
+        `ValueError`: If a column is missing, of a wrong type, or one of several that it could be.
+    """
+    features = train.features
+    image, text, label = (
+        _named_column(args, name, features) for name in ("image_column", "text_column", "label_column")
+    )
+    if image and text:
+        raise ValueError(f"image_column '{image}' and text_column '{text}' exclude each other: give one of them.")
+    if label is None and args.task == "classification":
+        named = [column for column in LABEL_COLUMNS if column in features][:1]
+        classes = [column for column, feature in features.items() if isinstance(feature, ClassLabel)]
+        label = _only_column(args, "label_column", named or classes, features)
+    if image is None and text is None:
+        images = [column for column, feature in features.items() if _is_image(feature)]
+        if images:
+            image = _only_column(args, "image_column", images, features)
+        else:
+            named = [column for column in TEXT_COLUMNS if column in features and column != label][:1]
+            strings = [column for column, feature in features.items() if column != label and is_string(feature)]
+            text = _only_column(args, "text_column (or image_column)", named or strings, features)
+    columns = Columns("image" if image else "text", image or text, label)
+    _check_columns(args, columns, train, test)
+    return columns
+
+
+def is_string(feature: Any) -> bool:
+    """
+    Args:
+        feature (`datasets.features.FeatureType`): A column's type.
+
+    Returns:
+        `bool`: Whether the column holds strings.
+    """
+    return isinstance(feature, Value) and feature.dtype in ("string", "large_string", "string_view")
+
+
+def _is_image(feature: Any) -> bool:
+    # Parquet files that were not written by datasets hold images as a struct.
+    return isinstance(feature, Image) or (isinstance(feature, dict) and set(feature) == {"bytes", "path"})
+
+
+def _named_column(args: DataArguments, name: str, features: dict[str, Any]) -> str | None:
+    """The column that the user named, if it exists."""
+    column = getattr(args, name)
+    if column is not None and column not in features:
+        raise ValueError(
+            f"{name} '{column}' is not a column of dataset '{args.dataset}', which has {', '.join(features)}."
+            + closest(column, features)
+        )
+    return column
+
+
+def _only_column(args: DataArguments, name: str, candidates: list[str], features: dict[str, Any]) -> str:
+    """The column that an argument must mean, if there is one candidate."""
+    if len(candidates) != 1:
+        reason = f"several could be it: {', '.join(candidates)}" if candidates else "none looks like it"
+        raise ValueError(
+            f"{name} must be given for dataset '{args.dataset}': {reason}. Its columns are {', '.join(features)}."
+        )
+    return candidates[0]
+
+
+def _check_columns(args: DataArguments, columns: Columns, train: Dataset, test: Dataset | None) -> None:
+    kind, inputs, label = columns
+    if label is None and kind == "image":
+        raise ValueError(f"task 'causal-lm' needs texts, and dataset '{args.dataset}' holds images.")
+    if inputs == label:
+        raise ValueError(f"label_column and the column of the inputs are both '{label}': give different ones.")
+    if kind == "text" and not is_string(train.features[inputs]):
+        raise ValueError(f"text_column '{inputs}' must hold strings, and holds {train.features[inputs]}.")
+    missing = {inputs, label or inputs} - set(test.features) if test is not None else set()
+    if missing:
+        raise ValueError(
+            f"The test split lacks the column {', '.join(sorted(missing))}: it has {', '.join(test.features)}."
+        )

@@ -1,0 +1,48 @@
+"""What comes out: both splits, and what `Trainer`, the model and the saved folder need to know of them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Dataset
+
+from hf_trim.data.device_images import DeviceImages
+
+
+@dataclass
+class Data:
+    """
+    What [`~hf_trim.data.load_data`] returns: all that [`~hf_trim.run.models.build_model`] and `Trainer` need.
+
+    Args:
+        kind (`str`):
+            `"image"` or `"text"` to classify, or `"language"` to model.
+        train_dataset (`datasets.Dataset` or [`~hf_trim.data.DeviceImages`]):
+            Columns `labels` (int) and `pixel_values` (float `[C, H, W]`), or what the tokenizer returns; for a
+            language model `labels` are the `input_ids`.
+        test_dataset (`datasets.Dataset` or [`~hf_trim.data.DeviceImages`]):
+            The same, never augmented.
+        label_names (`list[str]`):
+            The classes, in the order of their numbers; none for a language model.
+        data_collator (`Callable`):
+            Makes batches with `pixel_values` `[B, C, H, W]` or `input_ids` and `attention_mask` `[B, T]` (padded to
+            the longest in the batch), and `labels` `[B]`.
+        processing_class (tokenizer or image processor):
+            To be saved with the model, so that pipelines prepare their input as it was prepared here.
+        image_size (`int`, *optional*):
+            Height and width of the images in pixels.
+        num_channels (`int`, *optional*):
+            Number of colour channels.
+        max_seq_length (`int`, *optional*):
+            Number of tokens after which texts are cut.
+    """
+
+    kind: str
+    train_dataset: Dataset | DeviceImages
+    test_dataset: Dataset | DeviceImages
+    label_names: list[str]
+    data_collator: Callable[[list], dict[str, Any]]
+    processing_class: Any
+    image_size: int | None = None
+    num_channels: int | None = None
+    max_seq_length: int | None = None
