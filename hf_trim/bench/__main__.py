@@ -44,7 +44,7 @@ from hf_trim.environment import hardware, versions
 from hf_trim.files import write_json
 from hf_trim.messages import check_choice
 from hf_trim.processes import leave_process_group
-from hf_trim.report.__main__ import print_wide
+from hf_trim.report import print_wide
 from hf_trim.trainer.functional import trimmed_linear_cross_entropy, trimmed_mean
 from hf_trim.trainer.schedule import linear_fraction
 from hf_trim.trainer.selection import num_kept

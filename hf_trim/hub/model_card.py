@@ -210,7 +210,7 @@ def _comparison(folder: Path | None) -> dict:
     """Table, plain words and every seed of a comparison, if there was one."""
     if folder is None or not list(folder.glob("records/*.json")):
         return {}
-    from hf_trim.report.__main__ import ARMS, find_records, markdown_table, summarize, table_rows
+    from hf_trim.report import ARMS, find_records, markdown_table, summarize, table_rows
 
     records = find_records([str(folder)])
     metric = metric_name(records[0])

@@ -19,7 +19,7 @@ from hf_trim.files import is_write_error, write_json
 from hf_trim.hub.model_card import describe, plot_curves, render
 from hf_trim.hub.push import PushError, push_folder, save_arguments
 from hf_trim.processes import leave_process_group
-from hf_trim.report.__main__ import (
+from hf_trim.report import (
     find_records,
     group,
     plot,

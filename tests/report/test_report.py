@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hf_trim.files import write_json
-from hf_trim.report.__main__ import (
+from hf_trim.report.tables import (
     find_records,
     group,
     main,

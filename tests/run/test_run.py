@@ -15,7 +15,7 @@ from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification, AutoTokenizer
 
 from hf_trim.files import write_json
-from hf_trim.report.__main__ import ARMS, table_rows
+from hf_trim.report import ARMS, table_rows
 from hf_trim.run.__main__ import load, main, make_trainer
 from hf_trim.run.clock import train_seconds
 from hf_trim.run.grid import expand
