@@ -1,8 +1,38 @@
 """`python -m hf_trim.report RUNS...`: run records → tables and plots, from the records alone."""
 
+import argparse
 import sys
+from pathlib import Path
 
-from hf_trim.report.tables import main
+from hf_trim.report.collect import find_records, group
+from hf_trim.report.write import print_report, write_report
+
+
+def main(argv: list[str] | None = None) -> int:
+    """
+    The command line.
+
+    Args:
+        argv (`list[str]`, *optional*): Arguments; the default is `sys.argv[1:]`.
+
+    Returns:
+        `int`: Exit status: 0, or 2 if there are no records.
+    """
+    parser = argparse.ArgumentParser("python -m hf_trim.report", description="Tables and plots of finished runs.")
+    parser.add_argument("runs", nargs="+", help="Folders that --compare wrote, or JSON files of records.")
+    parser.add_argument("--output", help="Folder for report.md, report.csv, plots and records.json.")
+    args = parser.parse_args(argv)
+    try:
+        records = find_records(args.runs)
+    except ValueError as error:
+        print(f"hf_trim.report: {error}", file=sys.stderr)
+        return 2
+    groups = group(records)
+    print_report(groups)
+    if args.output:
+        write_report(groups, Path(args.output))
+        print(f"Written to {args.output}.")
+    return 0
 
 
 if __name__ == "__main__":

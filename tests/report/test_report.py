@@ -9,16 +9,10 @@ from pathlib import Path
 import pytest
 
 from hf_trim.files import write_json
-from hf_trim.report.tables import (
-    find_records,
-    group,
-    main,
-    markdown_table,
-    overview_rows,
-    paired_interval,
-    summarize,
-    table_rows,
-)
+from hf_trim.report import find_records, group, markdown_table, summarize, table_rows
+from hf_trim.report.__main__ import main
+from hf_trim.report.summary import paired_interval
+from hf_trim.report.tables import overview_rows
 from tests.support.helpers import record
 
 
@@ -34,19 +28,19 @@ def three_seeds(**arguments):
 
 
 def test_summary():
-    ours = summarize(three_seeds())[1]
-    assert (ours.arm, ours.runs, ours.speedup, ours.wins) == ("trimmed", 3, pytest.approx(1.25), 2)
-    assert ours.mean == pytest.approx(5.5) and ours.sd == pytest.approx(math.sqrt(1.75))
-    assert ours.difference == pytest.approx(sum(TRIMMED) / 3 - sum(PLAIN) / 3)
-    low, high = ours.interval
-    assert -1.5 <= low < ours.difference < high <= 0.5  # between the extremes of the three differences
+    trimmed = summarize(three_seeds())[1]
+    assert (trimmed.arm, trimmed.runs, trimmed.speedup, trimmed.wins) == ("trimmed", 3, pytest.approx(1.25), 2)
+    assert trimmed.mean == pytest.approx(5.5) and trimmed.sd == pytest.approx(math.sqrt(1.75))
+    assert trimmed.difference == pytest.approx(sum(TRIMMED) / 3 - sum(PLAIN) / 3)
+    low, high = trimmed.interval
+    assert -1.5 <= low < trimmed.difference < high <= 0.5  # between the extremes of the three differences
     assert paired_interval([1.0]) is None
     assert paired_interval([1.0, 2.0, 4.0]) == paired_interval([1.0, 2.0, 4.0])
     assert table_rows(three_seeds()[:1])[1] == [["plain", "1", "5.00", "–", "–", "10.0 s", "–"]]
 
 
 def test_a_clock_that_was_disturbed_gives_no_times():
-    records = [{**each, "train_seconds": None if each["seed"] == 1 else 9.0} for each in three_seeds()]
+    records = [{**run, "train_seconds": None if run["seed"] == 1 else 9.0} for run in three_seeds()]
     assert [row[-2:] for row in table_rows(records)[1]] == [["–", "–"], ["–", "–"]]
     assert [row[2:5] for row in table_rows(records)[1]] == [row[2:5] for row in table_rows(three_seeds())[1]]
 
@@ -63,8 +57,8 @@ def test_the_papers_numbers_stand_beside_ours():
 
 def test_report_of_many_runs(tmp_path, capsys):
     for name, settings in (("a", {"trim_keep_end": 0.2}), ("b", {"trim_keep_end": 0.5})):
-        for each in three_seeds(num_train_epochs=2, **settings):
-            write_json(tmp_path / "runs" / name / "records" / f"{each['arm']}-seed{each['seed']}.json", each)
+        for run in three_seeds(num_train_epochs=2, **settings):
+            write_json(tmp_path / "runs" / name / "records" / f"{run['arm']}-seed{run['seed']}.json", run)
     write_json(tmp_path / "other.json", three_seeds(recipe="other"))
     arguments = [str(tmp_path / "runs"), str(tmp_path / "other.json"), "--output"]
     assert main([*arguments, str(tmp_path / "report")]) == 0

@@ -1,0 +1,71 @@
+"""
+Records of many runs: found in folders, and put together by recipe and settings.
+
+Paths → all records, in a fixed order → a title → the records of one comparison.
+"""
+
+from pathlib import Path
+
+from hf_trim.report.summary import ARMS
+from hf_trim.run.records import fingerprint, read_records
+
+
+def find_records(paths: list[str]) -> list[dict]:
+    """
+    Args:
+        paths (`list[str]`): Files with records; folders with such files in subfolders `records`, at any depth; or
+            folders that hold such files and nothing else.
+
+    Returns:
+        `list[dict]`: All records, without repetitions, in a fixed order.
+
+    Raises:
+        `ValueError`: If there is none, or a file is broken.
+    """
+    files: list[Path] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            files += sorted(path.rglob("records/*.json")) or sorted(path.glob("*.json"))
+        elif path.is_file():
+            files.append(path)
+        else:
+            raise ValueError(f"there is no file or folder {path}: give folders of comparisons, or files of records.")
+    # A run that occurs in several files counts once.
+    records = {_record_key(record): record for file in files for record in read_records(file)}
+    if not records:
+        raise ValueError(f"no records in {', '.join(paths)}: `python -m hf_trim.run RECIPE --compare` makes some.")
+    return [records[key] for key in sorted(records)]
+
+
+def group(records: list[dict]) -> dict[str, list[dict]]:
+    """
+    Args:
+        records (`list[dict]`): Records of any runs.
+
+    Returns:
+        `dict[str, list[dict]]`: Those of each recipe and settings, by a title that names the settings in which the
+        groups of one recipe differ, e.g. `"digits-vit, trim_keep_end 0.2"`.
+    """
+    groups: dict[tuple, list[dict]] = {}
+    for record in records:
+        recipe, settings, *_ = _record_key(record)
+        groups.setdefault((recipe, settings), []).append(record)
+    by_title = {}
+    for (recipe, _), members in groups.items():
+        settings = _settings(members)
+        variants = [_settings(runs) for (name, _), runs in groups.items() if name == recipe]
+        names = sorted({name for variant in variants for name in variant})
+        varied = [name for name in names if len({str(variant.get(name)) for variant in variants}) > 1]
+        changes = [f"{name} {settings[name]}" for name in varied if name in settings]
+        by_title[", ".join([recipe, *changes])] = members
+    return dict(sorted(by_title.items()))
+
+
+def _record_key(record: dict) -> tuple[str, str, int, int]:
+    """Recipe, settings, arm and seed: what tells one run from another, and their order."""
+    arm = ARMS.index(record["arm"])
+    return record.get("recipe", ""), fingerprint(record.get("settings", {})), arm, record["seed"]
+
+
+def _settings(members: list[dict]) -> dict:
+    return members[0].get("settings", {})  # the members of a group have the same

@@ -1,0 +1,65 @@
+"""
+A report of groups of records: printed, or written as Markdown, CSV, plots and JSON.
+"""
+
+import csv
+import io
+import statistics
+from pathlib import Path
+
+from hf_trim.files import write_json
+from hf_trim.report.plots import plot
+from hf_trim.report.summary import Summary, summarize
+from hf_trim.report.tables import markdown_table, overview_rows, print_table, table_rows
+
+
+def print_report(groups: dict[str, list[dict]]) -> None:
+    """
+    Print a table of each group, and one of all.
+
+    Args:
+        groups (`dict[str, list[dict]]`): What [`~hf_trim.report.group`] returned.
+    """
+    for title, records in groups.items():
+        print_table(title, *table_rows(records))
+    if len(groups) > 1:
+        print_table("All", *overview_rows(groups))
+
+
+def write_report(groups: dict[str, list[dict]], folder: Path) -> None:
+    """
+    Write `report.md`, `report.csv`, a plot of each group, and all records in `records.json`.
+
+    Args:
+        groups (`dict[str, list[dict]]`): What [`~hf_trim.report.group`] returned.
+        folder (`Path`): Where to write.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    sections, sheet = [], io.StringIO()
+    if len(groups) > 1:
+        sections.append(f"## All\n\n{markdown_table(*overview_rows(groups))}")
+    writer = csv.writer(sheet, lineterminator="\n")
+    writer.writerow(["runs of", *Summary._fields])
+    for title, records in groups.items():
+        name = "".join(c if c.isalnum() or c in "-_." else "_" for c in title)
+        plot(records, folder / f"{name}.png", title)
+        environment, table = "; ".join(_describe_environment(records)), markdown_table(*table_rows(records))
+        sections.append(f"## {title}\n\n{environment}\n\n{table}\n![{title}]({name}.png)\n")
+        for summary in summarize(records):
+            interval = "" if summary.interval is None else f"{summary.interval[0]} {summary.interval[1]}"
+            writer.writerow([title, *summary._replace(interval=interval)])
+    (folder / "report.md").write_text("\n".join(sections), encoding="utf-8")
+    (folder / "report.csv").write_text(sheet.getvalue(), encoding="utf-8")
+    write_json(folder / "records.json", [record for records in groups.values() for record in records])
+
+
+def _describe_environment(records: list[dict]) -> list[str]:
+    """The machines and versions of the runs, and whether reading the input kept up with training."""
+    lines = sorted({f"{r.get('hardware', '?')}, torch {r.get('versions', {}).get('torch', '?')}" for r in records})
+    timed = [r for r in records if "input_samples_per_second" in r]
+    if timed:
+        training, reading = (
+            statistics.median(r[f"{part}_samples_per_second"] for r in timed) for part in ("train", "input")
+        )
+        lines.append(f"training {training:,.0f} samples/s, input alone {reading:,.0f} samples/s")
+    return lines
