@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from hf_trim.bench.__main__ import (
+from hf_trim.bench.steps import (
     UNTRIMMED,
     Cell,
     Steps,
