@@ -66,4 +66,18 @@ def current_backward_pass() -> int:
 CheckpointFrame = torch_checkpoint._CheckpointFrame
 StopRecomputationError = torch_checkpoint._StopRecomputationError
 
+# ---- benchmarks ---------------------------------------------------------------------------------------------------
+
+
+def reset_compiler() -> None:
+    """Forget all compiled code."""
+    torch._dynamo.reset()
+
+
+def memory_changes(profiler: torch.profiler.profile) -> list[int]:
+    """Bytes of each tensor that was made (positive) or freed (negative) while a profile was recorded, in order."""
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+
+
 # ---- torch.compile ------------------------------------------------------------------------------------------------

@@ -1,4 +1,8 @@
-"""`python -m hf_trim.bench --trainer`: what `TrimmingTrainer` adds to a step of `Trainer` while nothing is trimmed."""
+"""
+`python -m hf_trim.bench --trainer`: what `TrimmingTrainer` adds to a step of `Trainer` while nothing is trimmed.
+
+A mini-batch of B samples → seconds of the same step with both trainers; B losses → seconds of selecting from them.
+"""
 
 import random
 import tempfile
@@ -17,12 +21,15 @@ from hf_trim.trainer.selection import select_items
 from hf_trim.trainer.trainer import TrimmingTrainer
 
 
+WARM_UP = 2  # rounds that do not count
+
+
 def synchronize(device: torch.device) -> None:
     """
-    Wait for the device.
+    Wait until a device has done its work; a clock that does not wait measures the launches alone.
 
     Args:
-        device (`torch.device`): Where the work is done.
+        device (`torch.device`): The device to wait for.
     """
     if device.type != "cpu":
         torch.accelerator.synchronize()
@@ -30,8 +37,8 @@ def synchronize(device: torch.device) -> None:
 
 def time_trainers(model: nn.Module, batch: dict, repeats: int, use_cpu: bool, bf16: bool) -> dict[str, list[float]]:
     """
-    Time training steps (forward and backward pass, no optimizer) of both trainers on the same model and mini-batch, in
-    random order, one of each a round.
+    Time training steps (forward and backward pass, no optimizer) of both trainers on the same model and mini-batch.
+    Each round has one step of each, in random order.
 
     Args:
         model (`torch.nn.Module`): The model.
@@ -41,7 +48,7 @@ def time_trainers(model: nn.Module, batch: dict, repeats: int, use_cpu: bool, bf
         bf16 (`bool`): Whether to use autocast.
 
     Returns:
-        `dict[str, list[float]]`: Seconds of each step of `"plain"`, `Trainer`, and of `"trimming"`,
+        `dict[str, list[float]]`: Seconds of each step: `"plain"` of `Trainer`, and `"trimming"` of
         [`~hf_trim.TrimmingTrainer`] with p = 1.
     """
     with tempfile.TemporaryDirectory() as folder:
@@ -53,7 +60,7 @@ def time_trainers(model: nn.Module, batch: dict, repeats: int, use_cpu: bool, bf
             trainer.current_gradient_accumulation_steps = 1
         seconds: dict[str, list[float]] = {name: [] for name in trainers}
         order = list(trainers)
-        for number in range(repeats + 2):
+        for number in range(repeats + WARM_UP):
             random.Random(number).shuffle(order)
             for name in order:
                 model.zero_grad(set_to_none=True)
@@ -61,20 +68,20 @@ def time_trainers(model: nn.Module, batch: dict, repeats: int, use_cpu: bool, bf
                 start = time.perf_counter()
                 trainers[name].training_step(model, dict(batch))
                 synchronize(args.device)
-                if number >= 2:
+                if number >= WARM_UP:
                     seconds[name].append(time.perf_counter() - start)
     return seconds
 
 
-def overhead(seconds: dict[str, list[float]]) -> dict[str, float]:
+def summarize_overhead(seconds: dict[str, list[float]]) -> dict[str, float]:
     """
     Args:
         seconds (`dict[str, list[float]]`): What [`time_trainers`] returned.
 
     Returns:
-        `dict[str, float]`: Medians, and median and quartiles of the ratio round by round.
+        `dict[str, float]`: Medians of both, and median and quartiles of their ratio within a round.
     """
-    ratios = [ours / plain for ours, plain in zip(seconds["trimming"], seconds["plain"], strict=True)]
+    ratios = [trimming / plain for trimming, plain in zip(seconds["trimming"], seconds["plain"], strict=True)]
     low, middle, high = quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
     return {
         "plain_seconds": median(seconds["plain"]),
@@ -87,12 +94,12 @@ def overhead(seconds: dict[str, list[float]]) -> dict[str, float]:
 
 def time_selection(items: int, repeats: int, keep: float = 0.5) -> dict[str, float]:
     """
-    Time the choice of the hardest among the items of this process, and among those of all (`trim_scope="global"`).
+    Time the selection of the hardest items of this process, and of all processes (`trim_scope="global"`).
 
     Args:
         items (`int`): Items of each process.
         repeats (`int`): Number of rounds; two more warm up.
-        keep (`float`, *optional*, defaults to 0.5): Fraction p.
+        keep (`float`, *optional*, defaults to 0.5): The kept fraction p.
 
     Returns:
         `dict[str, float]`: Median seconds of `"local"` and `"global"`.
@@ -100,21 +107,22 @@ def time_selection(items: int, repeats: int, keep: float = 0.5) -> dict[str, flo
     state = PartialState()
     scores = torch.rand(items, device=state.device)
 
-    def choose_among_all() -> None:
+    def select_globally() -> None:
+        # The same communication as in a step of `TrimmingTrainer`.
         process_group = ProcessGroup(lambda values: gather(values[None]), state.process_index)
         process_group.sum([scores.sum()])
-        everything, _ = process_group.union(scores)
-        select_items(everything, keep)
+        all_scores, _ = process_group.union(scores)
+        select_items(all_scores, keep)
         process_group.sum([scores.sum()] * 3)
 
     seconds: dict[str, list[float]] = {"local": [], "global": []}
-    for number in range(repeats + 2):
-        for name, choose in (("local", lambda: select_items(scores, keep)), ("global", choose_among_all)):
+    for number in range(repeats + WARM_UP):
+        for scope, select in (("local", lambda: select_items(scores, keep)), ("global", select_globally)):
             state.wait_for_everyone()
             synchronize(state.device)
             start = time.perf_counter()
-            choose()
+            select()
             synchronize(state.device)
-            if number >= 2:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: median(values) for name, values in seconds.items()}
+            if number >= WARM_UP:
+                seconds[scope].append(time.perf_counter() - start)
+    return {scope: median(values) for scope, values in seconds.items()}

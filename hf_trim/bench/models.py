@@ -1,0 +1,183 @@
+"""
+Models with random weights, and random batches for them.
+
+[`~hf_trim.bench.arguments.BenchArguments`] → model; its configuration → `input_ids` `[B, T]` or `pixel_values`
+`[B, C, H, W]`, and `labels` `[B]`.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    ConvNextConfig,
+    ConvNextForImageClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from hf_trim.bench.arguments import HEAD_SIZE, BenchArguments
+
+
+NUM_LABELS = 10
+
+
+def _sizes(args: BenchArguments) -> dict:
+    return {
+        "hidden_size": args.hidden_size,
+        "num_hidden_layers": args.layers,
+        "num_attention_heads": args.hidden_size // HEAD_SIZE,
+        "intermediate_size": 4 * args.hidden_size,
+    }
+
+
+def _vocabulary(args: BenchArguments) -> dict:
+    return {} if args.vocab_size is None else {"vocab_size": args.vocab_size}
+
+
+def _dropout(args: BenchArguments, *names: str) -> dict:
+    return {} if args.dropout is None else dict.fromkeys(names, args.dropout)
+
+
+def _bert(args: BenchArguments, **sizes) -> PreTrainedModel:
+    config = BertConfig(
+        **sizes,
+        **_dropout(args, "hidden_dropout_prob", "attention_probs_dropout_prob"),
+        max_position_embeddings=max(512, args.seq_length),
+        num_labels=NUM_LABELS,
+    )
+    return BertForSequenceClassification._from_config(config, attn_implementation="sdpa")
+
+
+def _gpt2(args: BenchArguments, model_class=GPT2ForSequenceClassification) -> PreTrainedModel:
+    config = GPT2Config(
+        n_embd=args.hidden_size,
+        n_layer=args.layers,
+        n_head=args.hidden_size // HEAD_SIZE,
+        n_positions=max(1024, args.seq_length),
+        pad_token_id=0,
+        use_cache=False,
+        num_labels=NUM_LABELS,
+        **_vocabulary(args),
+        **_dropout(args, "resid_pdrop", "embd_pdrop", "attn_pdrop"),
+    )
+    return model_class._from_config(config, attn_implementation="sdpa")
+
+
+def _llama(args: BenchArguments, **sizes) -> PreTrainedModel:
+    dropout = _dropout(args, "attention_dropout")
+    config = LlamaConfig(**sizes, **dropout, pad_token_id=0, use_cache=False, num_labels=NUM_LABELS)
+    return LlamaForSequenceClassification._from_config(config, attn_implementation="sdpa")
+
+
+def _vit(args: BenchArguments, **sizes) -> PreTrainedModel:
+    config = ViTConfig(
+        **sizes,
+        **_dropout(args, "hidden_dropout_prob", "attention_probs_dropout_prob"),
+        num_labels=NUM_LABELS,
+    )
+    return ViTForImageClassification._from_config(config, attn_implementation="sdpa")
+
+
+def _convnext(args: BenchArguments) -> PreTrainedModel:
+    config = ConvNextConfig(
+        image_size=64,
+        patch_size=2,
+        hidden_sizes=[args.hidden_size // 8 * factor for factor in (1, 2, 4, 8)],
+        depths=[1, 1, max(1, args.layers - 3), 1],
+        **_dropout(args, "drop_path_rate"),
+        num_labels=NUM_LABELS,
+    )
+    return ConvNextForImageClassification(config)
+
+
+class LMHeadOnly(nn.Module):
+    """
+    The last layer of a language model with Llama's vocabulary. Its inputs `[B·T, H]` are a parameter, so that they get
+    a gradient as they would from the layers below.
+    """
+
+    def __init__(self, args: BenchArguments):
+        super().__init__()
+        self.config = None  # there is no model of transformers
+        self.tokens = nn.Parameter(torch.randn(args.batch_size * args.seq_length, args.hidden_size))
+        self.head = nn.Linear(args.hidden_size, args.vocab_size or LLAMA_1B["vocab_size"], bias=False)
+
+
+LLAMA_1B = {
+    "vocab_size": 128256,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+}
+MODELS: dict[str, Callable[[BenchArguments], nn.Module]] = {
+    "bert": lambda args: _bert(args, **_sizes(args), **_vocabulary(args)),
+    "gpt2": _gpt2,
+    "llama": lambda args: _llama(
+        args, **{**_sizes(args), "intermediate_size": args.hidden_size * 8 // 3}, **_vocabulary(args)
+    ),
+    "vit": lambda args: _vit(args, **_sizes(args), image_size=32, patch_size=4),
+    "convnext": _convnext,
+    "bert-base": _bert,
+    "vit-base": _vit,
+    "llama-1b": lambda args: _llama(args, **LLAMA_1B),
+    "lm-head": LMHeadOnly,
+    "gpt2-lm": lambda args: _gpt2(args, GPT2LMHeadModel),
+}
+
+
+def build_model(name: str, args: BenchArguments) -> nn.Module:
+    """
+    Build a model in training mode, with random weights.
+
+    Args:
+        name (`str`): One of `MODEL_CHOICES`.
+        args ([`~hf_trim.bench.arguments.BenchArguments`]): Sizes, dropout, device.
+
+    Returns:
+        `torch.nn.Module`: A classifier of texts or images, a language model, or the last layer of one.
+    """
+    torch.manual_seed(0)
+    model = MODELS[name](args).to(args.device).train()
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def make_batch(config: PreTrainedConfig | None, args: BenchArguments) -> dict[str, Tensor]:
+    """
+    Make a random batch without padding.
+
+    Args:
+        config (`PreTrainedConfig`, *optional*): The model's configuration; `None` for [`LMHeadOnly`].
+        args ([`~hf_trim.bench.arguments.BenchArguments`]): Sizes, device.
+
+    Returns:
+        `dict[str, torch.Tensor]`: `labels` `[B]`, and `input_ids` `[B, T]` or `pixel_values` `[B, C, H, W]`; for
+        [`LMHeadOnly`] `labels` `[B·T]` alone.
+    """
+    generator = torch.Generator().manual_seed(1)
+    if config is None:
+        shape = (args.batch_size * args.seq_length,)
+        vocabulary = args.vocab_size or LLAMA_1B["vocab_size"]
+        return {"labels": torch.randint(vocabulary, shape, generator=generator).to(args.device)}
+    if hasattr(config, "image_size"):
+        shape = (args.batch_size, config.num_channels, config.image_size, config.image_size)
+        batch = {"pixel_values": torch.randn(shape, generator=generator)}
+    else:  # from 1: token 0 is padding
+        shape = (args.batch_size, args.seq_length)
+        batch = {"input_ids": torch.randint(1, config.vocab_size, shape, generator=generator)}
+    batch["labels"] = torch.randint(NUM_LABELS, (args.batch_size,), generator=generator)
+    return {name: value.to(args.device) for name, value in batch.items()}
