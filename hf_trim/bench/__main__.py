@@ -40,8 +40,8 @@ def bench_model(name: str, args: BenchArguments) -> dict:
     model = build_model(name, args)
     batch = make_batch(model.config, args)
     if name in TOKEN_MODELS:
-        steps = TokenSteps(model, batch, args.dtype)
-        modes = [mode for mode in args.modes if mode != "replay"]  # which runs samples again, not tokens
+        steps: Steps = TokenSteps(model, batch, args.dtype)
+        modes = [mode for mode in args.modes if mode != "replay"]  # replay repeats samples, not tokens
     else:
         steps, modes = Steps(model, batch, args.dtype), args.modes
         if args.torch_compile:
@@ -49,7 +49,7 @@ def bench_model(name: str, args: BenchArguments) -> dict:
     kinds = [UNTRIMMED, *(StepKind(mode, keep) for keep in args.keep for mode in modes)]
     checks = check_steps(steps, kinds)
     dense, rows = summarize(time_steps(steps, kinds, args.repeats), steps.size)
-    result = {
+    result: dict = {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "dense_seconds": dense,
         "steps": [{**row, **check} for row, check in zip(rows, checks.values(), strict=True)],

@@ -90,9 +90,12 @@ def check_steps(steps: Steps, kinds: list[StepKind]) -> dict[StepKind, dict]:
         the first step. It includes the compilation if no kind before had the model compiled.
     """
     checks, reference = {}, None
-    with torch.no_grad():
-        draws = [(steps.prepare(seed), steps.losses())[1] for seed in (0, 1)]
-    deterministic = torch.equal(*draws)  # with dropout, replay draws masks of its own
+    losses = []
+    for seed in (0, 1):
+        steps.prepare(seed)
+        with torch.no_grad():
+            losses.append(steps.losses())
+    deterministic = torch.equal(*losses)  # with dropout, replay draws masks of its own
     for kind in kinds:
         reset_fallbacks()
         error, start = None, time.perf_counter()

@@ -29,6 +29,16 @@ from hf_trim.bench.arguments import HEAD_SIZE, BenchArguments
 
 
 NUM_LABELS = 10
+# The sizes of Llama 3.2 1B.
+LLAMA_1B = {
+    "vocab_size": 128256,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+}
 
 
 def _sizes(args: BenchArguments) -> dict:
@@ -92,6 +102,7 @@ def _convnext(args: BenchArguments) -> PreTrainedModel:
     config = ConvNextConfig(
         image_size=64,
         patch_size=2,
+        # Each stage has half the height and width of the one before, and twice its channels; the last `hidden_size`.
         hidden_sizes=[args.hidden_size // 8 * factor for factor in (1, 2, 4, 8)],
         depths=[1, 1, max(1, args.layers - 3), 1],
         **_dropout(args, "drop_path_rate"),
@@ -113,18 +124,10 @@ class LMHeadOnly(nn.Module):
         self.head = nn.Linear(args.hidden_size, args.vocab_size or LLAMA_1B["vocab_size"], bias=False)
 
 
-LLAMA_1B = {
-    "vocab_size": 128256,
-    "hidden_size": 2048,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 16,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
-}
-MODELS: dict[str, Callable[[BenchArguments], nn.Module]] = {
+MODELS: dict[str, Callable[[BenchArguments], PreTrainedModel | LMHeadOnly]] = {
     "bert": lambda args: _bert(args, **_sizes(args), **_vocabulary(args)),
     "gpt2": _gpt2,
+    # Llama's MLP has three matrices instead of two: 8/3 of the width make as many weights as 4 times do elsewhere.
     "llama": lambda args: _llama(
         args, **{**_sizes(args), "intermediate_size": args.hidden_size * 8 // 3}, **_vocabulary(args)
     ),
@@ -138,7 +141,7 @@ MODELS: dict[str, Callable[[BenchArguments], nn.Module]] = {
 }
 
 
-def build_model(name: str, args: BenchArguments) -> nn.Module:
+def build_model(name: str, args: BenchArguments) -> PreTrainedModel | LMHeadOnly:
     """
     Build a model in training mode, with random weights.
 
@@ -147,7 +150,8 @@ def build_model(name: str, args: BenchArguments) -> nn.Module:
         args ([`~hf_trim.bench.arguments.BenchArguments`]): Sizes, dropout, device.
 
     Returns:
-        `torch.nn.Module`: A classifier of texts or images, a language model, or the last layer of one.
+        `PreTrainedModel` or [`LMHeadOnly`]: A classifier of texts or images, a language model, or the last layer of
+        one.
     """
     torch.manual_seed(0)
     model = MODELS[name](args).to(args.device).train()

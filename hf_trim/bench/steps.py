@@ -67,7 +67,7 @@ class Steps:
 
     def __init__(self, model: nn.Module, batch: dict[str, Tensor], dtype: str):
         self.model, self.batch, self.dtype = model, batch, dtype
-        self.compiled = torch.compile(model, backend="hf_trim")
+        self.compiled = torch.compile(model, backend="hf_trim")  # nothing is compiled before it is called
         self.device = batch["labels"].device.type
         self.size = batch["labels"].shape[0]
 
@@ -82,7 +82,7 @@ class Steps:
         """
         inputs = dict(self.batch) if kept is None else rows_of(self.batch, kept, self.size)
         labels = inputs.pop("labels")
-        if compiled:
+        if compiled:  # replay calls the model with B samples and with k
             mark_batch_dynamic(inputs, len(labels))
         model = self.compiled if compiled else self.model
         return F.cross_entropy(model(**inputs).logits.float(), labels, reduction="none")
@@ -99,6 +99,8 @@ class Steps:
 
     def forward(self, kind: StepKind) -> Tensor:
         """
+        Run the forward pass of a step, with the selection of the kept samples.
+
         Args:
             kind ([`StepKind`]): What to do.
 
@@ -123,6 +125,7 @@ class TokenSteps(Steps):
 
     def __init__(self, model: nn.Module, batch: dict[str, Tensor], dtype: str):
         super().__init__(model, batch, dtype)
+        # A token is predicted from those before it, and the first one has none.
         self.target = batch["input_ids"][:, 1:] if "input_ids" in batch else batch["labels"]
         self.size = self.target.numel()
 
@@ -188,7 +191,7 @@ def time_steps(steps: Steps, kinds: list[StepKind], repeats: int) -> dict[StepKi
         `dict[StepKind, list[tuple[float, float]]]`: Seconds of forward and backward, round by round.
     """
     seconds: dict = {kind: [] for kind in kinds}
-    order = random.Random(0)
+    order = random.Random(0)  # the same order in each run
     for seed in range(repeats + 1):
         for kind in order.sample(kinds, len(kinds)):
             seconds[kind].append(time_step(steps, kind, seed))

@@ -25,8 +25,8 @@ class DataArguments:
         dataset_config_name (`str`, *optional*):
             The configuration of a Hub data set.
         task (`str`, *optional*, defaults to `"classification"`):
-            `"classification"`, or `"causal-lm"`: the texts, one after the other, are cut into blocks of
-            `max_seq_length` tokens, each of which is to be predicted from those before it.
+            `"classification"`, or `"causal-lm"`: all texts are joined and cut into blocks of `max_seq_length` tokens,
+            and each token is predicted from those before it in its block.
         train_split (`str`, *optional*, defaults to `"train"`):
             The split to train on.
         test_split (`str`, *optional*):
@@ -53,9 +53,11 @@ class DataArguments:
         augment (`str`, *optional*, defaults to `"none"`):
             `"crop"` shifts each training image by up to an eighth of its size, `"crop-flip"` mirrors half of them too.
         label_noise (`float`, *optional*, defaults to 0.0):
-            Give this fraction of the training samples another class, drawn with `split_seed`; test labels stay right.
+            Give this fraction of the training samples another class, drawn with `split_seed`; test labels are left
+            as they are.
         max_seq_length (`int`, *optional*):
-            Number of tokens after which a text is cut, or of a block. By default the tokenizer's limit, at most 512.
+            Number of tokens after which a text is cut, or number of tokens of a block. By default the tokenizer's
+            limit, at most 512.
         max_train_samples (`int`, *optional*):
             Train on a random subset of this size.
         max_test_samples (`int`, *optional*):
@@ -176,7 +178,7 @@ class DataArguments:
     def hub_name(self) -> str | None:
         """
         Returns:
-            `str` or `None`: Its name on the Hub, as far as it is known to be there.
+            `str` or `None`: The data set's name on the Hub; `None` if it is local, or embedded and not on the Hub.
         """
         if self.dataset in EMBEDDED:
             return HUB_NAMES.get(self.dataset)

@@ -52,6 +52,7 @@ class DeviceImages(Dataset):
     def __getitems__(self, indices: list[int]) -> list[dict[str, Tensor]]:
         """What torch's `DataLoader` calls: a list of one element, the mini-batch. See [`unwrap_batch`]."""
         rows = torch.tensor(indices).to(self.images.device, non_blocking=True)
+        # Drawn from a generator of its own: what else torch draws in the meantime changes nothing.
         seed = random.Random(str((torch.initial_seed(), indices))).getrandbits(63)
         images = augment_images(self.images[rows], self.augment, torch.Generator().manual_seed(seed))
         images = normalize_images(images, self.mean, self.std)

@@ -66,6 +66,7 @@ def split_by_class(args: DataArguments, split: Dataset) -> tuple[Dataset, Datase
     rare = [name for name, count in zip(names, counts, strict=True) if count == 1]
     num_classes = int((counts > 0).sum())
     num_tests = math.ceil(args.test_fraction * len(split))
+    # The conditions of `train_test_split`, checked here to say what to change.
     if rare or not num_classes <= num_tests <= len(split) - num_classes:
         reason = (
             f"the class {rare[0]!r} has one sample"

@@ -48,8 +48,8 @@ def group(records: list[dict]) -> dict[str, list[dict]]:
     """
     groups: dict[tuple, list[dict]] = {}
     for record in records:
-        recipe, settings, *_ = _record_key(record)
-        groups.setdefault((recipe, settings), []).append(record)
+        recipe, settings_hash, *_ = _record_key(record)
+        groups.setdefault((recipe, settings_hash), []).append(record)
     by_title = {}
     for (recipe, _), members in groups.items():
         settings = _settings(members)

@@ -118,5 +118,5 @@ def print_wide(table: Table) -> None:
     Args:
         table (`rich.table.Table`): The table.
     """
-    console = Console()
+    console = Console()  # 80 columns wide where the output is a file
     Console(width=max(console.width, 120)).print(table)

@@ -41,13 +41,14 @@ def write_report(groups: dict[str, list[dict]], folder: Path) -> None:
     writer = csv.writer(sheet, lineterminator="\n")
     writer.writerow(["runs of", *Summary._fields])
     for title, records in groups.items():
+        # Titles hold blanks and commas, which links in Markdown do not allow.
         name = "".join(c if c.isalnum() or c in "-_." else "_" for c in title)
         plot(records, folder / f"{name}.png", title)
         environment, table = "; ".join(_describe_environment(records)), markdown_table(*table_rows(records))
         sections.append(f"## {title}\n\n{environment}\n\n{table}\n![{title}]({name}.png)\n")
         for summary in summarize(records):
             interval = "" if summary.interval is None else f"{summary.interval[0]} {summary.interval[1]}"
-            writer.writerow([title, *summary._replace(interval=interval)])
+            writer.writerow([title, *(summary._asdict() | {"interval": interval}).values()])
     (folder / "report.md").write_text("\n".join(sections), encoding="utf-8")
     (folder / "report.csv").write_text(sheet.getvalue(), encoding="utf-8")
     write_json(folder / "records.json", [record for records in groups.values() for record in records])
