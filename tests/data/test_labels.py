@@ -17,9 +17,11 @@ def test_two_label_columns_as_in_cifar100(tmp_path):
     assert labels_of(data.train_dataset) == [0, 1] * 10
 
 
-def test_label_noise():
+def test_label_noise(tmp_path):
+    tiny_digits(600, size=8).save_to_disk(tmp_path)
+
     def train_labels(noise, **arguments):
-        data = load_data(DataArguments("digits", label_noise=noise, **arguments))
+        data = load_data(DataArguments(str(tmp_path), label_noise=noise, **arguments))
         return np.array(labels_of(data.train_dataset)), labels_of(data.test_dataset)
 
     right, test = train_labels(0.0)

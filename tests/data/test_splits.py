@@ -4,13 +4,15 @@ import numpy as np
 import torch
 
 from hf_trim.data import DataArguments, load_data
-from tests.support.data import labels_of
+from tests.support.data import labels_of, tiny_digits
 
 
-def test_splits_depend_on_their_seed_alone():
+def test_splits_depend_on_their_seed_alone(tmp_path):
+    tiny_digits(400, size=8).save_to_disk(tmp_path)
+
     def split(**arguments):
         torch.manual_seed(len(arguments))
-        data = load_data(DataArguments("digits", **arguments))
+        data = load_data(DataArguments(str(tmp_path), **arguments))
         return labels_of(data.train_dataset), labels_of(data.test_dataset)
 
     assert split() == split()
