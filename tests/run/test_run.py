@@ -16,11 +16,12 @@ from transformers import AutoModelForCausalLM, AutoModelForImageClassification, 
 
 from hf_trim.files import write_json
 from hf_trim.report.__main__ import ARMS, table_rows
-from hf_trim.run.__main__ import load, main, make_trainer
+from hf_trim.run.__main__ import main
 from hf_trim.run.clock import train_seconds
 from hf_trim.run.grid import expand
 from hf_trim.run.recipe import parse, recipe_names
 from hf_trim.run.records import read_record
+from hf_trim.run.train import load, make_trainer
 from hf_trim.trainer.checkpoints import last_complete_checkpoint
 from tests.run.test_models import save_like_the_hub
 from tests.support.helpers import record
