@@ -2,8 +2,108 @@
 
 import sys
 
+from rich.table import Table
+from safetensors import SafetensorError
+
+from hf_trim.files import is_write_error
+from hf_trim.hub.push import PushError
 from hf_trim.processes import leave_process_group
-from hf_trim.run.train import main
+from hf_trim.report.__main__ import print_wide
+from hf_trim.run.compare import compare, compare_grid
+from hf_trim.run.grid import is_grid, leave_launcher
+from hf_trim.run.recipe import Job, RecipeError, RecipeParser, parse, read_recipe, recipe_names
+from hf_trim.run.train import check_settings, push, train
+
+
+USAGE = """usage: python -m hf_trim.run RECIPE [--compare] [--seeds N] [--any_field value ...]
+       python -m hf_trim.run GRID [--seeds N] [--any_field value ...]
+       python -m hf_trim.run --list
+
+RECIPE is a name that --list shows, or the path of a YAML file. Its values are defaults that the
+command line overrides: the fields of TrainingArguments, trim_*, and those of model and data
+(`python -m hf_trim.run RECIPE --help` explains each)."""
+
+
+def run(job: Job) -> None:
+    """
+    Train or compare a recipe, then push it if that was asked for.
+
+    Args:
+        job ([`Job`]): The recipe.
+
+    Raises:
+        [`RecipeError`]: If the output folder holds runs with other settings.
+        [`PushError`]: If the upload fails.
+    """
+    check_settings(job)
+    if not job.run.push_only:
+        (compare if job.run.compare else train)(job)
+        if not job.training.push_to_hub:
+            return
+    if not job.training.should_save:  # one process of a distributed run pushes for all
+        return
+    try:
+        push(job)
+    except PushError as error:
+        raise PushError(f"{error} The same command with --push_only pushes it later.", error.refused) from None
+
+
+def print_recipes() -> None:
+    """Print the recipes that come with the package."""
+    table = Table("recipe", "data", "model", "expected time", title="Recipes", title_justify="left")
+    for name in recipe_names():
+        _, fields = read_recipe(name)
+        model = next((fields[key] for key in ("model_name_or_path", "timm_model", "model_type") if key in fields), "?")
+        table.add_row(name, fields.get("dataset", "?"), model, fields.get("expected_time", "unknown"))
+    for name in recipe_names("grids"):
+        _, fields = read_recipe(name)
+        table.add_row(name, ", ".join(fields["recipes"]), "a grid: compares each of these recipes")
+    print_wide(table)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """
+    Run the command line.
+
+    Args:
+        argv (`list[str]`, *optional*): Arguments; the default is `sys.argv[1:]`.
+
+    Returns:
+        `int`: Exit status: 0; 2 if the recipe, an argument or the data is wrong; 1 if the Hub took nothing or a file
+            could not be written.
+    """
+    recipe, *options = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    try:
+        if recipe in ("-h", "--help"):
+            print(USAGE)
+        elif recipe == "--list":
+            print_recipes()
+        elif recipe.startswith("-"):
+            raise RecipeError(f"the recipe comes first, and {recipe!r} is none.\n{USAGE}")
+        elif {"-h", "--help"} & set(options):
+            RecipeParser().print_help()
+        elif is_grid(recipe):
+            leave_launcher()
+            compare_grid(recipe, options)
+        else:
+            run(parse(recipe, options))
+    except RecipeError as error:
+        print(f"hf_trim.run: {error}", file=sys.stderr)
+        return 2
+    except PushError as error:
+        print(f"hf_trim.run: {error}", file=sys.stderr)
+        return 1
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if not is_write_error(error):
+            raise
+        print(
+            f"hf_trim.run: A file could not be written: {str(error).splitlines()[0]}. Make room for it, or choose "
+            "another --output_dir. The same command goes on from the last complete checkpoint, and what is finished "
+            "stays.",
+            file=sys.stderr,
+        )
+        return 1
+    return 0
 
 
 if __name__ == "__main__":

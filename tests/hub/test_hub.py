@@ -17,8 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM,
 
 from hf_trim import TrimmingArguments
 from hf_trim.files import write_json
-from hf_trim.hub.model_card import CALLS, _usage
-from hf_trim.hub.push import Token
+from hf_trim.hub.model_card import CALLS, _usage, render_card
+from hf_trim.hub.push import UnsavedToken
 from hf_trim.run.__main__ import main
 from hf_trim.run.models import ModelArguments, load_processing_class
 from tests.run.test_run import TINY
@@ -325,7 +325,7 @@ trainer.push_to_hub(dataset="digits", license="mit", tags=["own"])
 
 def test_a_token_is_copied_but_never_saved(tmp_path):
     args = TrimmingArguments(str(tmp_path), use_cpu=True)
-    args.hub_token = Token(TOKEN)
+    args.hub_token = UnsavedToken(TOKEN)
     assert copy.deepcopy(args).hub_token == copy.copy(args).hub_token == TOKEN
     assert TOKEN.encode() not in pickle.dumps(args) and pickle.loads(pickle.dumps(args)).hub_token is None
 
@@ -347,15 +347,13 @@ def test_the_lines_that_load_a_model_run(task, tmp_path):
 
 
 def test_the_page_says_so_if_trimming_did_harm(finished, tmp_path):
-    from hf_trim.hub.model_card import render
-
-    facts = json.loads((finished[1] / "run.json").read_text())
+    summary = json.loads((finished[1] / "run.json").read_text())
 
     def page(trimmed):
         for arm, errors in (("plain", [5.0, 5.0, 5.0]), ("trimmed", trimmed), ("random", [5.5, 5.5, 5.5])):
             for seed, error in enumerate(errors):
                 write_json(tmp_path / "records" / f"{arm}-seed{seed}.json", record(arm, seed, error))
-        return render(facts, "a/b", tmp_path).text
+        return render_card(summary, "a/b", tmp_path).text
 
     assert "Trimming raised the test error here: it did harm. On average it lowered it less than" in page(
         [6.0, 7.0, 8.0]

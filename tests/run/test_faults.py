@@ -102,7 +102,7 @@ import resource, signal, sys
 import hf_trim.run.__main__
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-sys.exit(hf_trim.run.main(sys.argv[1:]))
+sys.exit(hf_trim.run.__main__.main(sys.argv[1:]))
 """
 
 

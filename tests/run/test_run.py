@@ -15,13 +15,14 @@ from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification, AutoTokenizer
 
 from hf_trim.files import write_json
-from hf_trim.report.__main__ import ARMS, table_rows
+from hf_trim.report.__main__ import table_rows
 from hf_trim.run.__main__ import main
 from hf_trim.run.clock import train_seconds
+from hf_trim.run.compare import ARMS
 from hf_trim.run.grid import expand
 from hf_trim.run.recipe import parse, recipe_names
 from hf_trim.run.records import read_record
-from hf_trim.run.train import load, make_trainer
+from hf_trim.run.trainer import load_job_data, make_trainer
 from hf_trim.trainer.checkpoints import last_complete_checkpoint
 from tests.run.test_models import save_like_the_hub
 from tests.support.helpers import record
@@ -262,9 +263,11 @@ def test_grids_of_the_package_parse():
 
 def test_arms_of_a_seed_start_from_the_same_weights(recipe):
     job = parse(recipe, ["--output_dir", "unused"])
-    data = load(job)
+    data = load_job_data(job)
     weights = {
-        (arm, seed): torch.cat([p.flatten() for p in make_trainer(job, data, arm, seed, "unused").model.parameters()])
+        (arm, seed): torch.cat(
+            [p.flatten() for p in make_trainer(job, data, ARMS[arm], seed, "unused").model.parameters()]
+        )
         for arm, seed in (("plain", 1), ("trimmed", 1), ("random", 1), ("plain", 2))
     }
     assert torch.equal(weights["plain", 1], weights["trimmed", 1])
@@ -275,7 +278,7 @@ def test_arms_of_a_seed_start_from_the_same_weights(recipe):
 def test_optimizer_and_learning_rate_of_the_paper(recipe, tmp_path):
     options = ["--l2_weight_decay", "0.0001", "--lr_milestones", "1", "2", "--output_dir", str(tmp_path)]
     job = parse(recipe, options)
-    trainer = make_trainer(job, load(job), "plain", 0, tmp_path)
+    trainer = make_trainer(job, load_job_data(job), "none", 0, tmp_path)
     trainer.train()
     assert type(trainer.optimizer.optimizer) is torch.optim.Adam
     assert [group["weight_decay"] for group in trainer.optimizer.param_groups] == [1e-4]
@@ -326,7 +329,7 @@ def test_a_trained_language_model_loads_back(tmp_path):
     results = json.loads((out / "all_results.json").read_text())
     model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
     assert (model.config.bos_token_id, model.config.eos_token_id) == (tokenizer.cls_token_id, tokenizer.sep_token_id)
-    data = load(parse("bbc-gpt2", options)).test_dataset.with_format("torch")
+    data = load_job_data(parse("bbc-gpt2", options)).test_dataset.with_format("torch")
     with torch.no_grad():
         logits = model(data["input_ids"][:]).logits[:, :-1]
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), data["labels"][:][:, 1:].flatten())
