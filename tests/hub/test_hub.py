@@ -21,23 +21,9 @@ from hf_trim.hub.model_card import CALLS, _usage, render_card
 from hf_trim.hub.push import UnsavedToken
 from hf_trim.run.__main__ import main
 from hf_trim.run.models import ModelArguments, load_processing_class
-from tests.run.test_run import TINY
 from tests.support.helpers import record
 from tests.support.hub_server import TOKEN, Hub
-
-
-IMAGE = {**TINY, "data": {**TINY["data"], "image_channels": 3, "max_train_samples": 64}}
-TEXT = {
-    "model": {
-        "model_type": "bert", "tokenizer_name": "minilm",
-        "config_overrides": {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
-                             "intermediate_size": 32},
-    },
-    "data": {"dataset": "bbc-news", "max_seq_length": 16, "max_train_samples": 64, "max_test_samples": 20},
-    "training": {**TINY["training"], "num_train_epochs": 2},
-}  # fmt: skip
-TIMM = {"model": {"timm_model": "test_resnet"}, "data": {**TINY["data"], "image_channels": 3, "image_size": 32},
-        "training": {**TINY["training"], "num_train_epochs": 1}}  # fmt: skip
+from tests.support.recipes import IMAGE, TEXT, TIMM, TINY
 
 
 class Session:

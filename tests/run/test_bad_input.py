@@ -8,8 +8,7 @@ import yaml
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
 from hf_trim.run.__main__ import main
-from tests.hub.test_hub import TEXT
-from tests.run.test_run import TINY
+from tests.support.recipes import TEXT, TINY
 
 
 @pytest.fixture(autouse=True)
