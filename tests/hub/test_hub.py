@@ -27,10 +27,10 @@ from tests.support.recipes import IMAGE, TEXT, TIMM, TINY
 
 
 class Session:
-    """A process that talks to the Hub; what it said is searched for the token."""
+    """A process that talks to the Hub. Its output is searched for the token."""
 
     def __init__(self, hub, home):
-        environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(home), "OMP_NUM_THREADS": "2",
+        environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(home), "OMP_NUM_THREADS": "1",
                        "HF_HUB_DISABLE_PROGRESS_BARS": "1"}  # fmt: skip
         for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_TOKEN"):
             environment.pop(name, None)
@@ -52,7 +52,7 @@ class Session:
         return answer["status"], answer["output"]
 
     def run(self, *argv, **options):
-        return self.ask(argv=[str(each) for each in argv], **options)
+        return self.ask(argv=[str(argument) for argument in argv], **options)
 
     def code(self, code):
         status, output = self.ask(code=code)
@@ -116,7 +116,7 @@ def test_a_comparison_of_image_models_is_pushed_and_loads_back(hub, session, tmp
     card = card_of(repo)
     assert card.data.pipeline_tag == "image-classification" and card.data.library_name == "transformers"
     assert card.data.tags == ["hf-trim", "generated_from_trainer"] and card.data.license == "apache-2.0"
-    accuracy = {each.metric_type: each.metric_value for each in card.data.eval_results}["accuracy"]
+    accuracy = {result.metric_type: result.metric_value for result in card.data.eval_results}["accuracy"]
     assert accuracy == json.loads(repo["files"]["all_results.json"])["eval_accuracy"]
     assert (card.data.eval_results[0].dataset_name, card.data.model_name) == ("digits", "tiny")
     for line in ("| plain | 2 |", "| trimmed | 2 |", "| random | 2 |", "| 42 | ", "| 43 | ", "p fell from 1.0 to 0.2",
@@ -149,9 +149,9 @@ def load_digits_image(folder):
     )
 
 
-def assert_same_weights(found, pushed):
-    found, pushed = load(found), load(pushed)
-    renamed = {name.replace("timm_model.", ""): value for name, value in found.items()}
+def assert_same_weights(loaded, pushed):
+    loaded, pushed = load(loaded), load(pushed)
+    renamed = {name.replace("timm_model.", ""): value for name, value in loaded.items()}
     shapes = sorted(tuple(value.shape) for value in renamed.values())
     assert shapes == sorted(tuple(value.shape) for value in pushed.values())
     assert sorted(value.double().sum().item() for value in renamed.values()) == sorted(
@@ -276,7 +276,7 @@ def test_refusals_come_before_training_and_a_hub_that_is_down_holds_none_up(hub,
     assert status == 2 and "holds no finished training: run the recipe without --push_only first" in output
 
 
-def test_failures_of_pushes_while_training_are_told_and_survived(hub, session, tmp_path):
+def test_failures_of_pushes_while_training_are_logged_and_survived(hub, session, tmp_path):
     hub.fail("POST", COMMIT, 403, times=2)
     options = ["--push_to_hub", "--hub_strategy", "every_save", "--hub_always_push", "--hub_model_id", "tester/while"]
     status, output = session.run(write(tmp_path, "tiny", IMAGE), *options, "--output_dir", tmp_path / "out")
@@ -300,7 +300,7 @@ trainer.push_to_hub(dataset="digits", license="mit", tags=["own"])
     assert without_token(repo)
     card = card_of(repo)
     assert card.data.tags == ["own", "hf-trim", "generated_from_trainer"] and card.data.license == "mit"
-    assert [each.metric_type for each in card.data.eval_results] == ["loss"]
+    assert [result.metric_type for result in card.data.eval_results] == ["loss"]
     assert "p fell from 1.0 to 0.5 by epoch, over 2 epochs" in card.text
     assert {"training_args.json", "trainer_state.json", "model.safetensors", "curves.png"} <= set(repo["files"])
     hub.fail("POST", COMMIT, 403)

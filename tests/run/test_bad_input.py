@@ -90,7 +90,11 @@ LABELS = ClassLabel(names=["a", "b"])
 
 def texts(values, feature=None, name="label", **more):
     columns = {"text": [f"text number {i}" for i in range(len(values))], name: values, **more}
-    features = {"text": Value("string"), name: feature or Value("int64"), **{each: Value("int64") for each in more}}
+    features = {
+        "text": Value("string"),
+        name: feature or Value("int64"),
+        **{column: Value("int64") for column in more},
+    }
     return Dataset.from_dict(columns, features=Features(features))
 
 

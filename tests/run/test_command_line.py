@@ -13,6 +13,7 @@ import yaml
 import hf_trim
 from hf_trim.__main__ import main as hf_trim_main
 from hf_trim.run.__main__ import main
+from hf_trim.run.grid import expand
 from hf_trim.run.recipe import parse, recipe_names
 from tests.support.forked import Forked
 from tests.support.recipes import TINY
@@ -152,3 +153,15 @@ def test_the_console_script_passes_arguments_and_exit_status_on(tmp_path, capsys
         with pytest.raises(SystemExit) as end:
             hf_trim_main([command, "--help"])
         assert end.value.code == 0 and f"usage: python -m hf_trim.{command}" in capsys.readouterr().out
+
+
+def test_recipes_and_grids_of_the_readme_parse(tmp_path):
+    readme = (Path(hf_trim.__file__).parent / "run" / "README.md").read_text(encoding="utf-8")
+    grid, own = re.findall(r"```yaml\n(.*?)```", readme, re.DOTALL)
+    (tmp_path / "grid.yaml").write_text(grid)
+    (tmp_path / "mine.yaml").write_text(own)
+    assert len(expand(str(tmp_path / "grid.yaml"), [])[1]) == 6
+    job = parse(str(tmp_path / "mine.yaml"), [])
+    assert (job.data.label_column, job.training.trim_keep_end) == ("label", 0.2)
+    commands = re.findall(r"(?m)^python -m hf_trim\.run ([\w-]+)", readme)
+    assert set(commands) <= {*recipe_names(), *recipe_names("grids"), "--list"}

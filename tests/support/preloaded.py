@@ -1,6 +1,7 @@
 """Imports what a run needs, for the processes of `tests.support.forked`."""
 
 import contextlib
+import gc
 import importlib
 
 
@@ -15,3 +16,4 @@ for name in MODULES:
 importlib.import_module("PIL.Image").init()
 # Imports the configurations of all its models, as a recipe with a model type does.
 list(importlib.import_module("transformers").MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING)
+gc.freeze()  # as in conftest.py
