@@ -1,4 +1,4 @@
-"""What a result may depend on beside its settings: hardware and versions."""
+"""The hardware and the versions with which a result was computed."""
 
 import os
 import platform
@@ -9,8 +9,10 @@ import transformers
 
 def hardware() -> str:
     """
+    Name the hardware of this machine.
+
     Returns:
-        `str`: What the run ran on, e.g. `"2 CPU cores"` or a GPU's name.
+        `str`: The GPUs if there are any, else the CPU cores that this process may use, e.g. `"2 CPU cores"`.
     """
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} × {torch.cuda.get_device_name()}"
@@ -19,10 +21,12 @@ def hardware() -> str:
 
 def versions() -> dict[str, str]:
     """
+    Collect the versions on which a result may depend.
+
     Returns:
-        `dict[str, str]`: Versions that a result may depend on.
+        `dict[str, str]`: Versions by package.
     """
-    from hf_trim import __version__
+    from hf_trim import __version__  # here, since hf_trim imports this module before it sets its version
 
     return {
         "hf_trim": __version__,

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and the errors of writing them."""
+"""Writing files so that none is ever incomplete, and recognising the errors of writing."""
 
 import errno
 import json
@@ -8,7 +8,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 
-# Of an error while a file is written: no space, too large, over quota, read-only, not allowed, no folder, broken disk.
+# Error numbers of the operating system: no space left, file too large, over quota, read-only file system, permission
+# denied (two), not a folder, input/output error.
 WRITE_ERRORS = (
     errno.ENOSPC,
     errno.EFBIG,
@@ -23,19 +24,20 @@ WRITE_ERRORS = (
 
 def write_json(path: Path, content) -> None:
     """
-    Write a file so that a reader, or a rerun after a crash, sees the old content or the new, never a part of it.
+    Write a file as JSON. A reader always sees the old content or the new, even after a crash.
 
     Args:
-        path (`Path`): The file; its folder is made.
-        content: What JSON can hold.
+        path (`Path`): The file. Its folder is created.
+        content: The content.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     with open(part, "w", encoding="utf-8") as file:
         if isinstance(content, list):  # one element a line
-            file.write("[\n" + ",\n".join(json.dumps(each, sort_keys=True) for each in content) + "\n]\n")
+            file.write("[\n" + ",\n".join(json.dumps(element, sort_keys=True) for element in content) + "\n]\n")
         else:
             file.write(json.dumps(content, indent=2, sort_keys=True) + "\n")
+        # On disk before it takes the name: after a power failure the name must not lead to an empty file.
         file.flush()
         os.fsync(file.fileno())
     os.replace(part, path)
@@ -43,15 +45,21 @@ def write_json(path: Path, content) -> None:
 
 def is_write_error(error: BaseException) -> bool:
     """
+    Recognise the errors of Python, safetensors and torch when a file cannot be written.
+
     Args:
-        error (`BaseException`): What was raised.
+        error (`BaseException`): The error.
 
     Returns:
-        `bool`: Whether a file could not be written: by Python, safetensors or torch, each of which has its own error.
+        `bool`: Whether it is one of these.
     """
     if isinstance(error, OSError):
         return error.errno in WRITE_ERRORS
     if isinstance(error, SafetensorError):
         return any(f"os error {number}" in str(error) for number in WRITE_ERRORS)
-    torch_writes = ("PytorchStreamWriter", "inline_container.cc", "iostream error")
-    return isinstance(error, RuntimeError) and any(each in str(error) for each in torch_writes)
+    torch_messages = (
+        "PytorchStreamWriter",
+        "inline_container.cc",
+        "iostream error",
+    )  # the only mark that torch leaves
+    return isinstance(error, RuntimeError) and any(message in str(error) for message in torch_messages)

@@ -1,4 +1,4 @@
-"""The way to the Hub: what goes there, what never does, and one clear line when it does not take it."""
+"""Pushing to the Hub: which files are uploaded, how a token is kept out of them, and one clear message on failure."""
 
 import logging
 from collections.abc import Iterator
@@ -15,25 +15,25 @@ from huggingface_hub.errors import (
 from transformers import TrainingArguments
 
 from hf_trim.files import write_json
-from hf_trim.hub.model_card import describe, plot_curves, render
+from hf_trim.hub.model_card import plot_curves, render_card, summarize_training
 
 
 logger = logging.getLogger(__name__)
-# What the Hub's client raises for an answer and for none at all: its errors are those of the HTTP library it is built
-# on, which has changed its name.
+# What the client of the Hub raises for a refusal and for a lost connection. The latter is an error of the HTTP library
+# beneath it, which differs between versions; the base class of the client's own error is of that library.
 HUB_ERRORS = (HfHubHTTPError.__bases__[0], HFValidationError, LocalTokenNotFoundError, ConnectionError, TimeoutError)
-# Checkpoints, runs that are not finished, and files that other processes write.
+# Checkpoints, unfinished runs, and files that another process is writing.
 NOT_UPLOADED = ["_*", "checkpoint-*", "*-seed*/*", "*.lock", "*.part"]
-LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
+LOGIN_HINT = "log in with `hf auth login`, or set HF_TOKEN"
 
 
 class PushError(OSError):
     """
-    The Hub did not take a model; the message says why and what to do.
+    A push that failed. The message says why, and what to do.
 
     Args:
-        message (`str`): For the user.
-        refused (`bool`): Whether the Hub, or its client, will go on refusing until something is changed here.
+        message (`str`): The message for the user.
+        refused (`bool`): Whether a second try fails in the same way until the user changes something.
     """
 
     def __init__(self, message: str, refused: bool):
@@ -41,8 +41,8 @@ class PushError(OSError):
         self.refused = refused
 
 
-class Token(str):
-    """A token that is never saved: pickled, as training arguments are beside each model, it is `None`."""
+class UnsavedToken(str):
+    """A token that becomes `None` when it is pickled, because `Trainer` pickles its arguments beside each model."""
 
     def __reduce__(self):
         return type(None), ()
@@ -53,23 +53,25 @@ class Token(str):
 
 def explain(error: Exception, repo: str) -> PushError:
     """
+    Turn an error of the client into a message for the user.
+
     Args:
         error (`Exception`): One of `HUB_ERRORS`.
-        repo (`str`): The repository's name.
+        repo (`str`): Name of the repository.
 
     Returns:
-        [`PushError`]: The same for the user.
+        [`PushError`]: The error with that message.
     """
     status = getattr(getattr(error, "response", None), "status_code", None)
     refused = True
     if isinstance(error, LocalTokenNotFoundError):
-        why = f"there is no token for the Hub: {LOG_IN}"
+        why = f"there is no token for the Hub: {LOGIN_HINT}"
     elif isinstance(error, OfflineModeIsEnabled):
         why = "HF_HUB_OFFLINE is set: unset it"
     elif isinstance(error, HFValidationError):
         why = f"'{repo}' is no name for a repository: set hub_model_id to 'your-name/your-model'"
     elif status == 401:
-        why = f"the Hub does not know the token (401): {LOG_IN} to a valid one"
+        why = f"the Hub does not know the token (401): {LOGIN_HINT} to a valid one"
     elif status == 403:
         why = f"the token must not write to '{repo}' (403): take one with write access, or change hub_model_id"
     elif status == 404:
@@ -90,12 +92,15 @@ def explain(error: Exception, repo: str) -> PushError:
 @contextmanager
 def push_errors(repo: str, token: str | None = None, saved_in: str | Path | None = None) -> Iterator[None]:
     """
-    What the Hub's client raises in here becomes a [`PushError`].
+    Raise each error of the client in this context as a [`PushError`].
 
     Args:
-        repo (`str`): The repository's name.
-        token (`str`, *optional*): The token that was given; without, the one that is logged in must be there.
-        saved_in (`str` or `Path`, *optional*): The folder in which everything lies.
+        repo (`str`): Name of the repository.
+        token (`str`, *optional*): The user's token. By default the user must be logged in.
+        saved_in (`str` or `Path`, *optional*): The folder that holds everything, for the message.
+
+    Raises:
+        [`PushError`]: If there is no token, or the client raises one of `HUB_ERRORS`.
     """
     try:
         if not (token or get_token()):
@@ -104,32 +109,32 @@ def push_errors(repo: str, token: str | None = None, saved_in: str | Path | None
     except PushError:
         raise
     except HUB_ERRORS as error:
-        found = explain(error, repo)
+        explained = explain(error, repo)
         where = "" if saved_in is None else f" Everything is saved in {saved_in}."
-        raise PushError(f"{found}{where}", found.refused) from None
+        raise PushError(f"{explained}{where}", explained.refused) from None
 
 
 def save_arguments(args: TrainingArguments, folder: Path) -> None:
     """
-    Write the arguments of a training, `trim_*` among them, so that they can be read without unpickling anything.
+    Write the arguments of a training, with its `trim_*` fields, as JSON. `Trainer` itself only pickles them.
 
     Args:
-        args ([`~transformers.TrainingArguments`]): The arguments; tokens and the local folder are left out.
-        folder (`Path`): Gets `training_args.json`.
+        args ([`~transformers.TrainingArguments`]): The arguments. Tokens and the output folder are left out.
+        folder (`Path`): Where `training_args.json` is written.
     """
     write_json(folder / "training_args.json", {k: v for k, v in args.to_dict().items() if k != "output_dir"})
 
 
 class PushMixin:
-    """For [`~hf_trim.trainer.trainer.TrimmingMixin`]: the Hub's part of a trainer, with our model card."""
+    """The part of [`~hf_trim.trainer.trainer.TrimmingMixin`] that pushes to the Hub, with a model card of its own."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         if self.args.hub_token:
-            self.args.hub_token = Token(self.args.hub_token)
+            self.args.hub_token = UnsavedToken(self.args.hub_token)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """A timm model's weights get timm's own names, which transformers' wrapper reads as well."""
+        """Save the weights of a timm model under timm's own names, so that timm loads them as well as transformers."""
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         is_timm = getattr(getattr(model, "config", None), "model_type", None) == "timm_wrapper"
         if is_timm and output_dir in (None, self.args.output_dir):
@@ -146,21 +151,22 @@ class PushMixin:
             private (`bool`, *optional*): Instead of `args.hub_private_repo`.
 
         Raises:
-            [`PushError`]: If the Hub refuses it. If it can't be reached, training goes on, and the end of it tries
-                again.
+            [`PushError`]: If the Hub refuses it. If the Hub cannot be reached, training starts all the same, and the
+                push at its end tries again.
         """
         self.push_in_progress, self._reported_jobs = None, []
         try:
             with push_errors(self._repo_name(), token or self.args.hub_token):
                 super().init_hf_repo(token=token, private=private)
         except PushError as error:
-            if error.refused or hasattr(self, "state"):  # which `Trainer` has once it is made
+            # `Trainer` calls this in its constructor, before it has a state. An outage must not stop it there.
+            if error.refused or hasattr(self, "state"):
                 raise
             logger.warning("%s Training starts without it.", error)
 
     def push_to_hub(self, commit_message="End of training", blocking=True, token=None, revision=None, **kwargs):
         """
-        Upload model, processing class, arguments, trainer state and model card.
+        Save, and upload the model, its processing class, arguments, trainer state and model card.
 
         Args:
             commit_message (`str`, *optional*): What the commit says.
@@ -173,7 +179,7 @@ class PushMixin:
             `huggingface_hub.CommitInfo` or a future of one.
 
         Raises:
-            [`PushError`]: If the Hub does not take it. Everything has been saved in `args.output_dir` then.
+            [`PushError`]: If the push fails. Everything has been saved in `args.output_dir` by then.
         """
         self.save_model(_internal_call=True)
         self.save_state()
@@ -184,18 +190,18 @@ class PushMixin:
 
     def create_model_card(self, model_name: str | None = None, **kwargs) -> None:
         """
-        Write `README.md`: the model's page.
+        Write the model card, `README.md`.
 
         Args:
-            model_name (`str`, *optional*): Its title.
-            kwargs: What `Trainer.create_model_card` takes: `language`, `license`, `tags`, `finetuned_from`, `tasks`,
-                `dataset_tags`, `dataset`, `dataset_args`.
+            model_name (`str`, *optional*): The title.
+            kwargs: The other arguments of `Trainer.create_model_card`: `language`, `license`, `tags`,
+                `finetuned_from`, `tasks`, `dataset_tags`, `dataset`, `dataset_args`.
         """
         if self.is_world_process_zero():
             repo, folder = self.hub_model_id or self._repo_name(), Path(self.args.output_dir)
-            facts = describe(self, model_name or repo.split("/")[-1], **kwargs)
-            plot_curves(facts, folder / "curves.png")
-            render(facts, repo, folder).save(folder / "README.md")
+            summary = summarize_training(self, model_name or repo.split("/")[-1], **kwargs)
+            plot_curves(summary, folder / "curves.png")
+            render_card(summary, repo, folder).save(folder / "README.md")
 
     def _repo_name(self) -> str:
         return self.args.hub_model_id or Path(self.args.output_dir).absolute().name
@@ -207,41 +213,41 @@ class PushMixin:
             except PushError as error:
                 logger.warning("%s Training goes on.", error)
                 return
-        self._tell_failures()
+        self._log_failed_pushes()
         super()._push_from_checkpoint(checkpoint_folder)
 
     def _finish_current_push(self) -> None:
         super()._finish_current_push()
-        self._tell_failures()
+        self._log_failed_pushes()
 
-    def _tell_failures(self) -> None:
-        """Say which of the pushes in the background failed; their content comes with the next."""
+    def _log_failed_pushes(self) -> None:
+        """Log each failed push in the background. Nothing is lost: the next push uploads the same files again."""
         for job in getattr(getattr(self, "push_in_progress", None), "jobs", []):
             if job.done() and job not in self._reported_jobs and isinstance(job.exception(), HUB_ERRORS):
                 logger.warning("A checkpoint: %s", explain(job.exception(), self._repo_name()))
                 self._reported_jobs.append(job)
 
 
-def push_folder(folder: Path, facts: dict, args: TrainingArguments) -> str:
+def push_folder(folder: Path, summary: dict, args: TrainingArguments) -> str:
     """
-    Upload the folder of a finished training, with a page that names the repository.
+    Upload the folder of a finished training, with a model card that names the repository.
 
     Args:
         folder (`Path`): The folder.
-        facts (`dict`): What [`~hf_trim.hub.model_card.describe`] returned.
-        args ([`~transformers.TrainingArguments`]): The fields `hub_*` count here.
+        summary (`dict`): What [`~hf_trim.hub.model_card.summarize_training`] returned.
+        args ([`~transformers.TrainingArguments`]): The arguments; their `hub_*` fields are used.
 
     Returns:
-        `str`: The repository's address.
+        `str`: Address of the repository.
 
     Raises:
-        [`PushError`]: If the Hub does not take it.
+        [`PushError`]: If the push fails.
     """
     repo = args.hub_model_id or folder.absolute().name
     with push_errors(repo, args.hub_token, folder):
         api = HfApi(token=args.hub_token)
         url = api.create_repo(repo, private=args.hub_private_repo, exist_ok=True)
-        render(facts, url.repo_id, folder).save(folder / "README.md")
+        render_card(summary, url.repo_id, folder).save(folder / "README.md")
         api.upload_folder(
             repo_id=url.repo_id,
             folder_path=folder,

@@ -1,4 +1,4 @@
-"""Wall-clock time of training alone, kept across interruptions, and the speed of its input."""
+"""Seconds of training alone, counted across interruptions, and the speed of the input pipeline."""
 
 import time
 
@@ -9,8 +9,8 @@ from transformers.trainer_pt_utils import find_batch_size
 
 class TrainingClock(TrainerCallback):
     """
-    Writes the seconds spent training, without evaluation and saving, into the trainer state's `log_history` as
-    `train_seconds`, so that a checkpoint carries the time of all that led to it.
+    Measures the seconds of training, without evaluation and saving. They are written to the trainer state's
+    `log_history` as `train_seconds`, so that a resumed training knows the time before its checkpoint.
     """
 
     def __init__(self):
@@ -41,38 +41,40 @@ class TrainingClock(TrainerCallback):
 
 def train_seconds(log_history: list[dict]) -> float:
     """
+    Sum up the seconds that [`TrainingClock`] measured.
+
     Args:
         log_history (`list[dict]`): `TrainerState.log_history`.
 
     Returns:
-        `float`: Seconds spent training so far.
+        `float`: Seconds of training so far.
     """
     return sum(log.get("train_seconds", 0.0) for log in log_history)
 
 
 def samples_per_second(trainer: Trainer, seconds: float = 0.3) -> dict[str, float]:
     """
-    How fast a finished training was, and how fast its input alone is: the data set, its augmentation, collating and
-    the way to the device. The input slows a training down if the two come near each other.
+    Measure how fast a finished training was, and how fast its input pipeline is alone (reading, augmenting, collating,
+    copying to the device). If the two numbers are close, the input slows the training down.
 
     Args:
-        trainer ([`~transformers.Trainer`]): After its training, with a [`TrainingClock`].
+        trainer ([`~transformers.Trainer`]): The trainer, after its training with a [`TrainingClock`].
         seconds (`float`, *optional*, defaults to 0.3): How long to draw mini-batches.
 
     Returns:
-        `dict[str, float]`: `train_samples_per_second` and `input_samples_per_second`, of all processes together.
+        `dict[str, float]`: `train_samples_per_second` and `input_samples_per_second`, over all processes.
     """
-    trained = trainer.state.epoch * len(trainer.train_dataset)
-    loader, drawn, start = trainer.get_train_dataloader(), 0, time.perf_counter()
+    num_trained = trainer.state.epoch * len(trainer.train_dataset)
+    loader, num_drawn, start = trainer.get_train_dataloader(), 0, time.perf_counter()
     while time.perf_counter() - start < seconds:
         for batch in loader:
-            drawn += find_batch_size(batch) * trainer.args.world_size
+            num_drawn += find_batch_size(batch) * trainer.args.world_size
             if time.perf_counter() - start >= seconds:
                 break
     if torch.accelerator.is_available() and not trainer.args.use_cpu:
-        torch.accelerator.synchronize()
-    taken = time.perf_counter() - start
+        torch.accelerator.synchronize()  # the copies to the device are part of the time
+    elapsed = time.perf_counter() - start
     return {
-        "train_samples_per_second": round(trained / train_seconds(trainer.state.log_history), 1),
-        "input_samples_per_second": round(drawn / taken, 1),
+        "train_samples_per_second": round(num_trained / train_seconds(trainer.state.log_history), 1),
+        "input_samples_per_second": round(num_drawn / elapsed, 1),
     }

@@ -1,4 +1,4 @@
-"""Grids: a YAML file that names recipes, and settings to vary → the comparisons of all of them."""
+"""A grid: a YAML file with recipes, and settings to vary → one comparison for each combination."""
 
 import argparse
 import itertools
@@ -10,38 +10,46 @@ import torch
 from hf_trim.run.recipe import RecipeError, as_options, read_recipe
 
 
-# What torchrun, and `accelerate launch` through it, tell a process of its group.
+# Environment variables by which torchrun and `accelerate launch` describe the process group.
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_", "WORLD_SIZE", "LOCAL_WORLD_SIZE",
                       "GROUP_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_")  # fmt: skip
 
 
 def is_grid(recipe: str) -> bool:
     """
+    Tell a grid from a recipe.
+
     Args:
         recipe (`str`): Name or path of a recipe or a grid.
 
     Returns:
-        `bool`: Whether it is a grid: a file with a list `recipes`.
+        `bool`: Whether it is a grid, which has a field `recipes`.
+
+    Raises:
+        [`RecipeError`]: If there is no such file, or it is not valid.
     """
     return "recipes" in read_recipe(recipe)[1]
 
 
 def expand(grid: str, command_line: list[str]) -> tuple[str, list[tuple[str, list[str]]]]:
     """
+    List the comparisons of a grid.
+
     Args:
-        grid (`str`): Name or path of a grid. `recipes` are its recipes, `vary` (optional) gives some fields several
-            values; everything else is set in all of them.
-        command_line (`list[str]`): Options for all of them; the output folder holds a folder for each.
+        grid (`str`): Name or path of a grid. `recipes` lists its recipes, `vary` (optional) gives a list of values to
+            each field that varies. All other fields hold for each comparison.
+        command_line (`list[str]`): Options for each comparison.
 
     Returns:
-        `tuple[str, list[tuple[str, list[str]]]]`: The output folder, and recipe and options of each comparison.
+        `tuple[str, list[tuple[str, list[str]]]]`: The output folder (one folder in it for each comparison), recipe
+            and options of each comparison.
 
     Raises:
-        [`RecipeError`]: If the grid can't be understood.
+        [`RecipeError`]: If the grid is not valid.
     """
     name, fields = read_recipe(grid)
     recipes, vary = fields.pop("recipes"), fields.pop("vary", None) or {}
-    if not isinstance(recipes, list) or not recipes or not all(isinstance(each, str) for each in recipes):
+    if not isinstance(recipes, list) or not recipes or not all(isinstance(recipe, str) for recipe in recipes):
         raise RecipeError(f"the grid {name}: 'recipes' must be a list of recipes, and is {recipes!r}.")
     if not isinstance(vary, dict) or not all(isinstance(values, list) and values for values in vary.values()):
         raise RecipeError(f"the grid {name}: 'vary' must give each field a list of values, and is {vary!r}.")
@@ -60,8 +68,8 @@ def expand(grid: str, command_line: list[str]) -> tuple[str, list[tuple[str, lis
 
 def leave_launcher() -> None:
     """
-    Under torchrun or `accelerate launch`, start this process over as one of its own, with a GPU of its own: the runs
-    of a grid go side by side, each on one device, rather than each over all of them.
+    Under torchrun or `accelerate launch`, start this process again as an independent one, with one GPU. The processes
+    then share the runs of a grid, one run at a time on each GPU, instead of training each run together.
     """
     rank = os.environ.get("LOCAL_RANK")
     if rank is None:
@@ -72,4 +80,5 @@ def leave_launcher() -> None:
         gpus = gpus.split(",")
         variables["CUDA_VISIBLE_DEVICES"] = gpus[int(rank) % len(gpus)]
     sys.stdout.flush()
+    # Replaces the process, so that the launcher still waits for it, and nothing of the process group stays in memory.
     os.execve(sys.executable, sys.orig_argv, variables)

@@ -31,7 +31,15 @@ SOURCES = ("model_name_or_path", "model_type", "timm_model")
 
 
 class Kind(NamedTuple):
-    """What transformers has for a kind of data: auto class, configurations → classes, name, and a model type."""
+    """
+    The models of transformers for one kind of data.
+
+    Args:
+        auto_class: The auto class that makes them.
+        mapping: Configuration classes → model classes.
+        name (`str`): Their name in messages.
+        example (`str`): A model type, for messages.
+    """
 
     auto_class: Any
     mapping: Any
@@ -86,9 +94,9 @@ class ModelArguments:
     )
 
     def __post_init__(self):
-        given = {name: getattr(self, name) for name in SOURCES if getattr(self, name) is not None}
-        if len(given) > 1:
-            values = " and ".join(f"{name} '{value}'" for name, value in given.items())
+        sources = {name: getattr(self, name) for name in SOURCES if getattr(self, name) is not None}
+        if len(sources) > 1:
+            values = " and ".join(f"{name} '{value}'" for name, value in sources.items())
             raise ValueError(f"{values} exclude each other: give exactly one of {', '.join(SOURCES)}.")
         overrides = self.config_overrides
         if isinstance(overrides, str):
@@ -104,10 +112,13 @@ class ModelArguments:
 
     def source(self) -> str:
         """
-        The one of the three sources that is given.
+        Find the one of the three sources that is set.
+
+        Returns:
+            `str`: Its name: `"model_name_or_path"`, `"model_type"` or `"timm_model"`.
 
         Raises:
-            `ValueError`: If none is.
+            `ValueError`: If none is set.
         """
         for name in SOURCES:
             if getattr(self, name) is not None:
@@ -116,8 +127,10 @@ class ModelArguments:
 
     def hub_name(self) -> str | None:
         """
+        Name the pretrained model as the Hub does.
+
         Returns:
-            `str` or `None`: The pretrained model's name on the Hub.
+            `str` or `None`: Its name; `None` for a model from scratch or from a local folder.
         """
         if self.model_name_or_path == "minilm":
             return "sentence-transformers/all-MiniLM-L6-v2"
@@ -127,13 +140,13 @@ class ModelArguments:
 
 def load_processing_class(args: ModelArguments) -> Any:
     """
-    The tokenizer of a text model, or the image processor of a pretrained image model.
+    Load the tokenizer of a text model, or the image processor of a pretrained image model.
 
     Args:
-        args ([`ModelArguments`]): Which model.
+        args ([`ModelArguments`]): The model.
 
     Returns:
-        Tokenizer, image processor, or `None` for image models from scratch (and pretrained ones that have none).
+        Tokenizer or image processor. `None` for an image model from scratch, or a pretrained one without a processor.
 
     Raises:
         `ValueError`: If it cannot be loaded.
@@ -157,11 +170,11 @@ def load_processing_class(args: ModelArguments) -> Any:
 
 def build_model(args: ModelArguments, data: Data) -> PreTrainedModel:
     """
-    The model, with a head for the data's classes or tokens. Weights from scratch are drawn from torch's global
-    generator.
+    Build the model, with a head for the classes or tokens of the data. The weights of a model from scratch come from
+    torch's global random generator.
 
     Args:
-        args ([`ModelArguments`]): Which model.
+        args ([`ModelArguments`]): The model.
         data ([`Data`]): The data: their classes, and the shape of their images or texts.
 
     Returns:
@@ -199,8 +212,8 @@ def build_model(args: ModelArguments, data: Data) -> PreTrainedModel:
             _folder_of(args.model_name_or_path),
             config=config,
             dtype=torch.float32,
-            ignore_mismatched_sizes=True,  # a head for other classes is replaced
-            use_safetensors=True,  # other weights are pickles
+            ignore_mismatched_sizes=True,  # replaces a head that was made for other classes
+            use_safetensors=True,  # other formats are pickles, which can run foreign code
             trust_remote_code=False,
         )
     except OSError as error:
@@ -218,14 +231,14 @@ def _build_timm(args: ModelArguments, data: Data, labels: dict[str, Any]) -> Pre
         raise ValueError(f"timm_model '{name}' is not a model of timm {timm.__version__}.{hint}")
     model_args = {"in_chans": data.num_channels}
     if getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False):
-        model_args["img_size"] = data.image_size  # others take images of any size
+        model_args["img_size"] = data.image_size  # other models take images of any size, and no such argument
     model_args.update(args.config_overrides or {})
-    # For timm itself, which loads models from the Hub by this part of their configuration.
-    images = data.processing_class
-    known = timm.get_pretrained_cfg(name).to_dict(remove_source=True)
-    known.update(input_size=[data.num_channels, data.image_size, data.image_size], crop_pct=1.0)
-    known.update(mean=list(images.image_mean), std=list(images.image_std), interpolation="bilinear")
-    config = TimmWrapperConfig(architecture=name, model_args=model_args, pretrained_cfg=known, **labels)
+    # timm reads this part of the configuration when it loads the model from the Hub.
+    processor = data.processing_class
+    pretrained_cfg = timm.get_pretrained_cfg(name).to_dict(remove_source=True)
+    pretrained_cfg.update(input_size=[data.num_channels, data.image_size, data.image_size], crop_pct=1.0)
+    pretrained_cfg.update(mean=list(processor.image_mean), std=list(processor.image_std), interpolation="bilinear")
+    config = TimmWrapperConfig(architecture=name, model_args=model_args, pretrained_cfg=pretrained_cfg, **labels)
     try:
         return TimmWrapperForImageClassification(config)
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
@@ -243,16 +256,18 @@ def _scratch_config(args: ModelArguments, data: Data, labels: dict[str, Any]) ->
             + (closest(args.model_type, types) or f" Use '{kind.example}', for example.")
         )
     config = AutoConfig.for_model(args.model_type)
-    wanted = {"image_size": data.image_size, "num_channels": data.num_channels}
+    values = {"image_size": data.image_size, "num_channels": data.num_channels}
     if data.kind != "image":
         tokenizer = data.processing_class
-        wanted = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
-    if data.kind == "language":  # a tokenizer made for an encoder marks both ends of a text, too
-        first, last = tokenizer.bos_token_id, tokenizer.eos_token_id
-        wanted["bos_token_id"] = tokenizer.cls_token_id if first is None else first
-        wanted["eos_token_id"] = tokenizer.sep_token_id if last is None else last
-    values = {name: value for name, value in wanted.items() if hasattr(config, name)}
-    # First on the default configuration, for the check: one made of the values derives others from them.
+        values = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    if data.kind == "language":
+        # A tokenizer of an encoder has no bos and eos tokens; its cls and sep tokens mark the ends of a text as well.
+        bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+        values["bos_token_id"] = tokenizer.cls_token_id if bos is None else bos
+        values["eos_token_id"] = tokenizer.sep_token_id if eos is None else eos
+    values = {name: value for name, value in values.items() if hasattr(config, name)}
+    # First set on the default configuration, where a wrong name is noticed. The real configuration is then made with
+    # the values from the start, because it derives others from them.
     overrides = args.config_overrides or {}
     _override(config, overrides, f"model_type '{args.model_type}'")
     config = AutoConfig.for_model(args.model_type, **{**values, **overrides, **labels})
@@ -260,18 +275,20 @@ def _scratch_config(args: ModelArguments, data: Data, labels: dict[str, Any]) ->
     return config
 
 
-def _override(config: PreTrainedConfig, overrides: dict[str, Any] | None, where: str) -> None:
+def _override(config: PreTrainedConfig, overrides: dict[str, Any] | None, model: str) -> None:
+    """Set values of a configuration, and refuse names that it does not have. `model` is for the message."""
     for name, value in (overrides or {}).items():
         if not hasattr(config, name):
             hint = closest(name, config.to_dict())
-            raise ValueError(f"config_overrides: {where} has no value named '{name}'.{hint}")
+            raise ValueError(f"config_overrides: {model} has no value named '{name}'.{hint}")
         try:
             setattr(config, name, value)
-        except Exception as error:  # configurations check types with an exception class of their own
+        except Exception as error:  # a configuration checks types, with an exception class of its own
             raise ValueError(f"config_overrides: '{name}' cannot be {value!r}: {error}") from None
 
 
 def _check_fit(config: PreTrainedConfig, data: Data) -> None:
+    """Refuse a model that takes images of another shape, or shorter texts, than the data have."""
     if data.kind == "image":
         for name, value in (("image_size", data.image_size), ("num_channels", data.num_channels)):
             expected = getattr(config, name, value)
@@ -282,10 +299,10 @@ def _check_fit(config: PreTrainedConfig, data: Data) -> None:
                 )
         return
     config.pad_token_id = data.processing_class.pad_token_id
-    longest = getattr(config, "max_position_embeddings", None)
-    if longest is not None and data.max_seq_length > longest:
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is not None and data.max_seq_length > limit:
         raise ValueError(
-            f"The model takes {longest} tokens, and max_seq_length is {data.max_seq_length}: set it to {longest}."
+            f"The model takes {limit} tokens, and max_seq_length is {data.max_seq_length}: set it to {limit}."
         )
 
 

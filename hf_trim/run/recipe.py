@@ -1,4 +1,4 @@
-"""Recipes: where they lie, and how a recipe and the command line become arguments."""
+"""Recipes: where their files are, and how a recipe and the command line become the arguments of a run."""
 
 import argparse
 import json
@@ -24,7 +24,7 @@ GROUPS = ("model", "data", "training")
 @dataclass
 class RunArguments:
     """
-    What a recipe may say beyond model, data and training arguments.
+    The fields of a recipe beside those of model, data and training.
 
     Args:
         compare (`bool`): Train with and without trimming, and with a random subset as a control.
@@ -34,9 +34,9 @@ class RunArguments:
         lr_milestones (`list[float]`, *optional*): Epochs after which the learning rate is multiplied by `lr_gamma`,
             in place of `lr_scheduler_type`.
         lr_gamma (`float`): That factor.
-        license (`str`): The license on the model's page.
+        license (`str`): The license in the model card.
         push_only (`bool`): Push what is in `output_dir` to the Hub, without training.
-        expected_time (`str`): What `--list` says about the time a run takes.
+        expected_time (`str`): The time of a run, as `--list` shows it.
     """
 
     compare: bool = field(
@@ -51,12 +51,12 @@ class RunArguments:
         default=None, metadata={"help": "Epochs after which the learning rate is multiplied by lr_gamma."}
     )
     lr_gamma: float = field(default=0.5, metadata={"help": "Factor of the learning rate at each milestone."})
-    license: str = field(default="apache-2.0", metadata={"help": "The license on the model's page."})
+    license: str = field(default="apache-2.0", metadata={"help": "The license in the model card."})
     push_only: bool = field(
         default=False,
         metadata={"help": "Push what is in output_dir to the Hub, without training: after a failed push."},
     )
-    expected_time: str = field(default="unknown", metadata={"help": "What --list says about the time a run takes."})
+    expected_time: str = field(default="unknown", metadata={"help": "The time of a run, as --list shows it."})
 
     def __post_init__(self):
         if self.seeds < 1:
@@ -75,12 +75,12 @@ DATACLASSES = (RunArguments, ModelArguments, DataArguments, TrimmingArguments)
 
 
 class RecipeError(ValueError):
-    """A recipe or a command line that can't be understood; the message is for the user."""
+    """A wrong recipe, command line or data set. The message is for the user."""
 
 
 @contextmanager
 def user_errors():
-    """While arguments, data and model are prepared, a `ValueError` is a message for the user, not a fault of ours."""
+    """Raise each `ValueError` as a [`RecipeError`]: while a run is prepared, it is the user's to correct."""
     try:
         yield
     except ValueError as error:
@@ -101,16 +101,20 @@ class RecipeParser(HfArgumentParser):
 
     def names(self) -> list[str]:
         """
+        List all fields.
+
         Returns:
-            `list[str]`: All field names.
+            `list[str]`: Their names.
         """
         return sorted(action.dest for action in self._actions if action.dest != "help")
 
 
 def recipe_folder() -> Path:
     """
+    Find the recipes that come with the package.
+
     Returns:
-        `Path`: The folder of the recipes: inside the installed package, else beside it in a checkout.
+        `Path`: Their folder: inside the installed package, or beside the package in a clone.
     """
     package = Path(__file__).parents[1]
     installed = package / "recipes"
@@ -119,11 +123,13 @@ def recipe_folder() -> Path:
 
 def recipe_names(folder: str = ".") -> list[str]:
     """
+    List the recipes that come with the package.
+
     Args:
-        folder (`str`, *optional*, defaults to `"."`): `"grids"` for those.
+        folder (`str`, *optional*, defaults to `"."`): `"grids"` lists the grids instead.
 
     Returns:
-        `list[str]`: Names of the recipes that come with the package.
+        `list[str]`: Their names.
     """
     return sorted(path.stem for path in (recipe_folder() / folder).glob("*.yaml"))
 
@@ -136,10 +142,10 @@ def read_recipe(recipe: str) -> tuple[str, dict]:
         recipe (`str`): Its name, or the path of a YAML file.
 
     Returns:
-        `tuple[str, dict]`: Name and fields, the groups `model`, `data` and `training` laid flat.
+        `tuple[str, dict]`: Its name, and the fields of all groups in one mapping.
 
     Raises:
-        [`RecipeError`]: If there is no such recipe or it is no flat YAML mapping.
+        [`RecipeError`]: If there is no such recipe, or the file is not valid.
     """
     path = Path(recipe)
     if path.suffix not in (".yaml", ".yml"):
@@ -172,13 +178,13 @@ def read_recipe(recipe: str) -> tuple[str, dict]:
 
 def as_options(fields: dict) -> list[str]:
     """
-    Fields of a recipe in the form of a command line, so that both are read, and checked, in one way.
+    Write the fields of a recipe as options of a command line, so that one parser reads and checks both.
 
     Args:
         fields (`dict`): Names and values.
 
     Returns:
-        `list[str]`: Options; fields without a value are left out.
+        `list[str]`: The options. Fields without a value are left out.
     """
     options = []
     for name, value in fields.items():
@@ -190,25 +196,25 @@ def as_options(fields: dict) -> list[str]:
     return options
 
 
-# Fields that a result does not depend on, or that differ between the runs of a comparison.
-NO_SETTINGS = {"compare", "disable_tqdm", "expected_time", "license", "output_dir", "report_to", "run_name",
+# Fields on which a result does not depend, or which differ between the runs of a comparison.
+NOT_SETTINGS = {"compare", "disable_tqdm", "expected_time", "license", "output_dir", "report_to", "run_name",
                "save_total_limit", "seed", "seeds", "trim_select"}  # fmt: skip
-# What concerns the Hub (a token among it) has no place in a record.
-HUB_FIELDS = ("hub_", "push_")
+# Fields of the Hub. They are kept out of records, because one of them is the user's token.
+HUB_PREFIXES = ("hub_", "push_")
 
 
 class Job(NamedTuple):
     """
-    A recipe with the command line's changes.
+    A recipe with the changes of the command line.
 
     Args:
         name (`str`): The recipe's name.
-        run ([`RunArguments`]): What it says of the run.
-        model ([`ModelArguments`]): Of the model.
-        data ([`DataArguments`]): Of the data.
-        training ([`TrimmingArguments`]): Of the training.
-        settings (`dict`): The fields that were set and that a result depends on.
-        command (`str`): What repeats the run, without what concerns this machine or the Hub.
+        run ([`RunArguments`]): Arguments of the run.
+        model ([`ModelArguments`]): Arguments of the model.
+        data ([`DataArguments`]): Arguments of the data.
+        training ([`TrimmingArguments`]): Arguments of the training.
+        settings (`dict`): The fields that were set and on which a result depends.
+        command (`str`): The command that repeats the run, without options of this machine and of the Hub.
     """
 
     name: str
@@ -221,13 +227,13 @@ class Job(NamedTuple):
 
     @property
     def output_dir(self) -> Path:
-        """The folder that everything is written to."""
+        """The folder to which everything is written."""
         return Path(self.training.output_dir)
 
 
 def parse(recipe: str, command_line: list[str]) -> Job:
     """
-    The arguments of a run: the recipe's values are the defaults that the command line overrides.
+    Make the arguments of a run. The recipe's values are defaults, which the command line overrides.
 
     Args:
         recipe (`str`): Name or path of the recipe.
@@ -237,7 +243,7 @@ def parse(recipe: str, command_line: list[str]) -> Job:
         [`Job`]: The recipe's name, arguments, settings and command.
 
     Raises:
-        [`RecipeError`]: If something is unknown or has a wrong value.
+        [`RecipeError`]: If a field is unknown or has a wrong value.
     """
     name, fields = read_recipe(recipe)
     parser = RecipeParser()
@@ -250,17 +256,18 @@ def parse(recipe: str, command_line: list[str]) -> Job:
             options, look_for_args_file=False, return_remaining_strings=True
         )
     if unknown:
-        known = [option for action in parser._actions for option in action.option_strings]
-        raise RecipeError(f"unknown argument '{unknown[0]}'.{closest(unknown[0].split('=')[0], known)}")
-    settings = {key: value for key, value in _given(parser, options).items() if key not in NO_SETTINGS}
-    hidden = NO_SETTINGS - {"compare", "seed", "seeds", "trim_select"}
-    changes = {key: value for key, value in _given(parser, command_line).items() if key not in hidden}
+        choices = [option for action in parser._actions for option in action.option_strings]
+        raise RecipeError(f"unknown argument '{unknown[0]}'.{closest(unknown[0].split('=')[0], choices)}")
+    settings = {key: value for key, value in _set_fields(parser, options).items() if key not in NOT_SETTINGS}
+    hidden = NOT_SETTINGS - {"compare", "seed", "seeds", "trim_select"}
+    changes = {key: value for key, value in _set_fields(parser, command_line).items() if key not in hidden}
     command = ["python", "-m", "hf_trim.run", Path(recipe).name, *as_options(changes)]
     return Job(name, *parsed, settings, shlex.join(command))
 
 
-def _given(parser: RecipeParser, options: list[str]) -> dict:
-    """The fields that are set, but for those of the Hub."""
+def _set_fields(parser: RecipeParser, options: list[str]) -> dict:
+    """The fields that the options set, without those of the Hub."""
+    # A field that still has this value after parsing was not set.
     unset = object()
-    given = vars(parser.parse_args(options, argparse.Namespace(**dict.fromkeys(parser.names(), unset))))
-    return {key: value for key, value in given.items() if value is not unset and not key.startswith(HUB_FIELDS)}
+    fields = vars(parser.parse_args(options, argparse.Namespace(**dict.fromkeys(parser.names(), unset))))
+    return {key: value for key, value in fields.items() if value is not unset and not key.startswith(HUB_PREFIXES)}

@@ -1,4 +1,4 @@
-"""One JSON file a finished run, written whole or not at all."""
+"""Records: one JSON file for each finished run of a comparison."""
 
 import hashlib
 import json
@@ -8,13 +8,13 @@ from hf_trim.environment import hardware, versions
 from hf_trim.run.clock import train_seconds
 
 
-# Behind a value of each metric.
+# The unit of each metric, as it stands after a value.
 UNITS = {"error": " %", "perplexity": ""}
 
 
 def make_record(recipe: str, arm: str, seed: int, settings: dict, metrics: dict, log_history: list[dict]) -> dict:
     """
-    What is kept of a finished run.
+    Make the record of a finished run.
 
     Args:
         recipe (`str`): The recipe's name.
@@ -34,12 +34,12 @@ def make_record(recipe: str, arm: str, seed: int, settings: dict, metrics: dict,
     for log in log_history:
         names = {f"eval_{metric}": f"test_{metric}", "eval_loss": "test_loss", "loss": "loss",
                  "full_loss": "full_loss", "keep_fraction": "keep_fraction"}  # fmt: skip
-        found = {ours: log[name] for name, ours in names.items() if name in log}
+        values = {name_in_record: log[name] for name, name_in_record in names.items() if name in log}
         if "train_seconds" in log:
             seconds += log["train_seconds"]
-            found["train_seconds"] = seconds
-        if found:
-            history.setdefault(log["step"], {"epoch": log["epoch"]}).update(found)
+            values["train_seconds"] = seconds
+        if values:
+            history.setdefault(log["step"], {"epoch": log["epoch"]}).update(values)
     return {
         "recipe": recipe,
         "arm": arm,
@@ -57,17 +57,21 @@ def make_record(recipe: str, arm: str, seed: int, settings: dict, metrics: dict,
 
 def metric_name(record: dict) -> str:
     """
+    Name the metric of a record.
+
     Args:
         record (`dict`): A record.
 
     Returns:
         `str`: `"error"` (in percent) or `"perplexity"`.
     """
-    return record.get("metric", "error")
+    return record.get("metric", "error")  # the oldest records have no such field
 
 
 def test_score(record: dict) -> float:
     """
+    Read the score of a record.
+
     Args:
         record (`dict`): A record.
 
@@ -79,17 +83,21 @@ def test_score(record: dict) -> float:
 
 def fingerprint(settings: dict) -> str:
     """
+    Hash the settings of a run.
+
     Args:
         settings (`dict`): Values of all arguments that were set.
 
     Returns:
-        `str`: A short hash; equal settings have equal ones.
+        `str`: A short hash, which is the same for equal settings.
     """
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
 def read_records(path: Path) -> list[dict]:
     """
+    Read a file of records.
+
     Args:
         path (`Path`): A file with a record or a list of records.
 
@@ -103,6 +111,7 @@ def read_records(path: Path) -> list[dict]:
         content = json.loads(path.read_text(encoding="utf-8"))
         records = content if isinstance(content, list) else [content]
         for record in records:
+            # Only looked up: a missing field raises, and the file is then no record.
             record["arm"], record["seed"], test_score(record), record["train_seconds"], record["history"]
     except FileNotFoundError:
         return []
@@ -113,11 +122,13 @@ def read_records(path: Path) -> list[dict]:
 
 def read_record(path: Path) -> dict | None:
     """
+    Read a file of one record.
+
     Args:
-        path (`Path`): A record's file.
+        path (`Path`): The file.
 
     Returns:
-        `dict` or `None`: The record; `None` if there is none.
+        `dict` or `None`: The record; `None` if there is no file.
 
     Raises:
         `ValueError`: If the file is not a record.

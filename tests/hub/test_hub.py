@@ -17,34 +17,20 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM,
 
 from hf_trim import TrimmingArguments
 from hf_trim.files import write_json
-from hf_trim.hub.model_card import CALLS, _usage
-from hf_trim.hub.push import Token
+from hf_trim.hub.model_card import CALLS, _usage, render_card
+from hf_trim.hub.push import UnsavedToken
 from hf_trim.run.__main__ import main
 from hf_trim.run.models import ModelArguments, load_processing_class
-from tests.run.test_run import TINY
 from tests.support.helpers import record
 from tests.support.hub_server import TOKEN, Hub
-
-
-IMAGE = {**TINY, "data": {**TINY["data"], "image_channels": 3, "max_train_samples": 64}}
-TEXT = {
-    "model": {
-        "model_type": "bert", "tokenizer_name": "minilm",
-        "config_overrides": {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
-                             "intermediate_size": 32},
-    },
-    "data": {"dataset": "bbc-news", "max_seq_length": 16, "max_train_samples": 64, "max_test_samples": 20},
-    "training": {**TINY["training"], "num_train_epochs": 2},
-}  # fmt: skip
-TIMM = {"model": {"timm_model": "test_resnet"}, "data": {**TINY["data"], "image_channels": 3, "image_size": 32},
-        "training": {**TINY["training"], "num_train_epochs": 1}}  # fmt: skip
+from tests.support.recipes import IMAGE, TEXT, TIMM, TINY
 
 
 class Session:
-    """A process that talks to the Hub; what it said is searched for the token."""
+    """A process that talks to the Hub. Its output is searched for the token."""
 
     def __init__(self, hub, home):
-        environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(home), "OMP_NUM_THREADS": "2",
+        environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(home), "OMP_NUM_THREADS": "1",
                        "HF_HUB_DISABLE_PROGRESS_BARS": "1"}  # fmt: skip
         for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_TOKEN"):
             environment.pop(name, None)
@@ -66,7 +52,7 @@ class Session:
         return answer["status"], answer["output"]
 
     def run(self, *argv, **options):
-        return self.ask(argv=[str(each) for each in argv], **options)
+        return self.ask(argv=[str(argument) for argument in argv], **options)
 
     def code(self, code):
         status, output = self.ask(code=code)
@@ -130,7 +116,7 @@ def test_a_comparison_of_image_models_is_pushed_and_loads_back(hub, session, tmp
     card = card_of(repo)
     assert card.data.pipeline_tag == "image-classification" and card.data.library_name == "transformers"
     assert card.data.tags == ["hf-trim", "generated_from_trainer"] and card.data.license == "apache-2.0"
-    accuracy = {each.metric_type: each.metric_value for each in card.data.eval_results}["accuracy"]
+    accuracy = {result.metric_type: result.metric_value for result in card.data.eval_results}["accuracy"]
     assert accuracy == json.loads(repo["files"]["all_results.json"])["eval_accuracy"]
     assert (card.data.eval_results[0].dataset_name, card.data.model_name) == ("digits", "tiny")
     for line in ("| plain | 2 |", "| trimmed | 2 |", "| random | 2 |", "| 42 | ", "| 43 | ", "p fell from 1.0 to 0.2",
@@ -163,9 +149,9 @@ def load_digits_image(folder):
     )
 
 
-def assert_same_weights(found, pushed):
-    found, pushed = load(found), load(pushed)
-    renamed = {name.replace("timm_model.", ""): value for name, value in found.items()}
+def assert_same_weights(loaded, pushed):
+    loaded, pushed = load(loaded), load(pushed)
+    renamed = {name.replace("timm_model.", ""): value for name, value in loaded.items()}
     shapes = sorted(tuple(value.shape) for value in renamed.values())
     assert shapes == sorted(tuple(value.shape) for value in pushed.values())
     assert sorted(value.double().sum().item() for value in renamed.values()) == sorted(
@@ -290,7 +276,7 @@ def test_refusals_come_before_training_and_a_hub_that_is_down_holds_none_up(hub,
     assert status == 2 and "holds no finished training: run the recipe without --push_only first" in output
 
 
-def test_failures_of_pushes_while_training_are_told_and_survived(hub, session, tmp_path):
+def test_failures_of_pushes_while_training_are_logged_and_survived(hub, session, tmp_path):
     hub.fail("POST", COMMIT, 403, times=2)
     options = ["--push_to_hub", "--hub_strategy", "every_save", "--hub_always_push", "--hub_model_id", "tester/while"]
     status, output = session.run(write(tmp_path, "tiny", IMAGE), *options, "--output_dir", tmp_path / "out")
@@ -314,7 +300,7 @@ trainer.push_to_hub(dataset="digits", license="mit", tags=["own"])
     assert without_token(repo)
     card = card_of(repo)
     assert card.data.tags == ["own", "hf-trim", "generated_from_trainer"] and card.data.license == "mit"
-    assert [each.metric_type for each in card.data.eval_results] == ["loss"]
+    assert [result.metric_type for result in card.data.eval_results] == ["loss"]
     assert "p fell from 1.0 to 0.5 by epoch, over 2 epochs" in card.text
     assert {"training_args.json", "trainer_state.json", "model.safetensors", "curves.png"} <= set(repo["files"])
     hub.fail("POST", COMMIT, 403)
@@ -325,7 +311,7 @@ trainer.push_to_hub(dataset="digits", license="mit", tags=["own"])
 
 def test_a_token_is_copied_but_never_saved(tmp_path):
     args = TrimmingArguments(str(tmp_path), use_cpu=True)
-    args.hub_token = Token(TOKEN)
+    args.hub_token = UnsavedToken(TOKEN)
     assert copy.deepcopy(args).hub_token == copy.copy(args).hub_token == TOKEN
     assert TOKEN.encode() not in pickle.dumps(args) and pickle.loads(pickle.dumps(args)).hub_token is None
 
@@ -347,15 +333,13 @@ def test_the_lines_that_load_a_model_run(task, tmp_path):
 
 
 def test_the_page_says_so_if_trimming_did_harm(finished, tmp_path):
-    from hf_trim.hub.model_card import render
-
-    facts = json.loads((finished[1] / "run.json").read_text())
+    summary = json.loads((finished[1] / "run.json").read_text())
 
     def page(trimmed):
         for arm, errors in (("plain", [5.0, 5.0, 5.0]), ("trimmed", trimmed), ("random", [5.5, 5.5, 5.5])):
             for seed, error in enumerate(errors):
                 write_json(tmp_path / "records" / f"{arm}-seed{seed}.json", record(arm, seed, error))
-        return render(facts, "a/b", tmp_path).text
+        return render_card(summary, "a/b", tmp_path).text
 
     assert "Trimming raised the test error here: it did harm. On average it lowered it less than" in page(
         [6.0, 7.0, 8.0]

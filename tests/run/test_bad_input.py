@@ -8,8 +8,7 @@ import yaml
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
 from hf_trim.run.__main__ import main
-from tests.hub.test_hub import TEXT
-from tests.run.test_run import TINY
+from tests.support.recipes import TEXT, TINY
 
 
 @pytest.fixture(autouse=True)
@@ -91,7 +90,11 @@ LABELS = ClassLabel(names=["a", "b"])
 
 def texts(values, feature=None, name="label", **more):
     columns = {"text": [f"text number {i}" for i in range(len(values))], name: values, **more}
-    features = {"text": Value("string"), name: feature or Value("int64"), **{each: Value("int64") for each in more}}
+    features = {
+        "text": Value("string"),
+        name: feature or Value("int64"),
+        **{column: Value("int64") for column in more},
+    }
     return Dataset.from_dict(columns, features=Features(features))
 
 

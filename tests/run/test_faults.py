@@ -5,8 +5,7 @@ import os
 import pickle
 import resource
 import shutil
-import subprocess
-import sys
+import signal
 
 import pytest
 import torch
@@ -14,20 +13,52 @@ import yaml
 
 from hf_trim.run.__main__ import main
 from hf_trim.trainer.checkpoints import last_complete_checkpoint
-from tests.run.test_run import TINY
+from tests.support.forked import Forked, distributed_environments
 from tests.support.kills import kill_and_go_on
+from tests.support.recipes import TINY
 
 
-def test_killed_trainings_of_two_processes_end_as_if_nothing_had_been(tmp_path):
-    assert kill_and_go_on(2, processes=2, epochs=4, seed=1, folder=tmp_path) >= 1
+# In the middle of an epoch, two steps after a checkpoint; and while a checkpoint is written.
+KILLS = [("step", 8), ("save", 12)]
+
+
+def train_in_two_processes(recipe, out, kill):
+    kill = None if kill is None else KILLS[kill]
+    options = (recipe, "--output_dir", out, "--num_train_epochs", "2")
+    processes = [
+        Forked("hf_trim.run", *options, environment=environment, kill=kill)
+        for environment in distributed_environments(2)
+    ]
+    status, output = processes[0].finish()
+    if kill is not None:
+        processes[1].process.kill()  # it would wait for the first
+        processes[1].finish()
+        assert status == -signal.SIGKILL, output[-5000:]
+        return True
+    assert (status, processes[1].finish()[0]) == (0, 0), output[-5000:]
+    return False
+
+
+def test_killed_trainings_of_two_processes_end_as_if_nothing_had_been(tmp_path, capsys):
+    assert kill_and_go_on(len(KILLS), train_in_two_processes, tmp_path) == 1
+    # The third checkpoint before the half-written one is deleted.
+    assert capsys.readouterr().out.splitlines() == [
+        "kill 1: checkpoints [3, 6]",
+        "kill 2: checkpoints [6, 9, 12]",
+        "ended as without kills, 20 steps",
+    ]
+
+
+@pytest.fixture(autouse=True)
+def quick(no_plots):
+    """No test looks at plots."""
 
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
     """A folder with the checkpoints 4, 8 and 12 of a training, and its recipe."""
     folder = tmp_path_factory.mktemp("checkpoints")
-    recipe = {**TINY, "data": {**TINY["data"], "max_train_samples": 64}}
-    recipe["training"] = {**TINY["training"], "save_total_limit": 3}
+    recipe = {**TINY, "training": {**TINY["training"], "save_total_limit": 3}}
     (folder / "tiny.yaml").write_text(yaml.safe_dump(recipe))
     assert main([str(folder / "tiny.yaml"), "--output_dir", str(folder / "out")]) == 0
     return folder
@@ -97,27 +128,17 @@ def test_pickled_arguments_are_never_loaded(out, checkpoints, tmp_path):
     assert not made.exists()
 
 
-FULL = """
-import resource, signal, sys
-import hf_trim.run.__main__
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-sys.exit(hf_trim.run.main(sys.argv[1:]))
-"""
-
-
 @pytest.mark.parametrize("limit", [2_000, 20_000, 45_000])
 def test_a_full_disk_ends_in_one_line_and_the_same_command_goes_on(limit, checkpoints, tmp_path):
     """Files may not grow beyond a limit: of the state of the trainer, of the weights, of the optimizer."""
     arguments = [str(checkpoints / "tiny.yaml"), "--output_dir", str(tmp_path / "out")]
-    command = [sys.executable, "-c", FULL.format(limit=limit), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True)
-    lines = [line for line in done.stderr.splitlines() if line.startswith("hf_trim.run: ")]
-    assert done.returncode == 1 and len(lines) == 1 and "Traceback" not in done.stderr, done.stderr[-3000:]
+    status, output = Forked("hf_trim.run", *arguments, file_size=limit).finish()
+    lines = [line for line in output.splitlines() if line.startswith("hf_trim.run: ")]
+    assert status == 1 and len(lines) == 1 and "Traceback" not in output, output[-3000:]
     assert "A file could not be written: " in lines[0] and "goes on from the last complete checkpoint" in lines[0]
     assert main(arguments) == 0
-    found = (tmp_path / "out" / "model.safetensors").read_bytes()
-    assert found == (checkpoints / "out" / "model.safetensors").read_bytes()
+    weights = (tmp_path / "out" / "model.safetensors").read_bytes()
+    assert weights == (checkpoints / "out" / "model.safetensors").read_bytes()
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != limit
 
 
@@ -134,7 +155,7 @@ def test_what_was_finished_before_a_full_disk_stays(checkpoints, tmp_path):
     records = tmp_path / "out" / "records"
     kept = (records / "plain-seed42.json").read_bytes()
     (records / "random-seed42.json").unlink()
-    done = subprocess.run([sys.executable, "-c", FULL.format(limit=2_000), *arguments], capture_output=True, text=True)
-    assert done.returncode == 1 and "A file could not be written" in done.stderr
+    status, output = Forked("hf_trim.run", *arguments, file_size=2_000).finish()
+    assert status == 1 and "A file could not be written" in output
     assert (records / "plain-seed42.json").read_bytes() == kept
     assert main(arguments) == 0 and json.loads((records / "random-seed42.json").read_text())["arm"] == "random"

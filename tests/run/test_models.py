@@ -86,7 +86,9 @@ def check_saved(model, data, folder):
     assert torch.allclose(first, second, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", [each for each in recipe_names() if each.startswith(("cifar", "digits", "svhn"))])
+@pytest.mark.parametrize(
+    "name", [recipe for recipe in recipe_names() if recipe.startswith(("cifar", "digits", "svhn"))]
+)
 def test_recipes_of_images(name, tmp_path):
     job = parse(name, [])
     model_args, data_args = job.model, job.data
@@ -119,7 +121,7 @@ def test_pipelines_prepare_images_as_training_did(source, tmp_path):
     answer = pipeline("image-classification", model=str(tmp_path / "model"))(splits["train"][0]["image"], top_k=10)
     with torch.no_grad():
         scores = model(pixel_values=batch(data)["pixel_values"]).logits[0].softmax(-1)
-    assert {each["label"]: each["score"] for each in answer} == pytest.approx(
+    assert {guess["label"]: guess["score"] for guess in answer} == pytest.approx(
         {name: float(score) for name, score in zip(data.label_names, scores, strict=True)}, rel=1e-4
     )
 

@@ -1,6 +1,6 @@
 """
 A small Hub on 127.0.0.1: the part of its API that huggingface_hub uses to create repositories, commit files, and read
-them. It can be told to fail.
+them. It fails where a test asks for it.
 """
 
 import base64
@@ -78,7 +78,7 @@ class Handler(BaseHTTPRequestHandler):
                     self.close_connection = True
                     self.connection.close()
                     return
-                self.error(status, f"told to answer {status}")
+                self.error(status, f"this request fails with {status}")
                 return
         token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
         if token and token != TOKEN:
@@ -88,31 +88,31 @@ class Handler(BaseHTTPRequestHandler):
 
     do_GET = do_POST = do_HEAD = handle_request
 
-    def route(self, path, body, known):
+    def route(self, path, body, authorized):
         if path == "/api/validate-yaml":
             self.validate(json.loads(body)["content"])
             return
         if path == "/api/repos/create":
-            self.create(json.loads(body), known)
+            self.create(json.loads(body), authorized)
             return
         match = re.fullmatch(r"(?:/api/models)?/([\w-]+/[\w.-]+)(/.*)?", path)
         repo = self.hub.repos.get(match[1]) if match else None
-        if repo is None or (repo["private"] and not known):
-            self.error(404 if known else 401, "Repository Not Found", "RepoNotFound")
+        if repo is None or (repo["private"] and not authorized):
+            self.error(404 if authorized else 401, "Repository Not Found", "RepoNotFound")
             return
         rest = match[2] or ""
-        if found := re.fullmatch(r"/resolve/[^/]+/(.+)", rest):
-            self.resolve(repo, found[1])
+        if match_file := re.fullmatch(r"/resolve/[^/]+/(.+)", rest):
+            self.resolve(repo, match_file[1])
         elif rest.startswith("/preupload/"):
-            self.preupload(repo, json.loads(body), known)
+            self.preupload(repo, json.loads(body), authorized)
         elif rest.startswith("/commit/"):
-            self.commit(match[1], repo, body, known)
+            self.commit(match[1], repo, body, authorized)
         elif rest.startswith("/tree/"):
             prefix = "/".join(rest.split("/")[3:])
             self.answer([self.entry(repo, name) for name in sorted(repo["files"]) if name.startswith(prefix)])
         elif rest.startswith("/paths-info/"):
-            wanted = re.findall(r"paths=([^&]+)", body.decode()) or json.loads(body).get("paths", [])
-            self.answer([self.entry(repo, name) for name in map(unquote, wanted) if name in repo["files"]])
+            request = re.findall(r"paths=([^&]+)", body.decode()) or json.loads(body).get("paths", [])
+            self.answer([self.entry(repo, name) for name in map(unquote, request) if name in repo["files"]])
         elif rest == "" or rest.startswith("/revision/"):
             siblings = [{"rfilename": name} for name in sorted(repo["files"])]
             self.answer({"id": match[1], "sha": self.sha(repo), "private": repo["private"], "siblings": siblings,
@@ -126,7 +126,7 @@ class Handler(BaseHTTPRequestHandler):
             data = yaml.safe_load(page.split("---")[1])
             for result in data["model-index"][0]["results"]:
                 assert result["task"]["type"] and result["dataset"]["name"] and result["dataset"]["type"]
-                assert all(each["type"] and each["value"] is not None for each in result["metrics"])
+                assert all(metric["type"] and metric["value"] is not None for metric in result["metrics"])
             self.answer({"errors": [], "warnings": []})
         except (LookupError, AssertionError, yaml.YAMLError) as error:
             self.answer({"errors": [{"message": repr(error)}], "warnings": []}, 400)
@@ -138,32 +138,32 @@ class Handler(BaseHTTPRequestHandler):
         content = repo["files"][name]
         return {"type": "file", "path": name, "size": len(content), "oid": blob_id(content)}
 
-    def create(self, wanted, known):
-        if not known:
+    def create(self, request, authorized):
+        if not authorized:
             self.error(401, "Invalid username or password.")
             return
-        name = f"{wanted.get('organization') or USER}/{wanted['name']}"
-        if wanted.get("organization") not in (None, USER):
+        name = f"{request.get('organization') or USER}/{request['name']}"
+        if request.get("organization") not in (None, USER):
             self.error(403, f"You don't have the rights to create a model under the namespace {name}")
             return
         exists = name in self.hub.repos
-        private = wanted.get("visibility") == "private" or bool(wanted.get("private"))
+        private = request.get("visibility") == "private" or bool(request.get("private"))
         self.hub.repos.setdefault(name, {"private": private, "files": {}, "commits": []})
         self.answer({"url": f"{self.hub.url}/{name}", "name": name}, 409 if exists else 200)
 
-    def preupload(self, repo, wanted, known):
-        if not known:
+    def preupload(self, repo, request, authorized):
+        if not authorized:
             self.error(401, "Invalid username or password.")
             return
         files = [
-            {"path": each["path"], "uploadMode": "regular", "shouldIgnore": False,
-             "oid": blob_id(repo["files"][each["path"]]) if each["path"] in repo["files"] else None}
-            for each in wanted["files"]
+            {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False,
+             "oid": blob_id(repo["files"][file["path"]]) if file["path"] in repo["files"] else None}
+            for file in request["files"]
         ]  # fmt: skip
         self.answer({"files": files, "commitOid": self.sha(repo)})
 
-    def commit(self, name, repo, body, known):
-        if not known:
+    def commit(self, name, repo, body, authorized):
+        if not authorized:
             self.error(401, "Invalid username or password.")
             return
         lines = [json.loads(line) for line in body.decode().splitlines() if line]
@@ -184,8 +184,8 @@ class Handler(BaseHTTPRequestHandler):
             return
         content, start = repo["files"][path], 0
         status, headers = 200, {"ETag": f'"{blob_id(content)}"', "X-Repo-Commit": self.sha(repo)}
-        if found := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or ""):
-            start, end = int(found[1]), int(found[2] or len(content) - 1)
+        if interval := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or ""):
+            start, end = int(interval[1]), int(interval[2] or len(content) - 1)
             status, headers["Content-Range"] = 206, f"bytes {start}-{end}/{len(content)}"
             content = content[start : end + 1]
         self.answer(status=status, headers={"Content-Type": "application/octet-stream", **headers}, body=content)

@@ -1,9 +1,10 @@
 """
-Runs command lines and Python code against the Hub that HF_ENDPOINT names. That variable is read when huggingface_hub
-is imported: hence a process of its own, which reads JSON lines from stdin and answers with JSON lines.
+Runs command lines and Python code against the Hub whose address is in HF_ENDPOINT. huggingface_hub reads that variable
+when it is imported, so that this is a process of its own. It reads JSON lines from stdin and answers with JSON lines.
 """
 
 import contextlib
+import gc
 import io
 import json
 import os
@@ -13,6 +14,7 @@ import traceback
 
 import hf_trim  # noqa: F401
 from hf_trim.run.__main__ import main
+from tests.support.quick import measure_input_briefly
 
 
 def answer(question):
@@ -26,7 +28,10 @@ def answer(question):
 
 if __name__ == "__main__":
     wait = time.sleep
-    time.sleep = lambda seconds: wait(min(seconds, 0.01))  # before huggingface_hub tries again: five times, 23 s
+    # huggingface_hub waits before it tries again: five times, 23 s.
+    time.sleep = lambda seconds: wait(min(seconds, 0.01))
+    measure_input_briefly()
+    gc.freeze()  # as in conftest.py
     channel = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:
         output = io.StringIO()
@@ -37,3 +42,4 @@ if __name__ == "__main__":
                 traceback.print_exc(file=output)
                 status = -1
         print(json.dumps({"status": status, "output": output.getvalue()}), file=channel, flush=True)
+    os._exit(0)  # nothing is left to do, and Python takes seconds to clear its modules

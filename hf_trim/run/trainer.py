@@ -1,0 +1,132 @@
+"""A recipe's data, its model and its trainer."""
+
+import copy
+import sys
+from pathlib import Path
+
+import torch
+from transformers import set_seed
+
+from hf_trim.data import Data, DeviceImages, load_data
+from hf_trim.run.clock import TrainingClock
+from hf_trim.run.metrics import ERROR, PERPLEXITY, Metric
+from hf_trim.run.models import build_model, load_processing_class
+from hf_trim.run.recipe import Job, RunArguments, user_errors
+from hf_trim.trainer.trainer import TrimmingTrainer
+
+
+class RecipeTrainer(TrimmingTrainer):
+    """
+    [`TrimmingTrainer`] with the paper's optimizer and learning rate where a recipe asks for them.
+
+    Args:
+        run_args ([`RunArguments`]): `l2_weight_decay`, `lr_milestones` and `lr_gamma` are used here.
+        kwargs: Arguments of [`TrimmingTrainer`].
+    """
+
+    def __init__(self, *, run_args: RunArguments, **kwargs):
+        super().__init__(**kwargs)
+        self.run_args = run_args
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model without pushing it. `Trainer` pushes on each call; a recipe is pushed once, at its end."""
+        super().save_model(output_dir, _internal_call=True)
+
+    def create_optimizer(self, model=None):
+        """Adam with an L2 penalty on all parameters. `Trainer` has only AdamW, and does not decay norms and biases."""
+        if self.run_args.l2_weight_decay is None or self.optimizer is not None:
+            return super().create_optimizer(model)
+        parameters = [p for p in (model or self.model).parameters() if p.requires_grad]
+        self.optimizer = torch.optim.Adam(
+            parameters, lr=self.args.learning_rate, weight_decay=self.run_args.l2_weight_decay
+        )
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        """Multiply the learning rate by a factor after given epochs."""
+        if self.run_args.lr_milestones is None or self.lr_scheduler is not None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        steps_per_epoch = num_training_steps / self.args.num_train_epochs
+        self.lr_scheduler = torch.optim.lr_scheduler.MultiStepLR(
+            optimizer or self.optimizer,
+            [round(epoch * steps_per_epoch) for epoch in self.run_args.lr_milestones],
+            self.run_args.lr_gamma,
+        )
+        self._created_lr_scheduler = True  # else a second call of `train` would go on with this one
+        return self.lr_scheduler
+
+
+def load_job_data(job: Job) -> Data:
+    """
+    Load the data of a recipe, prepared for its model.
+
+    Args:
+        job ([`Job`]): The recipe.
+
+    Returns:
+        [`Data`]: The training and the test split.
+
+    Raises:
+        [`RecipeError`]: If the data cannot be found or used.
+    """
+    with user_errors():
+        return load_data(job.data, load_processing_class(job.model), job.training.device)
+
+
+def choose_metric(data: Data) -> Metric:
+    """
+    Choose the metric of a recipe by its data.
+
+    Args:
+        data ([`Data`]): The recipe's data.
+
+    Returns:
+        [`Metric`]: Perplexity for a language model, test error for a classifier.
+    """
+    return PERPLEXITY if data.kind == "language" else ERROR
+
+
+def make_trainer(
+    job: Job, data: Data, trim_select: str, seed: int, output_dir: Path, push_to_hub: bool = False
+) -> RecipeTrainer:
+    """
+    Make a new model and its trainer. The seed sets the weights, the data order and dropout. Two trainers with one seed
+    therefore differ only in the samples that they keep.
+
+    Args:
+        job ([`Job`]): The recipe.
+        data ([`Data`]): Its data.
+        trim_select (`str`): What to keep: `"none"` (everything), `"hardest"` or `"random"`.
+        seed (`int`): The seed.
+        output_dir (`Path`): Folder of the checkpoints.
+        push_to_hub (`bool`, *optional*, defaults to `False`): Whether checkpoints go to the Hub (`hub_strategy`).
+
+    Returns:
+        [`RecipeTrainer`]: The trainer.
+
+    Raises:
+        [`RecipeError`]: If the model cannot be built, or cannot be trained with these arguments.
+    """
+    # A copy, because a comparison makes several trainers of one job.
+    args = copy.copy(job.training)
+    args.push_to_hub = push_to_hub
+    args.output_dir, args.seed, args.trim_select = str(output_dir), seed, trim_select
+    # Progress bars fill a log file, and so do warnings of data loaders about memory that they cannot pin.
+    args.disable_tqdm = args.disable_tqdm or not sys.stderr.isatty()
+    args.dataloader_pin_memory = args.dataloader_pin_memory and torch.accelerator.is_available()
+    if isinstance(data.train_dataset, DeviceImages) and args.device.type != "cpu":
+        # The images are on the device already, and worker processes cannot read them there.
+        args.dataloader_pin_memory, args.dataloader_num_workers = False, 0
+    set_seed(seed)
+    with user_errors():
+        return RecipeTrainer(
+            run_args=job.run,
+            model=build_model(job.model, data),
+            args=args,
+            train_dataset=data.train_dataset,
+            eval_dataset=data.test_dataset,
+            data_collator=data.data_collator,
+            processing_class=data.processing_class,
+            callbacks=[TrainingClock()],
+            **choose_metric(data).arguments,
+        )

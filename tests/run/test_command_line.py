@@ -1,0 +1,167 @@
+"""The command line: options, recipes, wrong input, exit status; `hf-trim` and `python -m hf_trim.run`."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from pkgutil import resolve_name
+
+import pytest
+import yaml
+
+import hf_trim
+from hf_trim.__main__ import main as hf_trim_main
+from hf_trim.run.__main__ import main
+from hf_trim.run.grid import expand
+from hf_trim.run.recipe import parse, recipe_names
+from tests.support.forked import Forked
+from tests.support.recipes import TINY
+
+
+def test_command_line_overrides_the_recipe(recipe):
+    name, run, model, data, training, settings, command = parse(
+        recipe, ["--num_train_epochs", "5", "--trim-keep-end", "0.4", "--compare", "--seeds", "2"]
+    )
+    assert (name, run.compare, run.seeds, data.dataset) == ("tiny", True, 2, "digits")
+    assert (training.num_train_epochs, training.trim_keep_end, training.learning_rate) == (5, 0.4, 0.01)
+    assert training.output_dir == "runs/tiny"
+    assert model.config_overrides["patch_size"] == 4
+    assert settings["num_train_epochs"] == 5 and settings["trim_keep_end"] == 0.4 and "seeds" not in settings
+    assert command == "python -m hf_trim.run tiny.yaml --compare --num_train_epochs 5.0 --seeds 2 --trim_keep_end 0.4"
+    *_, settings, command = parse(recipe, ["--hub_token", "hf_secret", "--output_dir", "/some/where"])
+    assert "hf_secret" not in json.dumps(settings) + command and command == "python -m hf_trim.run tiny.yaml"
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_each_recipe_parses_and_is_listed(name, capsys):
+    job = parse(name, [])
+    assert job.model.source() and job.data.dataset and job.run.expected_time != "unknown"
+    assert job.training.save_strategy == job.training.eval_strategy == "epoch"
+    assert main(["--list"]) == 0
+    assert name in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["digits-vti"], "Did you mean 'digits-vit'?"),
+        (["no/such.yaml"], "there is no file"),
+        (["--compare", "digits-vit"], "the recipe comes first"),
+        (["RECIPE", "--num_trian_epochs", "3"], "'--num_trian_epochs'. Did you mean '--num_train_epochs'"),
+        (["RECIPE", "--trim_select", "hardst"], "Did you mean 'hardest'?"),
+        (["RECIPE", "--trim_keep_end", "much"], "--trim_keep_end/--trim-keep-end: invalid float value: 'much'"),
+        (["RECIPE", "--trim_keep_end", "2"], "trim_keep_end must be a fraction"),
+        (["RECIPE", "--eval_strategy", "epochs"], "Did you mean 'epoch'?"),
+        (["RECIPE", "--seeds", "0"], "seeds must be at least 1"),
+        (["RECIPE", "--lr_milestones", "5", "3"], "lr_milestones must be rising"),
+        (["RECIPE", "--dataset", "digit"], "Did you mean 'digits'?"),
+        (["RECIPE", "--model_type", "vitt"], "Did you mean 'vit'?"),
+        (["RECIPE", "--label_column", "digit"], "label_column"),
+        (["RECIPE", "--trim_unit", "token"], "needs a loss per token"),
+    ],
+)  # fmt: skip
+def test_wrong_input_ends_in_one_message(arguments, message, recipe, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main([recipe if argument == "RECIPE" else argument for argument in arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"trainig": {}}, "unknown field 'trainig'. Did you mean"),
+        ({"training": {"learning_rat": 1}}, "unknown field 'learning_rat'. Did you mean 'learning_rate'?"),
+        ({"training": {"learning_rate": "fast"}}, "--learning_rate/--learning-rate: invalid float value: 'fast'"),
+        ({"training": 3}, "the group 'training' must hold fields"),
+        ({"dataset": "digits"}, "'dataset' stands there twice"),
+        ({"recipes": "digits-vit"}, "'recipes' must be a list of recipes, and is 'digits-vit'"),
+        ({"recipes": ["digits-vit"], "vary": {"seed": 1}}, "'vary' must give each field a list of values"),
+        ({"recipes": ["digits-vti"]}, "Did you mean 'digits-vit'?"),
+    ],
+)
+def test_wrong_recipes_end_in_one_message(change, message, tmp_path, capsys):
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump({**TINY, **change}))
+    assert main([str(path)]) == 2
+    assert message in capsys.readouterr().err
+    path.write_text("model: [")
+    assert main([str(path)]) == 2
+    assert "is not valid YAML" in capsys.readouterr().err
+
+
+def test_no_traceback_and_exit_status_2_from_the_shell():
+    done = subprocess.run([sys.executable, "-m", "hf_trim.run", "digits-vti"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    check_unknown_recipe(done.stderr)
+
+
+def check_unknown_recipe(errors):
+    message = errors.strip().splitlines()[-1]
+    assert message.startswith("hf_trim.run: there is no recipe 'digits-vti'. Did you mean 'digits-vit'?")
+    assert "Traceback" not in errors
+
+
+def test_the_console_script_is_the_module():
+    project = (Path(hf_trim.__file__).parents[1] / "pyproject.toml").read_text()
+    (entry_point,) = re.findall(r'(?m)^\[project\.scripts\]\nhf-trim = "(.*)"$', project)
+    assert resolve_name(entry_point) is hf_trim_main
+    status, output = Forked("hf_trim", "run", "digits-vti").finish()
+    assert status == 2
+    check_unknown_recipe(output)
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
+def test_the_console_script_explains_itself(arguments, capsys):
+    assert hf_trim_main(arguments) == 0
+    printed = capsys.readouterr()
+    assert printed.out.startswith("usage: hf-trim run RECIPE") and printed.err == ""
+    assert len(printed.out.splitlines()) < 15
+
+
+def test_the_console_script_knows_its_version(capsys):
+    assert hf_trim_main(["--version"]) == 0
+    assert capsys.readouterr().out == f"hf-trim {hf_trim.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["rnu"], "hf_trim: there is no command 'rnu'. Did you mean 'run'?"),
+        (["reports", "runs"], "Did you mean 'report'?"),
+        (["--verison"], "hf_trim: there is no command '--verison'."),
+        (["digits-vit"], "hf_trim: there is no command 'digits-vit'."),
+    ],
+)
+def test_unknown_commands_are_refused(arguments, message, capsys):
+    assert hf_trim_main(arguments) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err and "usage: hf-trim run" in printed.err and printed.out == ""
+
+
+def test_the_console_script_passes_arguments_and_exit_status_on(tmp_path, capsys):
+    assert hf_trim_main(["run", "--list"]) == 0
+    assert "digits-vit" in capsys.readouterr().out
+    assert hf_trim_main(["run"]) == 0
+    assert capsys.readouterr().out.startswith("usage: python -m hf_trim.run")
+    assert hf_trim_main(["run", "digits-vti"]) == 2
+    check_unknown_recipe(capsys.readouterr().err)
+    assert hf_trim_main(["report", str(tmp_path / "nothing")]) == 2
+    assert "hf_trim.report: there is no file or folder" in capsys.readouterr().err
+    for command in ("report", "bench"):
+        with pytest.raises(SystemExit) as end:
+            hf_trim_main([command, "--help"])
+        assert end.value.code == 0 and f"usage: python -m hf_trim.{command}" in capsys.readouterr().out
+
+
+def test_recipes_and_grids_of_the_readme_parse(tmp_path):
+    readme = (Path(hf_trim.__file__).parent / "run" / "README.md").read_text(encoding="utf-8")
+    grid, own = re.findall(r"```yaml\n(.*?)```", readme, re.DOTALL)
+    (tmp_path / "grid.yaml").write_text(grid)
+    (tmp_path / "mine.yaml").write_text(own)
+    assert len(expand(str(tmp_path / "grid.yaml"), [])[1]) == 6
+    job = parse(str(tmp_path / "mine.yaml"), [])
+    assert (job.data.label_column, job.training.trim_keep_end) == ("label", 0.2)
+    commands = re.findall(r"(?m)^python -m hf_trim\.run ([\w-]+)", readme)
+    assert set(commands) <= {*recipe_names(), *recipe_names("grids"), "--list"}

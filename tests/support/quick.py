@@ -1,0 +1,15 @@
+"""What takes long in a run, and is checked by few tests."""
+
+from pathlib import Path
+
+from hf_trim.run.clock import samples_per_second
+
+
+def measure_input_briefly():
+    """Each run draws from its input alone for 0.3 s, to measure its speed; here for 0.02 s."""
+    samples_per_second.__defaults__ = (0.02,)
+
+
+def save_no_figure(figure, path, **options):
+    """In the place of matplotlib's `Figure.savefig`, which takes half a second."""
+    Path(path).write_bytes(b"")

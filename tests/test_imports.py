@@ -1,0 +1,56 @@
+"""Rooms of the package know each other by public names only."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import hf_trim
+
+
+PACKAGE = Path(hf_trim.__file__).parent
+
+
+def private_imports(source, room):
+    """Names that a file in `room` imports from another room, and that begin with an underscore."""
+    private = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom):
+            modules = [(node.module or "", [alias.name for alias in node.names])]
+        elif isinstance(node, ast.Import):
+            modules = [(alias.name, []) for alias in node.names]
+        else:
+            continue
+        for module, names in modules:
+            package, *parts = module.split(".")
+            # `hf_trim/_compat.py` and its like, at the top level, are for all rooms.
+            if package == "hf_trim" and parts and parts[0] != room:
+                inner = [*parts[1:], *names]
+                private += [f"{module}: {name}" for name in inner if name.startswith("_") and not name.endswith("__")]
+    return private
+
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_no_private_name_of_another_room(path):
+    room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    assert private_imports(path.read_text(encoding="utf-8"), room) == []
+
+
+@pytest.mark.parametrize(
+    "line, private",
+    [
+        ("from hf_trim.data.load import load_data, _subset", ["hf_trim.data.load: _subset"]),
+        ("from hf_trim.run import _hidden", ["hf_trim.run: _hidden"]),
+        ("import hf_trim.backward._torch_internals", ["hf_trim.backward._torch_internals: _torch_internals"]),
+        ("from hf_trim.backward._torch_internals import f", ["hf_trim.backward._torch_internals: _torch_internals"]),
+        ("from hf_trim.trainer.trainer import _num_labels", []),
+        ("from hf_trim._compat import HUB_ERRORS", []),
+        ("from hf_trim.report.__main__ import main", []),
+        ("from torch import _C", []),
+    ],
+)
+def test_private_imports_are_found(line, private):
+    assert private_imports(line, "trainer") == private
