@@ -12,6 +12,7 @@ from hf_trim import trimmed_mean
 from hf_trim.backward.choice import choose_backward, mixing_modules
 from hf_trim.backward.compiled.graph import uses_cuda_graphs
 from hf_trim.backward.replay import rows_of, scoring
+from tests.support.heads import HEADS, make
 from tests.support.helpers import (
     digit_texts,
     digits,
@@ -22,7 +23,6 @@ from tests.support.helpers import (
     train,
     weights,
 )
-from tests.trainer.test_heads import HEADS, make
 
 
 class Adder(torch.autograd.Function):

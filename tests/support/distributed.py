@@ -10,8 +10,8 @@ import torch
 
 from hf_trim import TrimmingTrainer
 from hf_trim.processes import leave_process_group
+from tests.support.heads import HEADS, make
 from tests.support.helpers import train, weights
-from tests.trainer.test_heads import HEADS, make
 
 
 TRAININGS = {

@@ -13,8 +13,8 @@ from accelerate.state import AcceleratorState, DistributedType, PartialState
 
 from hf_trim.processes import leave_process_group
 from tests.support.distributed import InOrder
+from tests.support.heads import HEADS, make
 from tests.support.helpers import train
-from tests.trainer.test_heads import HEADS, make
 
 
 # Head, and what is trimmed: of mini-batches of 8, in one process or in two.

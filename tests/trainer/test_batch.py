@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from transformers import set_seed
 
 from hf_trim import TrimmingTrainer, trimmed_mean
+from tests.support.heads import HEADS, make
 from tests.support.helpers import digits, relative_difference, tiny_vit, train, weights
-from tests.trainer.test_heads import HEADS, make
 from tests.trainer.test_trainer import grouped, reference_loop
 
 

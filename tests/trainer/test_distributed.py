@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from tests.support.distributed import GLOBAL, TRAININGS, run, run_global
+from tests.support.heads import make
 from tests.support.helpers import relative_difference, weights
-from tests.trainer.test_heads import make
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from tests.support.engines import CASES, run
+from tests.support.heads import make
 from tests.support.helpers import relative_difference
-from tests.trainer.test_heads import make
 
 
 CONFIGS = Path(__file__).parents[2] / "recipes" / "accelerate"

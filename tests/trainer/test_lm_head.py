@@ -11,8 +11,8 @@ from hf_trim.backward.settings import fallback_report, reset_fallbacks
 from hf_trim.trainer import lm_head
 from hf_trim.trainer.lm_head import LazyLogits, LMHead, find_lm_head
 from hf_trim.trainer.losses import LossCalls
+from tests.support.heads import HEADS, LLAMA, make
 from tests.support.helpers import relative_difference, train, weights
-from tests.trainer.test_heads import HEADS, LLAMA, make
 
 
 @pytest.fixture(autouse=True)
