@@ -6,22 +6,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, get_token
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HFValidationError,
-    LocalTokenNotFoundError,
-    OfflineModeIsEnabled,
-)
+from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 from transformers import TrainingArguments
 
+from hf_trim._compat import HubConnectionError
 from hf_trim.files import write_json
 from hf_trim.hub.model_card import describe, plot_curves, render
 
 
 logger = logging.getLogger(__name__)
-# What the Hub's client raises for an answer and for none at all: its errors are those of the HTTP library it is built
-# on, which has changed its name.
-HUB_ERRORS = (HfHubHTTPError.__bases__[0], HFValidationError, LocalTokenNotFoundError, ConnectionError, TimeoutError)
+# What the Hub's client raises for an answer and for none at all.
+HUB_ERRORS = (HubConnectionError, HFValidationError, LocalTokenNotFoundError, ConnectionError, TimeoutError)
 # Checkpoints, runs that are not finished, and files that other processes write.
 NOT_UPLOADED = ["_*", "checkpoint-*", "*-seed*/*", "*.lock", "*.part"]
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"

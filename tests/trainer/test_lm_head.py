@@ -120,7 +120,7 @@ RUN = {
 def test_operations_that_are_remembered(name):
     layer, hidden, lazy, whole = lazy_and_whole()
     lazy, whole = REMEMBERED[name](lazy), REMEMBERED[name](whole)
-    assert isinstance(lazy, LazyLogits) and lazy.whole is None
+    assert isinstance(lazy, LazyLogits) and lazy.computed is None
     assert (lazy.shape, lazy.dtype, lazy.ndim) == (whole.shape, whole.dtype, whole.ndim)
     assert torch.equal(lazy.materialize(), whole)
     assert "LazyLogits(shape=" in repr(lazy)

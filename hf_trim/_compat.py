@@ -1,0 +1,131 @@
+"""
+Every private or unstable name of transformers, accelerate and huggingface_hub that hf_trim uses, in one place.
+
+Names that are imported come first. Names that are overridden, called or read on other packages' objects cannot be
+imported; the table `NEEDED` lists them, with who needs them. `tests/trainer/test_compat.py` tells which of all these
+names the installed versions lack or have with other parameters.
+"""
+
+from importlib.metadata import version
+from typing import NamedTuple
+
+
+try:
+    from accelerate.utils import gather
+    from huggingface_hub.errors import HfHubHTTPError
+    from transformers.modelcard import TASK_MAPPING, extract_hyperparameters_from_trainer
+    from transformers.models.auto import modeling_auto
+    from transformers.trainer_pt_utils import find_batch_size, safe_globals
+    from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, unwrap_peft_model
+except ImportError as error:
+    packages = ", ".join(f"{name} {version(name)}" for name in ("transformers", "accelerate", "huggingface_hub"))
+    raise ImportError(f"This version of hf_trim does not work with {packages}: {error}.") from error
+
+__all__ = [
+    "PREFIX_CHECKPOINT_DIR",
+    "TASK_MAPPING",
+    "extract_hyperparameters_from_trainer",
+    "find_batch_size",
+    "gather",
+    "safe_globals",
+    "unwrap_peft_model",
+]
+
+# The Hub's client raises it when there is no answer at all. It comes from the HTTP library below the client (requests,
+# httpx, ...), which has changed between versions; an error for an answer is always derived from it.
+HubConnectionError = HfHubHTTPError.__bases__[0]
+
+
+def auto_class_names(task: str) -> set[str]:
+    """
+    The model classes behind one of transformers' auto classes.
+
+    Args:
+        task (`str`): The task as in the mapping's name, e.g. `"CAUSAL_LM"`.
+
+    Returns:
+        `set[str]`: Names of classes, e.g. `"LlamaForCausalLM"`.
+    """
+    names: set[str] = set()
+    for value in getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES").values():
+        names.update((value,) if isinstance(value, str) else value)
+    return names
+
+
+class Need(NamedTuple):
+    """
+    A name of another package that hf_trim relies on.
+
+    Args:
+        owner (`str`): The module, or the class as `"module.Class"`, that must have it.
+        name (`str`): The name.
+        parameters (`tuple[str, ...]`, *optional*): Parameters that we pass, or that an overriding method takes; `None`
+            for what is no function.
+        user (`str`): What in hf_trim needs it.
+    """
+
+    owner: str
+    name: str
+    parameters: tuple[str, ...] | None
+    user: str
+
+
+TRAINER = "transformers.Trainer"
+NEEDED = (
+    # Imported above.
+    Need("accelerate.utils", "gather", ("tensor",), "the benchmark of trim_scope='global'"),
+    Need("huggingface_hub.errors", "HfHubHTTPError", None, "the message when the Hub cannot be reached"),
+    Need("transformers.modelcard", "TASK_MAPPING", None, "the model card"),
+    Need("transformers.modelcard", "extract_hyperparameters_from_trainer", ("trainer",), "the model card"),
+    Need("transformers.trainer_pt_utils", "find_batch_size", ("tensors",), "the number of samples of a batch"),
+    Need("transformers.trainer_pt_utils", "safe_globals", (), "the check of a checkpoint before it is resumed"),
+    Need("transformers.trainer_utils", "PREFIX_CHECKPOINT_DIR", None, "the search for the newest checkpoint"),
+    Need("transformers.trainer_utils", "unwrap_peft_model", ("model",), "the search for a model's head"),
+    # Methods that TrimmingMixin and PushMixin override.
+    Need(
+        TRAINER,
+        "compute_loss",
+        ("model", "inputs", "return_outputs", "num_items_in_batch"),
+        "TrimmingMixin, which puts the trimmed loss in the place of the model's,",
+    ),
+    Need(TRAINER, "training_step", ("model", "inputs", "num_items_in_batch"), "trim_strict and trim_check"),
+    Need(
+        TRAINER,
+        "get_batch_samples",
+        ("epoch_iterator", "num_batches", "device"),
+        "TrimmingMixin, which counts the items of an optimizer step,",
+    ),
+    Need(TRAINER, "log", ("logs", "start_time"), "TrimmingMixin, which adds its own values to the logs,"),
+    Need(
+        TRAINER, "_load_from_checkpoint", ("resume_from_checkpoint", "model"), "resuming models with converted weights"
+    ),
+    Need(TRAINER, "_load_best_model", (), "load_best_model_at_end of models with converted weights"),
+    Need(TRAINER, "_save", ("output_dir", "state_dict"), "PushMixin, which saves timm's own names of weights,"),
+    Need(TRAINER, "init_hf_repo", ("token", "private"), "PushMixin, which explains what the Hub refuses,"),
+    Need(
+        TRAINER,
+        "push_to_hub",
+        ("commit_message", "blocking", "token", "revision"),
+        "PushMixin, which explains what the Hub refuses,",
+    ),
+    Need(TRAINER, "create_model_card", ("model_name",), "PushMixin, which writes hf_trim's model card,"),
+    Need(TRAINER, "_push_from_checkpoint", ("checkpoint_folder",), "PushMixin, which reports failed pushes,"),
+    Need(TRAINER, "_finish_current_push", (), "PushMixin, which reports failed pushes,"),
+    # Methods that are called.
+    Need(TRAINER, "save_model", ("_internal_call",), "PushMixin, which saves a model before it is pushed,"),
+    Need(TRAINER, "get_cp_size", (), "the refusal of context parallelism"),
+    Need(TRAINER, "get_sp_size", (), "the refusal of sequence parallelism"),
+    Need("transformers.PreTrainedModel", "_from_config", ("config",), "the benchmark's models"),
+    # Fields that a class has.
+    Need(TRAINER, "loss_is_scaled_for_ga", None, "the weight of an accumulated mini-batch"),
+)
+# Fields that a trainer has once it is made, or while it trains.
+TRAINER_FIELDS = {
+    "compute_loss_func": "TrimmingMixin, which wraps the user's loss function,",
+    "label_smoother": "TrimmingMixin, which trims smoothed losses,",
+    "label_names": "the message for a batch without labels",
+    "model_accepts_loss_kwargs": "the weight of a mini-batch of one process among several",
+    "is_fsdp_enabled": "the choice of the ways to load and to run a model",
+    "is_deepspeed_enabled": "the way to load the best model",
+    "hub_model_id": "PushMixin, which names the repository in the model card,",
+}
