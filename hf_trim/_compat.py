@@ -73,59 +73,45 @@ class Need(NamedTuple):
 TRAINER = "transformers.Trainer"
 NEEDED = (
     # Imported above.
-    Need("accelerate.utils", "gather", ("tensor",), "the benchmark of trim_scope='global'"),
-    Need("huggingface_hub.errors", "HfHubHTTPError", None, "the message when the Hub cannot be reached"),
+    Need("accelerate.utils", "gather", ("tensor",), "timing trim_scope='global'"),
+    Need("huggingface_hub.errors", "HfHubHTTPError", None, "telling that the Hub cannot be reached"),
     Need("transformers.modelcard", "TASK_MAPPING", None, "the model card"),
     Need("transformers.modelcard", "extract_hyperparameters_from_trainer", ("trainer",), "the model card"),
-    Need("transformers.trainer_pt_utils", "find_batch_size", ("tensors",), "the number of samples of a batch"),
-    Need("transformers.trainer_pt_utils", "safe_globals", (), "the check of a checkpoint before it is resumed"),
-    Need("transformers.trainer_utils", "PREFIX_CHECKPOINT_DIR", None, "the search for the newest checkpoint"),
-    Need("transformers.trainer_utils", "unwrap_peft_model", ("model",), "the search for a model's head"),
-    # Methods that TrimmingMixin and PushMixin override.
-    Need(
-        TRAINER,
-        "compute_loss",
-        ("model", "inputs", "return_outputs", "num_items_in_batch"),
-        "TrimmingMixin, which puts the trimmed loss in the place of the model's,",
-    ),
+    Need("transformers.trainer_pt_utils", "find_batch_size", ("tensors",), "counting the samples of a batch"),
+    Need("transformers.trainer_pt_utils", "safe_globals", (), "checking a checkpoint before it is loaded"),
+    Need("transformers.trainer_utils", "PREFIX_CHECKPOINT_DIR", None, "finding the newest checkpoint"),
+    Need("transformers.trainer_utils", "unwrap_peft_model", ("model",), "finding a model's head"),
+    # Overridden by TrimmingMixin.
+    Need(TRAINER, "compute_loss", ("model", "inputs", "return_outputs", "num_items_in_batch"), "trimming the loss"),
     Need(TRAINER, "training_step", ("model", "inputs", "num_items_in_batch"), "trim_strict and trim_check"),
+    Need(TRAINER, "get_batch_samples", ("epoch_iterator", "num_batches", "device"), "counting the items of a step"),
+    Need(TRAINER, "log", ("logs", "start_time"), "logging keep_fraction and what goes with it"),
+    Need(TRAINER, "_load_from_checkpoint", ("resume_from_checkpoint", "model"), "loading converted weights"),
+    Need(TRAINER, "_load_best_model", (), "loading converted weights"),
+    # Overridden by PushMixin.
+    Need(TRAINER, "_save", ("output_dir", "state_dict"), "saving timm's own names of weights"),
+    Need(TRAINER, "init_hf_repo", ("token", "private"), "explaining refusals"),
     Need(
-        TRAINER,
-        "get_batch_samples",
-        ("epoch_iterator", "num_batches", "device"),
-        "TrimmingMixin, which counts the items of an optimizer step,",
+        TRAINER, "push_to_hub", ("commit_message", "blocking", "token", "revision"), "explaining what the Hub refuses"
     ),
-    Need(TRAINER, "log", ("logs", "start_time"), "TrimmingMixin, which adds its own values to the logs,"),
-    Need(
-        TRAINER, "_load_from_checkpoint", ("resume_from_checkpoint", "model"), "resuming models with converted weights"
-    ),
-    Need(TRAINER, "_load_best_model", (), "load_best_model_at_end of models with converted weights"),
-    Need(TRAINER, "_save", ("output_dir", "state_dict"), "PushMixin, which saves timm's own names of weights,"),
-    Need(TRAINER, "init_hf_repo", ("token", "private"), "PushMixin, which explains what the Hub refuses,"),
-    Need(
-        TRAINER,
-        "push_to_hub",
-        ("commit_message", "blocking", "token", "revision"),
-        "PushMixin, which explains what the Hub refuses,",
-    ),
-    Need(TRAINER, "create_model_card", ("model_name",), "PushMixin, which writes hf_trim's model card,"),
-    Need(TRAINER, "_push_from_checkpoint", ("checkpoint_folder",), "PushMixin, which reports failed pushes,"),
-    Need(TRAINER, "_finish_current_push", (), "PushMixin, which reports failed pushes,"),
-    # Methods that are called.
-    Need(TRAINER, "save_model", ("_internal_call",), "PushMixin, which saves a model before it is pushed,"),
-    Need(TRAINER, "get_cp_size", (), "the refusal of context parallelism"),
-    Need(TRAINER, "get_sp_size", (), "the refusal of sequence parallelism"),
+    Need(TRAINER, "create_model_card", ("model_name",), "the model card"),
+    Need(TRAINER, "_push_from_checkpoint", ("checkpoint_folder",), "reporting pushes that failed"),
+    Need(TRAINER, "_finish_current_push", (), "reporting pushes that failed"),
+    # Called.
+    Need(TRAINER, "save_model", ("_internal_call",), "saving a model before it is pushed"),
+    Need(TRAINER, "get_cp_size", (), "refusing context parallelism"),
+    Need(TRAINER, "get_sp_size", (), "refusing sequence parallelism"),
     Need("transformers.PreTrainedModel", "_from_config", ("config",), "the benchmark's models"),
-    # Fields that a class has.
-    Need(TRAINER, "loss_is_scaled_for_ga", None, "the weight of an accumulated mini-batch"),
+    # Set.
+    Need(TRAINER, "loss_is_scaled_for_ga", None, "weighting accumulated mini-batches"),
 )
-# Fields that a trainer has once it is made, or while it trains.
+# Fields that a trainer has once it is made → what in hf_trim needs them.
 TRAINER_FIELDS = {
-    "compute_loss_func": "TrimmingMixin, which wraps the user's loss function,",
-    "label_smoother": "TrimmingMixin, which trims smoothed losses,",
-    "label_names": "the message for a batch without labels",
-    "model_accepts_loss_kwargs": "the weight of a mini-batch of one process among several",
-    "is_fsdp_enabled": "the choice of the ways to load and to run a model",
-    "is_deepspeed_enabled": "the way to load the best model",
-    "hub_model_id": "PushMixin, which names the repository in the model card,",
+    "compute_loss_func": "trimming the losses of the user's function",
+    "label_smoother": "trimming smoothed losses",
+    "label_names": "refusing a batch without labels",
+    "model_accepts_loss_kwargs": "weighting a mini-batch of several processes",
+    "is_fsdp_enabled": "loading converted weights, and choosing the chunked head",
+    "is_deepspeed_enabled": "loading converted weights",
+    "hub_model_id": "the model card",
 }
