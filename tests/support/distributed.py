@@ -1,6 +1,5 @@
-"""Trains some heads in each process: `python -m torch.distributed.run ... -m tests.support.distributed FOLDER`."""
+"""Trains some heads in two and in three processes: `python -m tests.support.distributed FOLDER`."""
 
-import gc
 import json
 import os
 import sys
@@ -9,7 +8,7 @@ from pathlib import Path
 import torch
 
 from hf_trim import TrimmingTrainer
-from hf_trim.processes import leave_process_group
+from tests.support.forks import run_forks
 from tests.support.heads import HEADS, make
 from tests.support.helpers import train, weights
 
@@ -83,19 +82,21 @@ def finish(head: str, samples: int, folder: Path, size: int, **arguments):
     return trainer.losses, weights(trainer.accelerator.unwrap_model(trainer.model))
 
 
-def write(folder: Path, name: str, losses: list, found: torch.Tensor):
+def write(folder: Path, name: str, losses: list, parameters: torch.Tensor):
     if os.environ["RANK"] == "0":
-        torch.save(found, folder / f"{name}.pt")
+        torch.save(parameters, folder / f"{name}.pt")
         (folder / f"{name}.json").write_text(json.dumps(losses))
 
 
-if __name__ == "__main__":
-    gc.freeze()  # as in conftest.py
-    folder, processes = Path(sys.argv[1]), int(os.environ["WORLD_SIZE"])
+def train_all(folder: Path, processes: int):
     for head in TRAININGS if processes == 2 else ():
         for keep in (0.3, 1.0):
             write(folder, f"{head}-{keep}", *run(head, folder, processes, keep))
     for case in GLOBAL:
         if GLOBAL[case][1] == processes:
             write(folder, case, *run_global(case, folder, processes))
-    leave_process_group()
+
+
+if __name__ == "__main__":
+    for processes in (2, 3):
+        run_forks(train_all, Path(sys.argv[1]), processes, processes=processes)
