@@ -62,11 +62,11 @@ class BatchLabels(NamedTuple):
 
     Args:
         size (`int`): Number B of samples.
-        labels (`dict[str, torch.Tensor]`): `labels` and `shift_labels`, as far as the batch has them.
+        tensors (`dict[str, torch.Tensor]`): `labels` and `shift_labels`, as far as the batch has them.
     """
 
     size: int
-    labels: dict[str, Tensor]
+    tensors: dict[str, Tensor]
 
     @classmethod
     def of(cls, batch: Mapping) -> "BatchLabels":
@@ -82,14 +82,14 @@ class BatchLabels(NamedTuple):
             ignore_index (`int`): The label that means "no label".
             shifted (`bool`): Whether position t predicts label t + 1, so that the first label of a text is not used.
         """
-        if "shift_labels" in self.labels:
-            return int((self.labels["shift_labels"] != ignore_index).sum())
-        labels = self.labels["labels"][..., 1:] if shifted else self.labels["labels"]
+        if "shift_labels" in self.tensors:
+            return int((self.tensors["shift_labels"] != ignore_index).sum())
+        labels = self.tensors["labels"][..., 1:] if shifted else self.tensors["labels"]
         return int((labels != ignore_index).sum())
 
     def num_samples(self) -> int:
         """Number of samples with a label."""
-        labels = self.labels.get("labels")
+        labels = self.tensors.get("labels")
         if labels is None or len(labels) != self.size:
             return self.size
         return int(valid_items(labels, torch.Size([self.size])).sum())

@@ -240,7 +240,7 @@ class TrimmingMixin(PushMixin):
             generator=self._generator(),
             num_items=num_items,
             mean_scale=1.0 if trainer_scales else float(processes),
-            labels=labels.labels.get("shift_labels", labels.labels.get("labels")),
+            labels=labels.tensors.get("shift_labels", labels.tensors.get("labels")),
             process_group=process_group,
         )
 
@@ -261,7 +261,7 @@ class TrimmingMixin(PushMixin):
             return "dense"  # nothing is left out
         unit = self._item_unit
         if unit is None:
-            target = labels.labels.get("labels")
+            target = labels.tensors.get("labels")
             unit = "sample" if target is None or target.dim() == 1 else "token"
         per_sample = "sample" in (unit, self.trim.trim_unit)
         refused = CUDA_GRAPHS if graphs_on_rows and uses_cuda_graphs(model) else next(iter(REFUSED_GRAPHS), "")

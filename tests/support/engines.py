@@ -15,10 +15,9 @@ import torch.distributed.run
 from accelerate.commands.launch import launch_command, launch_command_parser
 from accelerate.state import AcceleratorState, DistributedType, PartialState
 
-from tests.support.distributed import InOrder
 from tests.support.forks import run_forks
 from tests.support.heads import HEADS, make
-from tests.support.helpers import train
+from tests.support.helpers import InOrder, train
 
 
 # Head, and what is trimmed: of mini-batches of 8, in one process or in two.

@@ -8,11 +8,15 @@ import os
 import socket
 from collections.abc import Callable
 
-import deepspeed  # noqa: F401  # accelerate imports it in each process where it is installed
 import torch
 import torch._dynamo.backends.distributed  # noqa: F401
+from accelerate.utils import is_deepspeed_available
 
 from hf_trim.processes import leave_process_group
+
+
+if is_deepspeed_available():  # accelerate would import it in each process
+    import deepspeed  # noqa: F401
 
 
 def run_forks(work: Callable[..., None], *args, processes: int) -> None:

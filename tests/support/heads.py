@@ -247,7 +247,7 @@ def hardest_mean(micro_batches, fraction):
     """The mean over all that the micro-batches keep: in each the hardest, among the items of each kind."""
     total = 0.0
     for kind in zip(*micro_batches, strict=True):
-        total = total + torch.cat([each.topk(max(1, round(fraction * len(each)))).values for each in kind]).mean()
+        total = total + torch.cat([x.topk(max(1, round(fraction * len(x)))).values for x in kind]).mean()
     return total
 
 
@@ -255,13 +255,13 @@ def reference_loop(head, batches, accumulate, fraction):
     model, item_losses = make(head), HEADS[head][2]
 
     def loss_of(step):
-        found, rest = [], 0.0
+        losses, auxiliary_loss = [], 0.0
         for batch in step:
             outputs = model(**batch)
-            found.append(item_losses(outputs, batch))
+            losses.append(item_losses(outputs, batch))
             if "aux_loss" in outputs:
-                rest = rest + 0.1 * outputs.aux_loss
-        loss = hardest_mean(found, fraction) + rest
+                auxiliary_loss = auxiliary_loss + 0.1 * outputs.aux_loss
+        loss = hardest_mean(losses, fraction) + auxiliary_loss
         if head == "gpt2":  # Trainer counts the first label of each text as well, which predicts nothing
             labels = torch.cat([batch["labels"] for batch in step])
             loss = loss * (labels[:, 1:] != -100).sum() / (labels != -100).sum()

@@ -79,10 +79,10 @@ def test_a_sample_whose_losses_are_not_known_is_refused(tmp_path):
         train(make("masked-lm-sparse"), HEADS["masked-lm-sparse"][1](), tmp_path, trim_unit="sample")
 
 
-def lazy_and_whole(hidden=None, **others):
+def lazy_and_whole(hidden=None):
     """The logits of a layer, lazily and as ever."""
     torch.manual_seed(0)
-    layer = nn.Linear(6, 20, bias=others.get("bias", True))
+    layer = nn.Linear(6, 20)
     hidden = torch.randn(4, 5, 6, requires_grad=True) if hidden is None else hidden
     with LossCalls(4, LMHead(layer, keep_all=False)):
         lazy = layer(hidden)
@@ -158,9 +158,9 @@ def test_losses_and_gradients(options, dtype):
     target[3] = target[11] = -100
     kept = torch.tensor([0, 2, 3, 7, 19])
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        with LossCalls(4, LMHead(layer, keep_all=False)) as found:
+        with LossCalls(4, LMHead(layer, keep_all=False)) as recorded:
             F.cross_entropy(layer(hidden).view(-1, 20), target, **options)
-        (call,) = found.calls
+        (call,) = recorded.calls
         expected = F.cross_entropy(layer(hidden).view(-1, 20), target, reduction="none", **options)
     tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
     torch.testing.assert_close(call.losses, expected.float(), **tolerance)
@@ -224,6 +224,6 @@ def test_trimmed_linear_cross_entropy(keep):
         ({"select": "hard"}, "select must be one of"),
         ({"hidden": hidden * torch.inf}, "losses are NaN or infinite"),
     ):
-        given = {"hidden": hidden, "weight": layer.weight, "target": target, "keep": 0.5, **arguments}
+        arguments = {"hidden": hidden, "weight": layer.weight, "target": target, "keep": 0.5, **arguments}
         with pytest.raises(ValueError, match=match):
-            trimmed_linear_cross_entropy(**given)
+            trimmed_linear_cross_entropy(**arguments)
