@@ -1,9 +1,9 @@
 """
 Every private or unstable name of transformers, accelerate and huggingface_hub that hf_trim uses, in one place.
 
-Names that are imported come first. Names that are overridden, called or read on other packages' objects cannot be
-imported; the table `NEEDED` lists them, with who needs them. `tests/trainer/test_compat.py` tells which of all these
-names the installed versions lack or have with other parameters.
+What can be imported is imported here, and other modules import it from here. Methods that are overridden or called
+cannot be imported. The table `NEEDED` lists both, with the parameters that hf_trim relies on and the purpose;
+`tests/trainer/test_compat.py` tells which of them the installed versions lack or have with other parameters.
 """
 
 from importlib.metadata import version
@@ -61,13 +61,13 @@ class Need(NamedTuple):
         name (`str`): The name.
         parameters (`tuple[str, ...]`, *optional*): Parameters that we pass, or that an overriding method takes; `None`
             for what is no function.
-        user (`str`): What in hf_trim needs it.
+        purpose (`str`): What hf_trim needs it for.
     """
 
     owner: str
     name: str
     parameters: tuple[str, ...] | None
-    user: str
+    purpose: str
 
 
 TRAINER = "transformers.Trainer"
@@ -105,7 +105,7 @@ NEEDED = (
     # Set.
     Need(TRAINER, "loss_is_scaled_for_ga", None, "weighting accumulated mini-batches"),
 )
-# Fields that a trainer has once it is made → what in hf_trim needs them.
+# Fields that a trainer has once it is made → what hf_trim needs them for.
 TRAINER_FIELDS = {
     "compute_loss_func": "trimming the losses of the user's function",
     "label_smoother": "trimming smoothed losses",

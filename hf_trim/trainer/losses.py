@@ -217,7 +217,7 @@ def valid_items(labels: Tensor, shape: torch.Size) -> Tensor:
     return valid if valid.shape == shape else valid.reshape(shape[0], -1).any(dim=1)
 
 
-def smoothed_losses(outputs, labels: Tensor, epsilon: float, shift_labels: bool) -> LossCall:
+def smoothed_losses(outputs: Any, labels: Tensor, epsilon: float, shift_labels: bool) -> LossCall:
     """
     The unreduced losses of transformers' label smoothing.
 

@@ -14,6 +14,7 @@ Where to find each step, e.g. of B = 8 samples of which p = 0.25 are kept:
 
 import logging
 import random
+from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -137,28 +138,36 @@ class TrimmingMixin(PushMixin):
             return None
         return ProcessGroup(lambda values: self.accelerator.gather(values[None]), self.args.process_index)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if not self.is_fsdp_enabled:
             load_converted_weights(self.model if model is None else model, resume_from_checkpoint)
 
-    def _load_best_model(self):
+    def _load_best_model(self) -> None:
         super()._load_best_model()
         if not self.is_fsdp_enabled and not self.is_deepspeed_enabled:
             load_converted_weights(self.model, self.state.best_model_checkpoint)
 
     # ---- a training step ------------------------------------------------------------------------------------------
 
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, Tensor | int | None]:
         batch_samples, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._step.begin(batch_samples)
         return batch_samples, num_items_in_batch
 
-    def training_step(self, *args, **kwargs):
+    def training_step(self, *args, **kwargs) -> Tensor:
         with strict(self.trim.trim_strict), checked(self.trim.trim_check):
             return super().training_step(*args, **kwargs)
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, Any]:
         """
         The trimmed loss while training, the loss of the whole batch otherwise.
 

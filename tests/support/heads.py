@@ -227,7 +227,11 @@ HEADS = {
         pretraining,
     ),
     "decoder-classification": (
-        lambda: GPT2ForSequenceClassification(GPT2Config(**GPT2, num_labels=10)),
+        # With the problem type given, the model does not change its config in the first forward pass, and is not
+        # compiled twice.
+        lambda: GPT2ForSequenceClassification(
+            GPT2Config(**GPT2, num_labels=10, problem_type="single_label_classification")
+        ),
         lambda: texts(lambda row: {}),
         aligned,
     ),

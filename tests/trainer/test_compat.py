@@ -21,7 +21,7 @@ def complaint(need: Need, owner: object) -> str | None:
     package = need.owner.split(".")[0]
     place = f"{package} {version(package)} has no {need.owner.removeprefix(f'{package}.')}.{need.name}"
     wanted = "" if need.parameters is None else f"({', '.join(need.parameters)})"
-    why = f"hf_trim's use for {need.user} needs it"
+    why = f"hf_trim needs it for {need.purpose}"
     if not hasattr(owner, need.name):
         return f"{place}{wanted}: {why}"
     if need.parameters is None:
@@ -51,8 +51,8 @@ def test_names(need):
 def test_the_sentence_for_a_name_that_is_gone_or_has_changed():
     need = next(need for need in NEEDED if need.name == "_save")
     assert complaint(need, types.SimpleNamespace()) == (
-        f"transformers {version('transformers')} has no Trainer._save(output_dir, state_dict): hf_trim's use for "
-        "saving timm's own names of weights needs it"
+        f"transformers {version('transformers')} has no Trainer._save(output_dir, state_dict): hf_trim needs it for "
+        "saving timm's own names of weights"
     )
     for changed in (lambda output_dir: None, lambda state_dict, output_dir: None, lambda folder, state_dict: None):
         assert ", only _save(" in complaint(need, types.SimpleNamespace(_save=changed))
@@ -72,7 +72,7 @@ def trainer(tmp_path_factory):
 
 @pytest.mark.parametrize("name", TRAINER_FIELDS)
 def test_fields_of_a_trainer(name, trainer):
-    assert hasattr(trainer, name), f"A Trainer has no {name}: hf_trim's use for {TRAINER_FIELDS[name]} needs it"
+    assert hasattr(trainer, name), f"A Trainer has no {name}: hf_trim needs it for {TRAINER_FIELDS[name]}"
 
 
 @pytest.mark.parametrize("task", [task for tasks in TASKS.values() for task in tasks])
