@@ -3,7 +3,7 @@
 from hf_trim.torchvision_cpu import import_torchvision
 
 
-import_torchvision()  # transformers imports it, and must find it whole
+import_torchvision()  # before transformers imports it: a CUDA build of torchvision fails beside a CPU build of torch
 
 from hf_trim.trainer import (
     TrimmingArguments,

@@ -1,4 +1,4 @@
-"""Wording of messages about wrong input: what was wrong, the value, and the closest right one."""
+"""Messages about wrong input: what is wrong, its value, and the closest right value."""
 
 import difflib
 from collections.abc import Iterable
@@ -6,14 +6,14 @@ from collections.abc import Iterable
 
 def closest(word: str, choices: Iterable[str]) -> str:
     """
-    A hint at the right word.
+    A hint at the word that was probably meant.
 
     Args:
-        word (`str`): What was given.
-        choices (`Iterable[str]`): What would have been right.
+        word (`str`): The wrong word.
+        choices (`Iterable[str]`): The right words.
 
     Returns:
-        `str`: `" Did you mean 'x'?"`, or an empty string if nothing is close.
+        `str`: `" Did you mean 'x'?"`, or an empty string if no choice is close.
     """
     matches = difflib.get_close_matches(str(word), [str(choice) for choice in choices], n=1, cutoff=0.5)
     return f" Did you mean '{matches[0]}'?" if matches else ""

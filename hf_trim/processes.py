@@ -1,4 +1,4 @@
-"""The end of a process that trained together with others."""
+"""How a process of a distributed training ends."""
 
 import time
 
@@ -7,8 +7,9 @@ import torch
 
 def leave_process_group() -> None:
     """
-    End this process's part in a distributed run. The threads of gloo get a moment for the tensors they still hold: one
-    that lets a tensor go while Python ends aborts the process (https://github.com/pytorch/pytorch/issues/190489).
+    End this process's part in a distributed training. It first waits 0.2 s for the threads of gloo to release their
+    tensors: a thread that does so while Python ends aborts the process
+    (https://github.com/pytorch/pytorch/issues/190489). Does nothing without a process group.
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         time.sleep(0.2)

@@ -1,4 +1,4 @@
-"""Import torchvision where its compiled operators do not fit a CPU-only torch."""
+"""Repairs the import of torchvision's CUDA build beside a CPU build of torch."""
 
 import re
 import sys
@@ -6,7 +6,7 @@ import sys
 import torch
 
 
-# Fragments must stay alive: torch drops a library's schemas with the object.
+# These objects must stay alive: torch drops a library's operators together with the object.
 _LIBRARIES: list[torch.library.Library] = []
 
 
@@ -14,9 +14,10 @@ def import_torchvision() -> None:
     """
     Import torchvision, even if it was built for CUDA and torch is a CPU build.
 
-    The compiled operators are then missing, and the import stops at the first one whose fake kernel torchvision
-    registers. Declaring the missing ones lets all that is pure Python (transforms, models) work; calling a missing
-    operator still fails. Does nothing where torchvision is not installed or works as it is.
+    In that case torchvision's compiled operators are missing, and its import fails with `operator torchvision::nms
+    does not exist`. This function declares the missing operators. Everything in pure Python (transforms, models) then
+    works; calling a missing operator still fails. Does nothing if torchvision is not installed, or works as it is. It
+    only helps if it is called before any other module imports torchvision: import hf_trim first.
 
     Raises:
         `RuntimeError`: If the import fails for another reason.
@@ -35,8 +36,9 @@ def import_torchvision() -> None:
                 raise
             declared.add(missing[1])
             library = torch.library.Library("torchvision", "FRAGMENT")
-            # Only the name matters: no kernel stands behind the schema.
+            # Only the name matters: the operator has no kernel.
             library.define(f"{missing[1]}(Tensor input) -> Tensor")
             _LIBRARIES.append(library)
+            # What was imported before the failure is incomplete.
             for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
                 del sys.modules[name]

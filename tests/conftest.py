@@ -3,8 +3,6 @@
 import gc
 import os
 
-import pytest
-
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
@@ -16,13 +14,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # After the variables, and before any test imports transformers: it repairs torchvision where torch has no CUDA.
-import torch  # noqa: E402
-from torch._dynamo.utils import counters  # noqa: E402
-
 import hf_trim  # noqa: E402, F401
-from hf_trim.backward.compiled.graph import CompiledBackward  # noqa: E402
-from hf_trim.backward.eager.checkpoint import _KeptRows  # noqa: E402
-from hf_trim.backward.settings import reset_fallbacks  # noqa: E402
 
 
 # The last module to end decides how long two workers take: those that start processes come first.
@@ -30,51 +22,10 @@ SLOW = ("engines", "compare", "faults", "distributed", "bench", "compiled", "com
 
 
 def pytest_collection_modifyitems(items):
-    order = {f"test_{name}": at for at, name in enumerate(SLOW)}
+    order = {f"test_{name}": place for place, name in enumerate(SLOW)}
     items.sort(key=lambda item: order.get(item.path.stem, len(SLOW)))
 
 
 def pytest_collection_finish():
     # Each `Trainer` collects garbage when it ends, and would look at all that was imported: 0.3 s of 0.4.
     gc.freeze()
-
-
-@pytest.fixture
-def recomputed(monkeypatch):
-    """How many checkpoints recomputed the kept rows, and how many everything after an attempt."""
-    counts = {"kept": 0, "all": 0}
-
-    def counted(name, method):
-        def call(*args):
-            counts[name] += 1
-            return method(*args)
-
-        return staticmethod(call)
-
-    monkeypatch.setattr(_KeptRows, "_check", counted("kept", _KeptRows._check))
-    monkeypatch.setattr(_KeptRows, "_forget", counted("all", _KeptRows._forget))
-    return counts
-
-
-@pytest.fixture
-def fresh_compiler():
-    """Nothing is compiled yet, and nothing counted."""
-    torch._dynamo.reset()
-    counters.clear()
-    reset_fallbacks()
-    yield
-    torch._dynamo.reset()
-
-
-@pytest.fixture
-def runs(monkeypatch):
-    """For each run of a compiled backward graph: the number of kept rows, and of those that it ran on (or `None`)."""
-    found, on_rows = [], CompiledBackward._on_rows
-
-    def spy(self, ctx, args, call, plan, values):
-        out = on_rows(self, ctx, args, call, plan, values)
-        found.append((call.rows.count, self._sizes(plan, call, values)[0]))
-        return out
-
-    monkeypatch.setattr(CompiledBackward, "_on_rows", spy)
-    return found

@@ -11,12 +11,12 @@ from statistics import median, quantiles
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather
 from torch import nn
 from transformers import Trainer
 
+from hf_trim._compat import gather
 from hf_trim.trainer.arguments import TrimmingArguments
-from hf_trim.trainer.batch import ProcessGroup
+from hf_trim.trainer.process_group import ProcessGroup
 from hf_trim.trainer.selection import select_items
 from hf_trim.trainer.trainer import TrimmingTrainer
 

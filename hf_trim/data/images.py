@@ -13,7 +13,7 @@ from datasets import Dataset, Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 from transformers import DefaultDataCollator, ViTImageProcessor
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from hf_trim.data.arguments import DataArguments
 from hf_trim.data.augment import augment_images, normalize_images

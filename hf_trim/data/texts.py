@@ -9,7 +9,7 @@ from typing import Any
 
 from datasets import Dataset
 from transformers import DataCollatorWithPadding
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from hf_trim.data.arguments import DataArguments
 from hf_trim.data.prepared import Data

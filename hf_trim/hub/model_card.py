@@ -5,9 +5,8 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import Trainer
-from transformers.modelcard import TASK_MAPPING, extract_hyperparameters_from_trainer
-from transformers.trainer_utils import unwrap_peft_model
 
+from hf_trim._compat import TASK_MAPPING, extract_hyperparameters_from_trainer, unwrap_peft_model
 from hf_trim.environment import hardware, versions
 from hf_trim.run.records import UNITS, metric_name, test_score
 

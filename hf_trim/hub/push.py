@@ -6,22 +6,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, get_token
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HFValidationError,
-    LocalTokenNotFoundError,
-    OfflineModeIsEnabled,
-)
+from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 from transformers import TrainingArguments
 
+from hf_trim._compat import HubConnectionError
 from hf_trim.files import write_json
 from hf_trim.hub.model_card import plot_curves, render_card, summarize_training
 
 
 logger = logging.getLogger(__name__)
-# What the client of the Hub raises for a refusal and for a lost connection. The latter is an error of the HTTP library
-# beneath it, which differs between versions; the base class of the client's own error is of that library.
-HUB_ERRORS = (HfHubHTTPError.__bases__[0], HFValidationError, LocalTokenNotFoundError, ConnectionError, TimeoutError)
+# What the client of the Hub raises for a refusal and for a lost connection.
+HUB_ERRORS = (HubConnectionError, HFValidationError, LocalTokenNotFoundError, ConnectionError, TimeoutError)
 # Checkpoints, unfinished runs, and files that another process is writing.
 NOT_UPLOADED = ["_*", "checkpoint-*", "*-seed*/*", "*.lock", "*.part"]
 LOGIN_HINT = "log in with `hf auth login`, or set HF_TOKEN"

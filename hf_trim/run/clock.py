@@ -4,7 +4,8 @@ import time
 
 import torch
 from transformers import Trainer, TrainerCallback
-from transformers.trainer_pt_utils import find_batch_size
+
+from hf_trim._compat import find_batch_size
 
 
 class TrainingClock(TrainerCallback):

@@ -1,4 +1,14 @@
-"""The trainer: batch → per-item losses → keep decision → trimmed backward → logs."""
+"""
+The trainer: batch → per-item losses → keep decision → trimmed backward → logs.
+
+- The whole way: `trainer.py`; `functional.py` for a training loop of your own.
+- 1. batch: `arguments.py` (settings), `checks.py` (what is refused), `checkpoints.py` (resuming).
+- 2. per-item losses: `losses.py`, `heads.py`, `compiled_loss.py`, `lm_head.py`.
+- 3. keep decision: `schedule.py` (how many: p), `selection.py` (which), `batch.py` (the loss of the kept items),
+  `step_share.py` (several mini-batches in a step), `process_group.py` (several processes).
+- 4. trimmed backward: `hf_trim/backward`.
+- 5. logs: `logs.py`.
+"""
 
 from hf_trim.trainer.arguments import TrimmingArguments, TrimmingConfig
 from hf_trim.trainer.functional import trimmed_linear_cross_entropy, trimmed_mean

@@ -1,4 +1,4 @@
-"""The `trim_*` fields, alone and joined to the training arguments."""
+"""The `trim_*` fields: what is trimmed, how far, and how the backward pass is run."""
 
 from dataclasses import dataclass, field
 
@@ -21,46 +21,47 @@ class TrimmingConfig:
 
     Args:
         trim_keep_start (`float`, *optional*, defaults to 1.0):
-            Fraction p of each mini-batch that is kept in the first epoch (or step).
+            Fraction p of each mini-batch to keep in the first epoch (or step). The logs have p as `keep_fraction`, and
+            the fraction that was really kept, after rounding to a number of items, as `kept_fraction`.
         trim_keep_end (`float`, *optional*, defaults to 0.2):
-            Fraction kept in the last epoch (or step); p falls linearly in between.
+            Fraction p to keep in the last epoch (or step); p falls linearly in between.
         trim_schedule (`str`, *optional*, defaults to `"epoch"`):
-            Whether p falls by `"epoch"` (the paper) or by optimizer `"step"`. With one epoch, or where `max_steps`
-            rules, it falls by step.
+            Whether p falls by `"epoch"`, as in the paper, or by optimizer `"step"`. With one epoch, or if `max_steps`
+            is set, it falls by step.
         trim_select (`str`, *optional*, defaults to `"hardest"`):
             `"hardest"` keeps the highest losses, `"random"` a random subset of the same size (a control), `"none"`
-            trains plainly with the same logs.
+            trains without trimming, with the same logs.
         trim_unit (`str`, *optional*, defaults to `"auto"`):
-            What an item is: a `"token"` (or pixel) where the head has a loss per token, or a `"sample"`, ranked by the
-            mean over its tokens. `"auto"` takes the losses as the head has them.
+            What an item is: a `"token"` (or pixel), if the head has a loss per token; or a `"sample"`, which is ranked
+            by the mean over its tokens. `"auto"` is what the head has losses for.
         trim_backward (`str`, *optional*, defaults to `"auto"`):
             How the backward pass is run: `"dense"` is ordinary autograd; `"sparse"` costs only what is kept, with the
             same gradients; `"replay"` scores without gradients and runs forward and backward again on the kept
             samples (least memory; draws dropout masks anew); `"auto"` is the fastest that suits the model.
-        trim_strict (`bool`, *optional*, defaults to `False`):
-            With `trim_backward="sparse"`: raise where an operation has no row-sparse rule, or a compiled graph cannot
-            run on the kept rows, rather than run it dense.
+        trim_strict (`bool`, *optional*, defaults to `False`): With `trim_backward="sparse"`: raise an error where an
+            operation has no row-sparse rule, or a compiled graph cannot run on the kept rows. Without it, they run
+            dense.
         trim_check (`bool`, *optional*, defaults to `True`):
-            In compiled models: compare the first gradients on the kept rows with the dense ones, and stay with those
-            if they differ.
+            In compiled models: compare the first gradients on the kept rows with the dense ones. If they differ, the
+            backward pass stays dense.
         trim_nonfinite (`str`, *optional*, defaults to `"error"`):
-            What to do with losses that are NaN or infinite: end with an `"error"`, or `"drop"` their samples, which
-            then are no items (and, in models whose operations all have row-sparse rules, have no gradient).
+            What to do with losses that are NaN or infinite: end with an `"error"`, or `"drop"` their samples. Dropped
+            samples are no items; in models whose operations all have row-sparse rules they have no gradient either.
         trim_scope (`str`, *optional*, defaults to `"local"`):
-            Among which items the hardest are chosen: those of each device's micro-batch (`"local"`), or of the
-            micro-batches of all devices together (`"global"`), which one device would have as a whole.
+            Among which items the hardest are chosen: those of each device's micro-batch (`"local"`), or those of the
+            micro-batches of all devices together (`"global"`), as one device with the whole mini-batch would choose.
     """
 
     trim_keep_start: float = field(
-        default=1.0, metadata={"help": "Fraction of each mini-batch that is kept in the first epoch (or step)."}
+        default=1.0, metadata={"help": "Fraction p of each mini-batch to keep in the first epoch (or step)."}
     )
     trim_keep_end: float = field(
-        default=0.2, metadata={"help": "Fraction that is kept in the last epoch (or step); linear in between."}
+        default=0.2, metadata={"help": "Fraction p to keep in the last epoch (or step); linear in between."}
     )
     trim_schedule: str = field(
         default="epoch",
         metadata={
-            "help": "Whether the kept fraction falls by epoch or by optimizer step (with one epoch: always by step).",
+            "help": "Whether p falls by epoch or by optimizer step (with one epoch: always by step).",
             "choices": SCHEDULE_CHOICES,
         },
     )
@@ -87,7 +88,7 @@ class TrimmingConfig:
     )
     trim_strict: bool = field(
         default=False,
-        metadata={"help": "With trim_backward=sparse: raise where an operation has no rule, do not run it dense."},
+        metadata={"help": "With trim_backward=sparse: raise where an operation has no row-sparse rule (else dense)."},
     )
     trim_check: bool = field(
         default=True,

@@ -1,4 +1,8 @@
-"""Where an interrupted training goes on."""
+"""
+Before step 1 of: batch → per-item losses → keep decision → trimmed backward → logs.
+
+The checkpoint from which an interrupted training goes on: which one can be read, and how its weights are loaded.
+"""
 
 import json
 import logging
@@ -9,10 +13,9 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import PreTrainedModel
-from transformers.trainer_callback import TrainerState
-from transformers.trainer_pt_utils import safe_globals
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers import PreTrainedModel, TrainerState
+
+from hf_trim._compat import PREFIX_CHECKPOINT_DIR, safe_globals
 
 
 logger = logging.getLogger(__name__)
@@ -20,8 +23,8 @@ logger = logging.getLogger(__name__)
 
 def last_complete_checkpoint(output_dir: str | Path) -> str | None:
     """
-    The newest checkpoint that can be read to its end. One that was cut off, by a kill or a full disk, or whose files
-    are damaged, is passed over, and the log says so.
+    The newest complete checkpoint. One that was cut off, by a kill or a full disk, or whose files are damaged, is
+    passed over, and the log says so.
 
     Args:
         output_dir (`str` or `Path`): The folder of the checkpoints.
@@ -29,18 +32,21 @@ def last_complete_checkpoint(output_dir: str | Path) -> str | None:
     Returns:
         `str` or `None`: The checkpoint's folder; `None` if there is none.
     """
-    found = Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-    steps = {int(path.name.rsplit("-", 1)[1]): path for path in found if path.name.rsplit("-", 1)[1].isdigit()}
-    for step in sorted(steps, reverse=True):
-        reason = _defect(steps[step], step)
-        if reason is None:
-            return str(steps[step])
-        logger.warning("%s is not complete (%s): the checkpoint before it is used.", steps[step], reason)
+    steps = {}
+    for folder in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        number = folder.name.rsplit("-", 1)[1]
+        if number.isdigit():
+            steps[int(number)] = folder
+    for step, folder in sorted(steps.items(), reverse=True):
+        defect = _find_defect(folder, step)
+        if defect is None:
+            return str(folder)
+        logger.warning("%s is not complete (%s): the checkpoint before it is used.", folder, defect)
     return None
 
 
-def _defect(folder: Path, step: int) -> str | None:
-    """What is wrong with a checkpoint. Nothing in it is unpickled but what torch knows to be plain data."""
+def _find_defect(folder: Path, step: int) -> str | None:
+    """What is wrong with a checkpoint. Only what torch knows to be plain data is unpickled."""
     try:
         # `Trainer` writes it last.
         if TrainerState.load_from_json(str(folder / "trainer_state.json")).global_step != step:
@@ -56,9 +62,9 @@ def _defect(folder: Path, step: int) -> str | None:
     for path in sorted([*folder.glob("optimizer.pt"), *folder.glob("scheduler.pt"), *folder.glob("rng_state*.pth")]):
         try:
             with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()
-            if damaged:
-                return f"{path.name}: {damaged} is damaged"
+                damaged_file = archive.testzip()
+            if damaged_file:
+                return f"{path.name}: {damaged_file} is damaged"
             with safe_globals():
                 torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except (OSError, zipfile.BadZipFile, RuntimeError, pickle.UnpicklingError) as error:
@@ -68,9 +74,9 @@ def _defect(folder: Path, step: int) -> str | None:
 
 def load_converted_weights(model: nn.Module, folder: str | Path) -> None:
     """
-    Load weights that `save_pretrained` renamed. It writes some models, ViT among them, in the layout of their first
-    release; `Trainer` loads a checkpoint without translating it back, warns of missing keys and goes on with fresh
-    weights in their place (huggingface/transformers#48805). Does nothing where the names fit.
+    Load weights that `save_pretrained` has renamed. It writes some models, ViT among them, with the names of their
+    first release. `Trainer` does not translate these names back when it loads a checkpoint: it warns of missing keys
+    and goes on with fresh weights in their place (huggingface/transformers#48805). Does nothing where the names fit.
 
     Args:
         model (`torch.nn.Module`): The model whose checkpoint `Trainer` has just loaded.

@@ -1,4 +1,9 @@
-"""Mini-batch trimming for any PyTorch loop, in one line."""
+"""
+Steps 3 and 4 of: batch → per-item losses → keep decision → trimmed backward → logs.
+
+Mini-batch trimming in one line, for a training loop of your own. For example, losses `[8]` and keep = 0.25: the scalar
+mean over the 2 highest losses.
+"""
 
 from collections.abc import Callable
 
@@ -30,7 +35,9 @@ def trimmed_mean(
 ) -> Tensor:
     """
     The mean over the hardest fraction of a mini-batch (arXiv 2110.13058, section 2): use it in place of
-    `losses.mean()`.
+    `losses.mean()`. It is also known as top-k loss or average top-k loss (Fan et al., arXiv 1705.08826), as CVaR
+    (conditional value at risk), and, with fixed k, as online hard example mining (OHEM; Shrivastava et al., arXiv
+    1604.03540). It is not the trimmed mean of statistics, which leaves out the lowest *and* the highest values.
 
     ```python
     losses = torch.nn.functional.cross_entropy(model(images), labels, reduction="none")
@@ -39,20 +46,21 @@ def trimmed_mean(
 
     Args:
         losses (`torch.Tensor` or `Callable`): Unreduced losses of any shape, e.g. `[B]` per sample or `[B, T]` per
-            token. For `backward="replay"` a function instead, from the `[k]` indices of samples (`None`: all of them)
-            to their losses.
+            token. For `backward="replay"` a function that takes the `[k]` indices of samples, or `None` for all of
+            them, and returns their losses.
         keep (`float`): Fraction p of the valid items to keep, in (0, 1]; k = max(1, round(p·n)).
         valid (`torch.Tensor`, *optional*): Boolean mask of the shape of `losses`, e.g. `labels != -100`; the rest
-            are no items.
+            are no items, and are never kept.
         select (`str`, *optional*, defaults to `"hardest"`): `"hardest"`, `"random"` (a random subset of the same
             size) or `"none"` (the plain mean).
-        backward (`str`, *optional*, defaults to `"dense"`): `"dense"` for ordinary autograd, `"sparse"` (`"auto"` is
-            the same here) for a backward pass that costs what is kept, with the same gradients, also of what
-            `torch.compile(..., backend="hf_trim", dynamic=True)` made; `"replay"` to score without gradients, then run
-            forward and backward on the kept samples, which needs their memory only but draws dropout masks anew.
+        backward (`str`, *optional*, defaults to `"dense"`): `"dense"` is ordinary autograd. `"sparse"` (`"auto"` is
+            the same here) costs only what is kept and has the same gradients, also in a model compiled by
+            `torch.compile(..., backend="hf_trim", dynamic=True)`. `"replay"` computes the losses without gradients,
+            then runs forward and backward on the kept samples; it needs the memory of these only, but draws dropout
+            masks anew.
         nonfinite (`str`, *optional*, defaults to `"error"`): What to do with losses that are NaN or infinite: raise an
-            `"error"`, or `"drop"` them. Where activations are not finite either, only `"sparse"` and `"replay"` keep
-            them out of the gradients.
+            `"error"`, or `"drop"` them. If activations are not finite either, only the backward passes `"sparse"` and
+            `"replay"` keep them out of the gradients.
         generator (`torch.Generator`, *optional*): Source of the random subset, on the CPU; the default is torch's.
         model (`torch.nn.Module`, *optional*): For `"replay"`: the model that `losses` calls.
 
@@ -85,16 +93,16 @@ def trimmed_mean(
             f"valid must be a boolean mask of the losses' shape {list(losses.shape)}, and is {valid.dtype} of shape "
             f"{list(valid.shape)}."
         )
-    bad = ~losses.detach().isfinite()
+    not_finite = ~losses.detach().isfinite()
     if valid is not None:
-        bad &= valid
-    if (count := int(bad.sum())) and nonfinite == "error":
+        not_finite &= valid
+    if (count := int(not_finite.sum())) and nonfinite == "error":
         raise ValueError(
             f"{count} of {losses.numel()} losses are NaN or infinite, and ranking them means nothing. "
             'nonfinite="drop" leaves them out.'
         )
     if count:
-        valid = ~bad if valid is None else valid & ~bad
+        valid = ~not_finite if valid is None else valid & ~not_finite
     kept = select_items(losses, keep, valid=valid, select=select, generator=generator)
     if backward == "replay":
         # Without a valid item the first sample stands in, so that there is a graph.
@@ -117,8 +125,9 @@ def trimmed_linear_cross_entropy(
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """
-    The last layer of a language model, cross entropy, and the mean over the hardest fraction of the tokens, of which
-    only a chunk of logits is ever in memory. Tokens are scored without a graph; gradients are computed for the kept.
+    The last layer of a language model, cross entropy, and the mean over the hardest fraction of the tokens. Logits are
+    computed in chunks, so that never all of them are in memory. First all tokens are scored without gradients, then
+    the gradients of the kept tokens are computed.
 
     ```python
     hidden = model.model(input_ids).last_hidden_state[:, :-1]
@@ -131,13 +140,14 @@ def trimmed_linear_cross_entropy(
         target (`torch.Tensor`): `[...]` classes, or `ignore_index`: no item.
         keep (`float`): Fraction p of the tokens to keep, in (0, 1]; k = max(1, round(p·n)).
         bias (`torch.Tensor`, *optional*): `[V]` bias of the layer.
-        ignore_index (`int`, *optional*, defaults to -100): The target that means that there is none.
+        ignore_index (`int`, *optional*, defaults to -100): The target that means "no label".
         label_smoothing (`float`, *optional*, defaults to 0.0): As in `torch.nn.functional.cross_entropy`.
         select (`str`, *optional*, defaults to `"hardest"`): `"hardest"`, `"random"` or `"none"`.
         generator (`torch.Generator`, *optional*): Source of the random subset, on the CPU; the default is torch's.
 
     Returns:
-        `torch.Tensor`: The scalar loss in float32 at least; zero if there is no target. It has one backward pass.
+        `torch.Tensor`: The scalar loss in float32 at least; zero if there is no target. Its backward pass can be run
+            once.
 
     Raises:
         `ValueError`: If an argument is out of its range, shapes do not match, or a loss is not finite.

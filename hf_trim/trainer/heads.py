@@ -1,11 +1,16 @@
-"""Which heads of transformers can be trimmed, and what an item of their loss is."""
+"""
+Step 2 (per-item losses) of: batch → per-item losses → keep decision → trimmed backward → logs.
+
+Which heads of transformers can be trimmed, and what an item of their loss is: a sample, or a token (or pixel).
+"""
 
 from torch import nn
-from transformers.models.auto import modeling_auto
+
+from hf_trim._compat import auto_class_names
 
 
 # What an item of the loss is → the tasks (transformers' auto classes) and the `loss_type`s of such heads. Their losses
-# are means (or sums) of torch's loss functions over these items, found when they are called (`losses.py`).
+# are means (or sums) over these items, taken by torch's loss functions, which `losses.py` intercepts.
 TASKS = {
     "sample": (
         "SEQUENCE_CLASSIFICATION", "IMAGE_CLASSIFICATION", "VIDEO_CLASSIFICATION", "AUDIO_CLASSIFICATION",
@@ -28,18 +33,12 @@ LOSS_TYPES = {
 # Two losses, over tokens and over pairs of sentences: each is trimmed among its own items.
 PRETRAINING = {"AlbertForPreTraining", "BertForPreTraining", "BigBirdForPreTraining", "ErnieForPreTraining",
                "FNetForPreTraining", "MegatronBertForPreTraining", "MobileBertForPreTraining"}  # fmt: skip
-HOW_TO_PASS_A_LOSS = (
+# The end of messages about losses that cannot be intercepted.
+PASS_A_LOSS = (
     "For any other model pass an unreduced loss, TrimmingTrainer(..., compute_loss_func=f) with "
     "f(outputs, labels, num_items_in_batch=None) returning one loss per sample [B], or one per label in the shape of "
     'the labels (e.g. F.cross_entropy(..., reduction="none")).'
 )
-
-
-def _classes(task: str) -> set[str]:
-    names: set[str] = set()
-    for value in getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES").values():
-        names.update((value,) if isinstance(value, str) else value)
-    return names
 
 
 def item_unit(model: nn.Module) -> str:
@@ -47,7 +46,7 @@ def item_unit(model: nn.Module) -> str:
     What an item of a head's loss is.
 
     Args:
-        model (`torch.nn.Module`): A transformers model with a head (already taken out of PEFT's wrapper).
+        model (`torch.nn.Module`): A transformers model with a head, without PEFT's wrapper.
 
     Returns:
         `str`: `"sample"` or `"token"` (of a text, or a pixel of a label map).
@@ -55,11 +54,11 @@ def item_unit(model: nn.Module) -> str:
     Raises:
         `ValueError`: If the head is not supported.
     """
-    names = {each.__name__ for each in type(model).__mro__}
+    names = {base.__name__ for base in type(model).__mro__}
     if names & PRETRAINING:
         return "token"
     for unit, tasks in TASKS.items():
-        if any(names & _classes(task) for task in tasks):
+        if any(names & auto_class_names(task) for task in tasks):
             return unit
     loss_type = getattr(model, "loss_type", None)
     for unit, loss_types in LOSS_TYPES.items():
@@ -70,5 +69,5 @@ def item_unit(model: nn.Module) -> str:
         "transformers' heads for classification and regression of texts, images, videos and audio, causal, masked and "
         "sequence-to-sequence language modelling, token classification, question answering, multiple choice, "
         "next-sentence prediction, semantic segmentation and CTC (and timm's classifiers through "
-        f"TimmWrapperForImageClassification). {HOW_TO_PASS_A_LOSS}"
+        f"TimmWrapperForImageClassification). {PASS_A_LOSS}"
     )

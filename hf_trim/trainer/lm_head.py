@@ -1,7 +1,11 @@
 """
-The last layer of a language model, whose logits `[tokens, vocabulary]` are by far its largest tensor: here they are
-never there as a whole. Tokens are scored in chunks without a graph; then, in chunks again, come the losses of the kept
-ones together with the gradients of the layer and of its input.
+Steps 2 to 4 (per-item losses, keep decision, trimmed backward) for the head of a language model.
+
+The logits `[tokens, vocabulary]` are by far the largest tensor of a language model. Here they are computed in chunks,
+so that never all of them are in memory. First all tokens are scored without a graph. Then, in chunks again, the losses
+of the kept tokens are computed together with the gradients of the layer and of its input. For example, hidden states
+`[8192, 768]` and a weight `[50257, 768]`: the logits `[8192, 50257]` would take 1.6 GB in float32; a chunk of 333
+tokens takes 67 MB.
 """
 
 from __future__ import annotations
@@ -11,15 +15,16 @@ from math import prod
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
+from hf_trim.backward._torch_internals import current_backward_pass, make_wrapper_subclass, tree_map_only
 from hf_trim.backward.eager.sparse import DENSE_ABOVE, guard
 from hf_trim.backward.eager.tensor import Rows, RowSparseTensor
 
 
-MIN_VOCABULARY = 4096  # below, whole logits cost little
-CHUNK_ELEMENTS = 1 << 24  # of the logits of a chunk, if the layer's weight isn't far larger
+MIN_VOCABULARY = 4096  # with a smaller one, all logits at once cost little
+CHUNK_ELEMENTS = 1 << 24  # size of the logits of a chunk, unless the layer's weight is far larger
 
+# Functions that look at the logits' shape and type only, not at their values.
 _METADATA = {
     Tensor.shape.__get__, Tensor.dtype.__get__, Tensor.device.__get__, Tensor.ndim.__get__, Tensor.layout.__get__,
     Tensor.is_cuda.__get__, Tensor.requires_grad.__get__, Tensor.grad_fn.__get__, Tensor.is_leaf.__get__,
@@ -37,11 +42,11 @@ _RESHAPES = {Tensor.view, Tensor.reshape, torch.reshape}
 
 class LMHead:
     """
-    Tells the linear layer that computes a language model's logits.
+    The linear layer that computes a language model's logits.
 
     Args:
         module (`torch.nn.Linear`): The layer, as `model.get_output_embeddings()` returns it.
-        keep_all (`bool`): Whether all tokens will be kept: gradients then come with the scores.
+        keep_all (`bool`): Whether all tokens will be kept. The gradients are then computed together with the scores.
     """
 
     def __init__(self, module: nn.Linear, keep_all: bool):
@@ -54,24 +59,25 @@ class LMHead:
             input, weight, bias: Arguments of `torch.nn.functional.linear`.
 
         Returns:
-            `bool`: Whether this call is the layer's.
+            `bool`: Whether the layer makes this call.
         """
         return weight is self.module.weight and type(input) is Tensor
 
 
 def find_lm_head(model: nn.Module) -> nn.Linear | None:
     """
-    The layer whose logits need not be there as a whole.
+    The layer whose logits can be computed in chunks.
 
     Args:
         model (`torch.nn.Module`): A transformers model.
 
     Returns:
-        `torch.nn.Linear`: The layer, if the model has one with a large vocabulary and a weight that is in one piece.
+        `torch.nn.Linear` or `None`: The layer; `None` if there is none, the vocabulary is small, or the weight is
+        sharded.
     """
-    find = getattr(model, "get_output_embeddings", None)
+    get_output_embeddings = getattr(model, "get_output_embeddings", None)
     try:
-        module = find() if find is not None else None
+        module = get_output_embeddings() if get_output_embeddings is not None else None
     except NotImplementedError:
         return None
     weight = getattr(module, "weight", None)
@@ -82,24 +88,24 @@ def find_lm_head(model: nn.Module) -> nn.Linear | None:
 
 class LazyLogits(Tensor):
     """
-    Logits that are not computed yet. Operations that leave the vocabulary's dimension alone are remembered; whatever
-    else is done with it finds the ordinary tensor.
+    Logits that are not computed yet. Operations that do not change the vocabulary's dimension (shifting, reshaping,
+    casting, scaling) are remembered. Any other operation computes the ordinary tensor first.
     """
 
-    __slots__ = ("hidden", "weight", "bias", "steps", "keep_all", "whole", "options", "gradients")
+    __slots__ = ("hidden", "weight", "bias", "steps", "keep_all", "computed", "options", "gradients")
 
     @staticmethod
-    def __new__(cls, hidden: Tensor, weight: Tensor, bias: Tensor | None = None, **others):
+    def __new__(cls, hidden: Tensor, weight: Tensor, bias: Tensor | None = None, **kwargs):
         dtype = torch.get_autocast_dtype(hidden.device.type) if _autocast(hidden) else hidden.dtype
         shape = (*hidden.shape[:-1], weight.shape[0])
-        return Tensor._make_wrapper_subclass(cls, shape, dtype=others.get("dtype", dtype), device=hidden.device)
+        return make_wrapper_subclass(cls, shape, dtype=kwargs.get("dtype", dtype), device=hidden.device)
 
     def __init__(self, hidden, weight, bias=None, *, keep_all, steps=(), dtype=None):
         self.hidden, self.weight, self.bias, self.steps, self.keep_all = hidden, weight, bias, steps, keep_all
-        self.whole = self.gradients = self.options = None
+        self.computed = self.gradients = self.options = None
 
     def like(self, hidden: Tensor | None = None, step: tuple | None = None, dtype=None) -> LazyLogits:
-        """The same logits of other tokens, or after one more operation."""
+        """The same logits for other tokens, or after one more operation."""
         hidden = self.hidden if hidden is None else hidden
         steps = self.steps if step is None else (*self.steps, step)
         dtype = self.dtype if dtype is None else dtype
@@ -107,19 +113,19 @@ class LazyLogits(Tensor):
 
     def materialize(self) -> Tensor:
         """The ordinary tensor, with its graph."""
-        if self.whole is not None:
-            return self.whole
-        whole = _run(self.steps, F.linear(self.hidden, self.weight, self.bias))
+        if self.computed is not None:
+            return self.computed
+        logits = _run(self.steps, F.linear(self.hidden, self.weight, self.bias))
         if torch.is_grad_enabled():
-            self.whole = whole
-        return whole
+            self.computed = logits
+        return logits
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func in _METADATA:
             return super().__torch_function__(func, types, args, kwargs)
-        if args and isinstance(args[0], LazyLogits) and args[0].whole is None:
+        if args and isinstance(args[0], LazyLogits) and args[0].computed is None:
             lazy = _remember(func, args[0], args[1:], kwargs)
             if lazy is not None:
                 return lazy
@@ -137,8 +143,8 @@ class LazyLogits(Tensor):
         return f"LazyLogits(shape={tuple(self.shape)}, dtype={self.dtype})"
 
     def can_score(self, target: Tensor) -> bool:
-        """Whether `[N]` targets are classes of these `[N, V]` logits, none of which were computed."""
-        return self.whole is None and self.ndim == 2 and target.ndim == 1 and not target.is_floating_point()
+        """Whether `[N]` targets are classes of these `[N, V]` logits, which are not computed yet."""
+        return self.computed is None and self.ndim == 2 and target.ndim == 1 and not target.is_floating_point()
 
     # ---- losses ---------------------------------------------------------------------------------------------------
 
@@ -148,14 +154,15 @@ class LazyLogits(Tensor):
         weight: Tensor | None = None,
         ignore_index: int = -100,
         label_smoothing: float = 0.0,
-        **others,
+        **kwargs,
     ) -> Tensor:
         """
-        All losses, without a graph.
+        Compute all losses, without a graph.
 
         Args:
             target (`torch.Tensor`): `[N]` classes, for logits `[N, V]`.
             weight, ignore_index, label_smoothing: Arguments of `torch.nn.functional.cross_entropy`.
+            kwargs: Its other arguments, which make no difference here.
 
         Returns:
             `torch.Tensor`: `[N]` losses in float32 at least; zero where there is no label.
@@ -174,14 +181,14 @@ class LazyLogits(Tensor):
         self, kept: Tensor, samples: Tensor | None = None, batch_size: int = 1, dense_above: float = DENSE_ABOVE
     ) -> Tensor:
         """
-        The sum of the losses of kept tokens, with gradients of which only theirs are computed.
+        The sum of the losses of the kept tokens. Only their gradients are computed.
 
         Args:
             kept (`torch.Tensor`): `[k]` indices of tokens.
-            samples (`torch.Tensor`, *optional*): `[s]` indices of the samples that they are of, for a row-sparse
-                gradient of what is before this layer.
+            samples (`torch.Tensor`, *optional*): `[s]` indices of the samples that these tokens belong to. If given,
+                the gradient of the hidden states is row-sparse.
             batch_size (`int`, *optional*, defaults to 1): Number B of samples.
-            dense_above (`float`, *optional*, defaults to 0.8): Share of samples above which that is dense.
+            dense_above (`float`, *optional*, defaults to 0.8): Share of samples above which it is dense all the same.
 
         Returns:
             `torch.Tensor`: A scalar.
@@ -199,7 +206,7 @@ class LazyLogits(Tensor):
 
     @torch.no_grad()
     def _compute(self, tokens: Tensor, with_gradients: bool):
-        """Losses of some tokens, and the gradients of their sum for their inputs, the weight and the bias."""
+        """The losses of some tokens, and the gradients of their sum for the hidden states, the weight and the bias."""
         hidden, target = self.hidden.detach(), self.options["target"]
         weight, bias = self.weight.detach(), None if self.bias is None else self.bias.detach()
         if _autocast(hidden):
@@ -233,10 +240,10 @@ class LazyLogits(Tensor):
         return losses, d_hidden, d_weight, d_bias
 
     def _losses(self, logits: Tensor, target: Tensor, with_gradients: bool) -> tuple[Tensor, Tensor | None]:
-        """Losses of a chunk, and the gradient of their sum for its logits as the layer gives them."""
+        """The losses of a chunk, and the gradient of their sum for the logits as the layer returns them."""
         options = {**self.options, "target": target, "reduction": "none"}
-        plain = options["weight"] is None and not options["label_smoothing"]
-        if plain and all(func in _CASTS for func, *_ in self.steps):
+        is_plain = options["weight"] is None and not options["label_smoothing"]
+        if is_plain and all(func in _CASTS for func, *_ in self.steps):
             scores = F.log_softmax(logits, 1, dtype=torch.promote_types(logits.dtype, torch.float32))
             losses = -scores.gather(1, target[:, None]).squeeze(1)
             if not with_gradients:
@@ -252,6 +259,8 @@ class LazyLogits(Tensor):
 
 
 class _SumOfLosses(torch.autograd.Function):
+    """Gives out a sum of losses whose gradients are known already; the backward pass only scales them."""
+
     @staticmethod
     def forward(ctx, hidden, weight, bias, gradients, rows):
         tokens, total, *ctx.gradients = gradients
@@ -267,21 +276,21 @@ class _SumOfLosses(torch.autograd.Function):
             )
         d_hidden, d_weight, d_bias = ctx.gradients
         ctx.gradients = None  # they are scaled in place
-        d_hidden, *others = (None if each is None else each.mul_(grad) for each in (d_hidden, d_weight, d_bias))
+        d_hidden, d_weight, d_bias = (None if x is None else x.mul_(grad) for x in (d_hidden, d_weight, d_bias))
         if ctx.needs_input_grad[0]:
-            d_hidden = _place(d_hidden, ctx.tokens, ctx.rows, ctx.shape)
-        return d_hidden, *others, None, None
+            d_hidden = _scatter(d_hidden, ctx.tokens, ctx.rows, ctx.shape)
+        return d_hidden, d_weight, d_bias, None, None
 
 
-def _place(values: Tensor, tokens: Tensor, rows: Rows | None, shape: torch.Size) -> Tensor:
-    """`[k, H]` gradients of some tokens as that of all `[N, H]`, row-sparse where whole samples are kept."""
+def _scatter(values: Tensor, tokens: Tensor, rows: Rows | None, shape: torch.Size) -> Tensor:
+    """`[k, H]` gradients of some tokens → the gradient `[N, H]` of all tokens, row-sparse if `rows` are given."""
     if rows is None or torch.is_anomaly_enabled():
         return values.new_zeros(shape).index_copy(0, tokens, values)
     length = shape[0] // rows.batch
-    # From a token's place in the batch to its place among the kept samples.
-    at = torch.searchsorted(rows.index, tokens // length) * length + tokens % length
-    payload = values.new_zeros(rows.count * length, shape[1]).index_copy(0, at, values)
-    rows.task = torch._C._current_graph_task_id()
+    # The index of a token among the tokens of the kept samples: with samples 0 and 2 of 3 tokens each, 7 becomes 4.
+    index = torch.searchsorted(rows.index, tokens // length) * length + tokens % length
+    payload = values.new_zeros(rows.count * length, shape[1]).index_copy(0, index, values)
+    rows.task = current_backward_pass()
     return RowSparseTensor(payload, rows, 0, 1, length)
 
 
@@ -296,40 +305,37 @@ def _run(steps: tuple, logits: Tensor) -> Tensor:
 
 
 def _remember(func, lazy: LazyLogits, args: tuple, kwargs: dict) -> LazyLogits | None:
-    """The logits after an operation that need not be run now; `None` if it must be."""
+    """The logits after an operation that is remembered; `None` if it must be run now."""
     vocabulary = lazy.shape[-1]
     if func is Tensor.contiguous:
         return lazy
     if func in _RESHAPES and not kwargs:
-        rows = list(args[0] if isinstance(args[0], (tuple, list)) else args)
-        last = rows.pop()
-        if -1 in rows and last == vocabulary or prod(rows) * vocabulary == lazy.numel():
-            return lazy.like(lazy.hidden.reshape(*rows, lazy.hidden.shape[-1]))
+        *shape, last = args[0] if isinstance(args[0], (tuple, list)) else args
+        if -1 in shape and last == vocabulary or prod(shape) * vocabulary == lazy.numel():
+            return lazy.like(lazy.hidden.reshape(*shape, lazy.hidden.shape[-1]))
         return None
     if func is Tensor.flatten and len(args) == 2 and args[1] in (-2, lazy.ndim - 2):
         return lazy.like(lazy.hidden.flatten(*args))
     if func is Tensor.__getitem__:
         index = list(args[0]) if isinstance(args[0], tuple) else [args[0]]
-        if not all(each is Ellipsis or isinstance(each, (int, slice)) for each in index):
+        if not all(x is Ellipsis or isinstance(x, (int, slice)) for x in index):
             return None
-        given = [each for each in index if each is not Ellipsis]
-        at = index.index(Ellipsis) if Ellipsis in index else len(index)
-        index[at : at + 1] = [slice(None)] * (lazy.ndim - len(given))
+        # Make the index as long as the tensor has dimensions: [..., :-1, :] becomes [:, :-1, :].
+        num_dims = sum(x is not Ellipsis for x in index)
+        place = index.index(Ellipsis) if Ellipsis in index else len(index)
+        index[place : place + 1] = [slice(None)] * (lazy.ndim - num_dims)
         return lazy.like(lazy.hidden[tuple(index)]) if index[-1] == slice(None) else None
-    others = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)]
+    tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
     if func in _CASTS:
-        if others:
+        if tensors:
             return None
         dtype = func(torch.empty(0, dtype=lazy.dtype), *args, **kwargs).dtype
         return lazy.like(step=(func, args, kwargs), dtype=dtype)
     if func in _ELEMENTWISE and all(
-        not isinstance(each, LazyLogits)
-        and not each.requires_grad
-        and each.numel() in (1, each.shape[-1])
-        and each.ndim <= lazy.ndim
-        for each in others
+        not isinstance(x, LazyLogits) and not x.requires_grad and x.numel() in (1, x.shape[-1]) and x.ndim <= lazy.ndim
+        for x in tensors
     ):
-        # Broadcast over tokens: chunks have one dimension for these.
-        args = tree_map_only(Tensor, lambda each: each.flatten() if each.numel() > 1 else each.reshape(()), args)
+        # Such tensors are broadcast over the tokens, which have a single dimension in a chunk.
+        args = tree_map_only(Tensor, lambda x: x.flatten() if x.numel() > 1 else x.reshape(()), args)
         return lazy.like(step=(func, args, kwargs))
     return None

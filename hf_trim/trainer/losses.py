@@ -1,4 +1,10 @@
-"""Loss functions that a model calls in its forward pass → unreduced losses, and what each counts for."""
+"""
+Step 2 (per-item losses) of: batch → per-item losses → keep decision → trimmed backward → logs.
+
+The loss functions of torch that a model calls in its forward pass are intercepted: the model gets the mean that it
+asked for, and the unreduced losses are recorded. For example, logits `[B·T, C]` and targets `[B·T]`, of which −100 are
+not labelled: the losses `[B·T]`, their counts `[B·T]` (1, or 0 without a label), and a scalar mean for the model.
+"""
 
 import inspect
 from collections.abc import Callable
@@ -10,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from hf_trim.trainer.heads import HOW_TO_PASS_A_LOSS
+from hf_trim.trainer.heads import PASS_A_LOSS
 from hf_trim.trainer.lm_head import LazyLogits, LMHead
 
 
@@ -24,12 +30,11 @@ class LossCall:
 
     Args:
         losses (`torch.Tensor`): `[n]` unreduced losses in float32 at least; n is the batch size, or a multiple of it.
-        counts (`torch.Tensor`): `[n]`, what each counts for in the mean: 1, or 0 where there is no label, or a class
-            weight.
-        reduction (`str`): `"mean"` (the sum of the losses by that of the counts) or `"sum"`.
-        ignore_index (`int`, *optional*, defaults to -100): The label that means that there is none.
-        logits ([`~hf_trim.trainer.lm_head.LazyLogits`], *optional*): If given, the losses have no graph: those
-            to keep are computed again, with their gradients.
+        counts (`torch.Tensor`): `[n]`, what each loss counts for in the mean: 1, a class weight, or 0 without a label.
+        reduction (`str`): `"mean"` (the sum of the losses divided by the sum of the counts) or `"sum"`.
+        ignore_index (`int`, *optional*, defaults to -100): The label that means "no label".
+        logits ([`~hf_trim.trainer.lm_head.LazyLogits`], *optional*): If given, the losses have no graph. The kept ones
+            are computed again, with their gradients.
     """
 
     losses: Tensor
@@ -43,7 +48,7 @@ class LossCall:
         self.losses = self.losses.flatten().to(torch.promote_types(self.losses.dtype, torch.float32))
         self.counts = self.counts.flatten().to(self.losses)
         self.finite = self.losses.detach().isfinite()
-        # What the model goes on with: a leaf, whose weight in the model's loss its gradient tells.
+        # The mean that the model gets. It is a leaf, so that its gradient tells its weight in the model's loss.
         with torch.no_grad():
             total = self.losses.where(self.finite, 0).sum()
             count = self.counts.where(self.finite, 0).sum()
@@ -52,7 +57,7 @@ class LossCall:
 
 
 def _class_losses(func: Callable, arguments: dict[str, Any], batch_size: int, reduction: str) -> dict[str, Any]:
-    """Of `[N, C, ...]` logits or log-probabilities: one loss for each target `[N, ...]`."""
+    """From `[N, C, ...]` logits or log-probabilities: one loss for each target `[N, ...]`."""
     logits, target, weight = arguments["input"], arguments["target"], arguments["weight"]
     if isinstance(logits, LazyLogits) and logits.can_score(target):
         losses = logits.score(**arguments)
@@ -67,7 +72,7 @@ def _class_losses(func: Callable, arguments: dict[str, Any], batch_size: int, re
 
 
 def _sample_losses(func: Callable, arguments: dict[str, Any], batch_size: int, reduction: str) -> dict[str, Any]:
-    """Of `[B, ...]` predictions, each with a target: the mean (or sum) over each sample."""
+    """From `[B, ...]` predictions, each with a target: one loss for each sample, the mean (or sum) over it."""
     losses = func(**arguments).reshape(batch_size, -1)
     counts = losses.new_ones(batch_size, requires_grad=False)
     if reduction == "sum":
@@ -76,13 +81,17 @@ def _sample_losses(func: Callable, arguments: dict[str, Any], batch_size: int, r
 
 
 def _ctc_losses(func: Callable, arguments: dict[str, Any], batch_size: int, reduction: str) -> dict[str, Any]:
-    """Of whole sequences; before it averages them, torch divides each by the length of its target."""
+    """
+    From `[T, B, C]` log-probabilities: one loss for each sequence. In a mean, torch divides it by the length of its
+    target first.
+    """
     losses = func(**arguments)
     if reduction == "mean":
         losses = losses / torch.as_tensor(arguments["target_lengths"], device=losses.device).clamp(min=1)
     return {"losses": losses, "counts": torch.ones_like(losses, requires_grad=False)}
 
 
+# Loss function → a function that computes its unreduced losses, from its arguments with reduction="none".
 UNREDUCED = {
     F.cross_entropy: _class_losses,
     F.nll_loss: _class_losses,
@@ -99,37 +108,37 @@ _SIGNATURES = {func: inspect.signature(func) for func in UNREDUCED}
 
 class LossCalls(TorchFunctionMode):
     """
-    In this context torch's loss functions hand back a leaf tensor with the value they would have had, and what they
-    averaged (or summed) is kept in `calls`.
+    In this context, torch's loss functions return a leaf tensor with their ordinary value, and what they averaged (or
+    summed) is recorded in `calls`.
 
     Args:
         batch_size (`int`): Number B of samples.
-        head ([`~hf_trim.trainer.lm_head.LMHead`], *optional*): The layer whose logits are computed for the
-            kept items only.
-        body (`torch.nn.Module`, *optional*): The model without its head.
-        skip_body (`bool`, *optional*, defaults to `False`): Whether it is known to call no loss function. Then it
-            is left alone: to look at each of its functions takes some microseconds.
+        head ([`~hf_trim.trainer.lm_head.LMHead`], *optional*): The layer whose logits are computed in chunks.
+        base_model (`torch.nn.Module`, *optional*): The model without its head.
+        skip_base_model (`bool`, *optional*, defaults to `False`): Whether to let the base model's functions alone,
+            because it is known to call no loss function. To look at each function takes some microseconds.
     """
 
     def __init__(
         self,
         batch_size: int,
         head: LMHead | None = None,
-        body: nn.Module | None = None,
-        skip_body: bool = False,
+        base_model: nn.Module | None = None,
+        skip_base_model: bool = False,
     ):
         super().__init__()
         self.batch_size = batch_size
         self.head = head
         self.calls: list[LossCall] = []
-        self.called_in_body = False
-        self._body, self._rest, self._in_body, self._hooks = body, skip_body, False, []
+        self.called_in_base_model = False
+        self._base_model, self._skip_base_model = base_model, skip_base_model
+        self._in_base_model, self._hooks = False, []
 
     def __enter__(self):
-        if self._body is not None:
+        if self._base_model is not None:
             self._hooks = [
-                self._body.register_forward_pre_hook(lambda *_: self._enter_body()),
-                self._body.register_forward_hook(lambda *_: self._leave_body(), always_call=True),
+                self._base_model.register_forward_pre_hook(lambda *_: self._enter_base_model()),
+                self._base_model.register_forward_hook(lambda *_: self._leave_base_model(), always_call=True),
             ]
         return super().__enter__()
 
@@ -138,14 +147,14 @@ class LossCalls(TorchFunctionMode):
             hook.remove()
         return super().__exit__(*error)
 
-    def _enter_body(self) -> None:
-        self._in_body = True
-        if self._rest:
+    def _enter_base_model(self) -> None:
+        self._in_base_model = True
+        if self._skip_base_model:
             super().__exit__(None, None, None)
 
-    def _leave_body(self) -> None:
-        self._in_body = False
-        if self._rest:
+    def _leave_base_model(self) -> None:
+        self._in_base_model = False
+        if self._skip_base_model:
             super().__enter__()
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -154,38 +163,38 @@ class LossCalls(TorchFunctionMode):
             bound = _SIGNATURES[func].bind(*args, **kwargs)
             bound.apply_defaults()
             if bound.arguments["reduction"] in ("mean", "sum"):
-                return self._unreduced(func, bound.arguments)
+                return self._record(func, bound.arguments)
         elif func is F.linear and self.head is not None and self.head.computes(*args, **kwargs):
             return LazyLogits(*args, **kwargs, keep_all=self.head.keep_all)
         return func(*args, **kwargs)
 
-    def _unreduced(self, func: Callable, arguments: dict[str, Any]) -> Tensor:
+    def _record(self, func: Callable, arguments: dict[str, Any]) -> Tensor:
         reduction = arguments["reduction"]
-        self.called_in_body |= self._in_body
-        found = UNREDUCED[func](func, {**arguments, "reduction": "none"}, self.batch_size, reduction)
-        self.calls.append(LossCall(reduction=reduction, **found))
+        self.called_in_base_model |= self._in_base_model
+        fields = UNREDUCED[func](func, {**arguments, "reduction": "none"}, self.batch_size, reduction)
+        self.calls.append(LossCall(reduction=reduction, **fields))
         return self.calls[-1].value
 
 
 def labelled_losses(losses: Any, labels: Tensor) -> LossCall:
     """
-    What an unreduced loss function of the user's returned.
+    The unreduced losses that a user's loss function returned.
 
     Args:
-        losses (`torch.Tensor`): Losses `[B]` or in the labels' shape.
+        losses (`torch.Tensor`): Losses `[B]`, or in the shape of the labels.
         labels (`torch.Tensor`): The labels; the first dimension is the batch.
 
     Returns:
-        [`LossCall`]: The losses; what has no label (integer −100) counts for nothing.
+        [`LossCall`]: The losses; those without a label (integer −100) count for nothing.
 
     Raises:
-        `ValueError`: If the losses' shape is neither.
+        `ValueError`: If the losses have another shape.
     """
     shape = list(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
     if not isinstance(losses, Tensor) or losses.shape not in (labels.shape, labels.shape[:1]):
         raise ValueError(
             f"The loss function returned {shape}, where TrimmingTrainer needs one loss per sample "
-            f"{list(labels.shape[:1])} or per label {list(labels.shape)}. {HOW_TO_PASS_A_LOSS}"
+            f"{list(labels.shape[:1])} or per label {list(labels.shape)}. {PASS_A_LOSS}"
         )
     return LossCall(losses, valid_items(labels, losses.shape).to(losses.device), "mean")
 
@@ -199,8 +208,8 @@ def valid_items(labels: Tensor, shape: torch.Size) -> Tensor:
         shape (`torch.Size`): Shape of the losses: that of the labels, or `[B]`.
 
     Returns:
-        `torch.Tensor`: Boolean mask of that shape; integer labels of −100 are no items. A sample with several
-        labels is an item if one of them is.
+        `torch.Tensor`: Boolean mask of that shape, false for integer labels of −100. A sample with several labels is
+        valid if one of them is.
     """
     if labels.is_floating_point():
         return torch.ones(shape, dtype=torch.bool, device=labels.device)
@@ -208,13 +217,13 @@ def valid_items(labels: Tensor, shape: torch.Size) -> Tensor:
     return valid if valid.shape == shape else valid.reshape(shape[0], -1).any(dim=1)
 
 
-def smoothed_losses(outputs, labels: Tensor, epsilon: float, shift_labels: bool) -> LossCall:
+def smoothed_losses(outputs: Any, labels: Tensor, epsilon: float, shift_labels: bool) -> LossCall:
     """
-    What transformers' label smoothing averages.
+    The unreduced losses of transformers' label smoothing.
 
     Args:
         outputs (`ModelOutput`, `dict` or `tuple`): The model's outputs, with logits `[B, ..., C]`.
-        labels (`torch.Tensor`): `[B, ...]` class indices, −100 for none.
+        labels (`torch.Tensor`): `[B, ...]` class indices; −100 means "no label".
         epsilon (`float`): Label smoothing factor.
         shift_labels (`bool`): Whether position t predicts label t + 1.
 

@@ -1,21 +1,36 @@
-"""Training progress → p, the fraction of items that is kept. Pure functions, so that resuming gives the same p."""
+"""
+Step 3 (keep decision) of: batch → per-item losses → keep decision → trimmed backward → logs.
+
+The fraction p of items to keep, from the progress of training. These are pure functions of the trainer's state, so
+that a resumed training has the same p. For example, 5 epochs from 1.0 to 0.2: p = 1.0, 0.8, 0.6, 0.4, 0.2.
+"""
 
 import math
 
 
 def linear_fraction(index: int, total: int, start: float, end: float) -> float:
     """
-    The fraction at position `index` of `total`, falling linearly: p(e) = start + (end − start)·e/(E − 1)
-    (arXiv 2110.13058, section 2).
+    The fraction p of items to keep in an epoch, falling linearly: p(e) = start + (end − start)·e/(E − 1)
+    (arXiv 2110.13058, section 2). For a training loop of your own:
+
+    ```python
+    for epoch in range(num_epochs):
+        keep = linear_fraction(epoch, num_epochs, start=1.0, end=0.2)
+        for images, labels in loader:
+            losses = torch.nn.functional.cross_entropy(model(images), labels, reduction="none")
+            trimmed_mean(losses, keep, backward="sparse").backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    ```
 
     Args:
-        index (`int`): Position, from 0; positions past the last one give `end`.
-        total (`int`): Number of positions.
-        start (`float`): Fraction at position 0.
-        end (`float`): Fraction at position `total - 1`.
+        index (`int`): Number e of the epoch (or step), from 0; numbers past the last one give `end`.
+        total (`int`): Number E of epochs (or steps).
+        start (`float`): Fraction in the first epoch (or step).
+        end (`float`): Fraction in the last epoch (or step).
 
     Returns:
-        `float`: The fraction of items to keep.
+        `float`: The fraction of items to keep; `start` if there is one epoch only.
     """
     if total <= 1:
         return start
@@ -24,10 +39,10 @@ def linear_fraction(index: int, total: int, start: float, end: float) -> float:
 
 def schedule_unit(trim_schedule: str, num_train_epochs: float, max_steps: int) -> str:
     """
-    The unit in which p really falls: `"epoch"` becomes `"step"` where there are no several epochs to fall over.
+    Whether p falls by epoch or by optimizer step. With a single epoch, or a number of steps, it falls by step.
 
     Args:
-        trim_schedule (`str`): What was asked for, `"epoch"` or `"step"`.
+        trim_schedule (`str`): The unit that was asked for, `"epoch"` or `"step"`.
         num_train_epochs (`float`): `TrainingArguments.num_train_epochs`.
         max_steps (`int`): `TrainingArguments.max_steps`; positive when it overrides the number of epochs.
 
@@ -41,14 +56,14 @@ def keep_fraction(
     start: float, end: float, unit: str, *, epoch: float, num_epochs: float, step: int, num_steps: int
 ) -> float:
     """
-    p for the next batch, a function of the trainer's state alone.
+    The fraction p of the next batch that shall be kept.
 
     Args:
         start (`float`): p in the first epoch (or step).
-        end (`float`): p in the last one.
+        end (`float`): p in the last epoch (or step).
         unit (`str`): `"epoch"` or `"step"`, see [`schedule_unit`].
-        epoch (`float`): Epochs done so far (`TrainerState.epoch`); its whole part counts.
-        num_epochs (`float`): Number of epochs; a last part of an epoch counts as one.
+        epoch (`float`): Epochs done so far (`TrainerState.epoch`); p is constant within an epoch.
+        num_epochs (`float`): Number of epochs; an incomplete last epoch counts as one.
         step (`int`): Optimizer steps done so far (`TrainerState.global_step`).
         num_steps (`int`): Number of optimizer steps (`TrainerState.max_steps`).
 

@@ -1,4 +1,9 @@
-"""Losses + p → the kept items."""
+"""
+Step 3 (keep decision) of: batch → per-item losses → keep decision → trimmed backward → logs.
+
+The items to keep, from their losses and the fraction p. For example, losses `[4]` = (0.1, 2.0, 0.5, 2.0) and p = 0.5:
+k = 2 items are kept, those with the indices (1, 3). With p = 0.25 it is item 1: of equal losses the first is kept.
+"""
 
 import torch
 from torch import Tensor
@@ -10,7 +15,8 @@ NONFINITE_CHOICES = ("error", "drop")
 
 def num_kept(keep: float, num_items: int) -> int:
     """
-    k = max(1, round(p·n)); 0 if there is no item (Python's `round`: halves go to the even number).
+    The number of items to keep: k = max(1, round(p·n)), or 0 if there is no item. `round` is Python's: halves go to
+    the even number.
 
     Args:
         keep (`float`): Fraction p to keep, in (0, 1].
@@ -33,14 +39,13 @@ def select_items(
     """
     Choose the items of a batch that count for the training loss.
 
-    Losses are compared in float32 at least; equal losses are taken in the order of the batch, so that the choice
-    is deterministic.
+    Losses are compared in float32 at least. Of equal losses the first are kept, so that the choice is deterministic.
 
     Args:
         losses (`torch.Tensor`): Unreduced losses of any shape, e.g. `[B]` or `[B, T]`.
         keep (`float`): Fraction p of the valid items to keep, in (0, 1].
-        valid (`torch.Tensor`, *optional*): Boolean mask of the shape of `losses`; what is not valid is never kept
-            and does not count in p.
+        valid (`torch.Tensor`, *optional*): Boolean mask of the shape of `losses`. Other items are never kept and do
+            not count in n.
         select (`str`, *optional*, defaults to `"hardest"`): `"hardest"` keeps the highest losses, `"random"` a
             random subset of the same size (the control), `"none"` everything.
         generator (`torch.Generator`, *optional*): Source of the random subset, on the CPU.

@@ -12,6 +12,7 @@ from hf_trim import trimmed_mean
 from hf_trim.backward.choice import choose_backward, mixing_modules
 from hf_trim.backward.compiled.graph import uses_cuda_graphs
 from hf_trim.backward.replay import rows_of, scoring
+from tests.support.heads import HEADS, make
 from tests.support.helpers import (
     digit_texts,
     digits,
@@ -22,7 +23,6 @@ from tests.support.helpers import (
     train,
     weights,
 )
-from tests.trainer.test_heads import HEADS, make
 
 
 class Adder(torch.autograd.Function):
@@ -53,7 +53,7 @@ def test_each_way_learns_what_dense_learns(make_model, make_rows, mode, accumula
 def test_batch_norm_makes_auto_dense_and_the_log_says_so(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         auto = train(tiny_resnet(), digits(), tmp_path)
-    said = [record.message for record in caplog.records if "Backward pass" in record.message]
+    said = [record.message for record in caplog.records if "backward pass" in record.message]
     assert len(said) == 1 and "dense" in said[0] and "batch-norm modules" in said[0] and "mix the samples" in said[0]
     dense = train(tiny_resnet(), digits(), tmp_path, trim_backward="dense")
     assert torch.equal(weights(auto), weights(dense))

@@ -1,6 +1,5 @@
-"""Trains some heads in each process: `python -m torch.distributed.run ... -m tests.support.distributed FOLDER`."""
+"""Trains some heads in two and in three processes: `python -m tests.support.distributed FOLDER`."""
 
-import gc
 import json
 import os
 import sys
@@ -8,23 +7,15 @@ from pathlib import Path
 
 import torch
 
-from hf_trim import TrimmingTrainer
-from hf_trim.processes import leave_process_group
-from tests.support.helpers import train, weights
-from tests.trainer.test_heads import HEADS, make
+from tests.support.forks import run_forks
+from tests.support.heads import HEADS, make
+from tests.support.helpers import InOrder, train, weights
 
 
 TRAININGS = {
     "llama": {}, "gpt2": {}, "bart": {}, "question-answering": {}, "token-classification": {},
     "next-sentence": {"trim_backward": "replay"}, "mixtral": {}, "masked-lm": {"trim_unit": "sample"},
 }  # fmt: skip
-
-
-class InOrder(TrimmingTrainer):
-    """Takes the data in order: mini-batch i goes to process i modulo their number."""
-
-    def _get_train_sampler(self, *args):
-        return torch.utils.data.SequentialSampler(self.train_dataset)
 
 
 def run(head: str, folder: Path, processes: int, keep: float):
@@ -68,11 +59,13 @@ GLOBAL = {
 
 def run_global(case: str, folder: Path, processes: int):
     """The processes take parts of the mini-batches that one takes as a whole."""
-    head, planned, samples, size, more = GLOBAL[case]
+    head, planned, samples, size, changes = GLOBAL[case]
+    arguments = {"trim_keep_start": 0.6, "trim_keep_end": 0.3, "num_train_epochs": 2, **changes}
     if processes == 1:
         samples = samples + 2 if case == "three processes, filled up" else samples  # with its first ones, again
         size = size * planned
-    arguments = {"trim_keep_start": 0.6, "trim_keep_end": 0.3, "num_train_epochs": 2, **more}
+        # A compiled model in several processes learns what an eager one learns alone.
+        arguments = {name: value for name, value in arguments.items() if not name.startswith("torch_compile")}
     return finish(head, samples, folder, size, trim_scope="global", **arguments)
 
 
@@ -83,19 +76,21 @@ def finish(head: str, samples: int, folder: Path, size: int, **arguments):
     return trainer.losses, weights(trainer.accelerator.unwrap_model(trainer.model))
 
 
-def write(folder: Path, name: str, losses: list, found: torch.Tensor):
+def write(folder: Path, name: str, losses: list, parameters: torch.Tensor):
     if os.environ["RANK"] == "0":
-        torch.save(found, folder / f"{name}.pt")
+        torch.save(parameters, folder / f"{name}.pt")
         (folder / f"{name}.json").write_text(json.dumps(losses))
 
 
-if __name__ == "__main__":
-    gc.freeze()  # as in conftest.py
-    folder, processes = Path(sys.argv[1]), int(os.environ["WORLD_SIZE"])
+def train_all(folder: Path, processes: int):
     for head in TRAININGS if processes == 2 else ():
         for keep in (0.3, 1.0):
             write(folder, f"{head}-{keep}", *run(head, folder, processes, keep))
     for case in GLOBAL:
         if GLOBAL[case][1] == processes:
             write(folder, case, *run_global(case, folder, processes))
-    leave_process_group()
+
+
+if __name__ == "__main__":
+    for processes in (2, 3):
+        run_forks(train_all, Path(sys.argv[1]), processes, processes=processes)

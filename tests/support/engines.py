@@ -1,20 +1,23 @@
 """
-Trains some heads under the engine that accelerate's launcher names, and saves them: `accelerate launch --config_file
-recipes/accelerate/ENGINE.yaml -m tests.support.engines FOLDER`.
+Trains some heads in two processes under each engine of accelerate, and saves them: `python -m tests.support.engines
+FOLDER ENGINE.yaml ...`. accelerate's launcher reads the configuration. Only its last step, the start of the processes,
+is ours (`forks.py`).
 """
 
-import gc
 import json
 import os
 import sys
+import traceback
 from pathlib import Path
 
+import deepspeed
+import torch.distributed.run
+from accelerate.commands.launch import launch_command, launch_command_parser
 from accelerate.state import AcceleratorState, DistributedType, PartialState
 
-from hf_trim.processes import leave_process_group
-from tests.support.distributed import InOrder
-from tests.support.helpers import train
-from tests.trainer.test_heads import HEADS, make
+from tests.support.forks import run_forks
+from tests.support.heads import HEADS, make
+from tests.support.helpers import InOrder, train
 
 
 # Head, and what is trimmed: of mini-batches of 8, in one process or in two.
@@ -29,8 +32,8 @@ CASES = {
 
 
 def run(case: str, folder: Path, processes: int):
-    head, more = CASES[case]
-    arguments = {"trim_keep_start": 0.6, "trim_keep_end": 0.3, "trim_scope": "global", "max_grad_norm": 0.0, **more}
+    head, changes = CASES[case]
+    arguments = {"trim_keep_start": 0.6, "trim_keep_end": 0.3, "trim_scope": "global", "max_grad_norm": 0.0, **changes}
     size = arguments.pop("per_device_train_batch_size", 8)
     trainer = train(
         make(head), HEADS[head][1]()[:16], folder / case, trainer_cls=InOrder,
@@ -61,23 +64,31 @@ def allow_fsdp_on_cpu():
     AcceleratorState.__init__ = on_cpu
 
 
-def leave_kernels_out():
-    """DeepSpeed would compile its own reductions in shared memory first, for half a minute; gloo does the same."""
-    import deepspeed
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-
-if __name__ == "__main__":
-    gc.freeze()  # as in conftest.py
+def train_all(folder: Path):
+    """Train each case in this process, one of several."""
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        leave_kernels_out()
+        # DeepSpeed would compile its own reductions in shared memory first, for half a minute; gloo does the same.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         allow_fsdp_on_cpu()
-    folder = Path(sys.argv[1])
     for case in CASES:
         trainer = run(case, folder, int(os.environ["WORLD_SIZE"]))
         if trainer.is_world_process_zero():
-            found = {"losses": trainer.losses, "engine": engine_of(trainer), "told": [*map(list, trainer._warned)]}
-            (folder / case / "found.json").write_text(json.dumps(found))
-    leave_process_group()
+            facts = {"losses": trainer.losses, "engine": engine_of(trainer), "warned": [*map(list, trainer._warned)]}
+            (folder / case / "facts.json").write_text(json.dumps(facts))
+
+
+def launch(config: Path, folder: Path):
+    """What `accelerate launch --config_file CONFIG --num_processes 2` does, with forks."""
+    folder.mkdir()
+    options = ["--config_file", str(config), "--num_processes", "2", "-m", __name__]
+    torch.distributed.run.run = lambda args: run_forks(train_all, folder, processes=int(args.nproc_per_node))
+    try:
+        launch_command(launch_command_parser().parse_args(options))
+    except Exception:  # the other engines are run all the same
+        (folder / "error.txt").write_text(traceback.format_exc())
+
+
+if __name__ == "__main__":
+    for config in map(Path, sys.argv[2:]):
+        launch(config, Path(sys.argv[1]) / config.stem)

@@ -77,6 +77,13 @@ def tiny_resnet(task="single", seed=0):
     )
 
 
+class InOrder(TrimmingTrainer):
+    """Takes the data in order: mini-batch i goes to process i modulo their number."""
+
+    def _get_train_sampler(self, *args):
+        return torch.utils.data.SequentialSampler(self.train_dataset)
+
+
 class Losses(TrainerCallback):
     """Records the logged training losses, in full precision."""
 
@@ -142,6 +149,29 @@ def descend(model, steps, loss_of):
         optimizer.step(), optimizer.zero_grad()
         logged.append(loss.item())
     return logged
+
+
+def grouped(batches, epochs, accumulate):
+    """A flat list of mini-batches as epochs of optimizer steps of `accumulate` mini-batches."""
+    per_epoch = len(batches) // epochs
+    epochs = [batches[i : i + per_epoch] for i in range(0, len(batches), per_epoch)]
+    return [[epoch[i : i + accumulate] for i in range(0, per_epoch, accumulate)] for epoch in epochs]
+
+
+def reference_loop(model, batches, fractions, loss_func):
+    """Mini-batch trimming as the paper has it, in plain PyTorch: `batches[epoch][step]` is a list of mini-batches."""
+
+    def loss_of(step):
+        fraction, batches = step
+        kept = []
+        for batch in batches:
+            losses = loss_func(model(**{k: v for k, v in batch.items() if k != "labels"}).logits, batch["labels"])
+            losses = losses[batch["labels"] != -100] if batch["labels"].dtype == torch.long else losses
+            kept.append(torch.topk(losses, max(1, round(fraction * len(losses)))).values)
+        return torch.cat(kept).mean()
+
+    steps = [(fraction, step) for epoch, fraction in zip(batches, fractions, strict=True) for step in epoch]
+    return descend(model, steps, loss_of)
 
 
 def weights(trainer_or_model):

@@ -5,10 +5,17 @@ import torch
 import torch.nn.functional as F
 from transformers import set_seed
 
-from hf_trim import TrimmingTrainer, trimmed_mean
-from tests.support.helpers import digits, relative_difference, tiny_vit, train, weights
-from tests.trainer.test_heads import HEADS, make
-from tests.trainer.test_trainer import grouped, reference_loop
+from tests.support.heads import HEADS, make
+from tests.support.helpers import (
+    InOrder,
+    digits,
+    grouped,
+    reference_loop,
+    relative_difference,
+    tiny_vit,
+    train,
+    weights,
+)
 
 
 def poisoned(rows, *places):
@@ -72,22 +79,11 @@ def test_tokens_of_a_dropped_sample_are_dropped(head, tmp_path):
     arguments = {"trim_keep_start": 0.4, "trim_keep_end": 0.4, "num_train_epochs": 1, "trim_nonfinite": "drop"}
     ours = train(model(True), rows, tmp_path, **arguments)
     (batch,) = ours.batches
-    rest = [{name: value[i] for name, value in batch.items()} for i in range(8) if i != 3]
-    reference = train(model(False), rest, tmp_path, **arguments)
+    finite_rows = [{name: value[i] for name, value in batch.items()} for i in range(8) if i != 3]
+    reference = train(model(False), finite_rows, tmp_path, **arguments)
     assert ours.losses == pytest.approx(reference.losses, rel=1e-4)
     start = weights(make(head))
     assert relative_difference(weights(ours) - start, weights(reference) - start) < 1e-4
-
-
-def test_trimmed_mean_of_losses_that_are_not_finite():
-    losses = torch.tensor([1.0, torch.nan, 3.0, torch.inf, 2.0], requires_grad=True)
-    with pytest.raises(ValueError, match="2 of 5 losses are NaN or infinite"):
-        trimmed_mean(losses, keep=0.5)
-    for backward in ("dense", "sparse"):
-        loss = trimmed_mean(losses, keep=0.7, nonfinite="drop", backward=backward)
-        assert loss == 2.5
-        (gradient,) = torch.autograd.grad(loss, losses)
-        assert gradient.tolist() == [0.0, 0.0, 0.5, 0.0, 0.5]
 
 
 @pytest.mark.parametrize("head", ["llama", "mixtral", "question-answering", "segmentation", "token-classification"])
@@ -102,11 +98,6 @@ def test_a_batch_without_labels_among_others_counts_for_nothing(tmp_path):
     rows = HEADS["llama"][1]()[:16]
     empty = [{**row, "labels": torch.full_like(row["labels"], -100)} for row in rows[8:]]
     arguments = {"trim_keep_start": 0.3, "trim_keep_end": 0.3, "num_train_epochs": 1, "gradient_accumulation_steps": 2}
-
-    class InOrder(TrimmingTrainer):
-        def _get_train_sampler(self, *args):
-            return torch.utils.data.SequentialSampler(self.train_dataset)
-
     set_seed(0)
     both = train(make("llama"), rows[:8] + empty, tmp_path, trainer_cls=InOrder, **arguments)
     alone = train(make("llama"), rows[:8], tmp_path, trainer_cls=InOrder, **arguments)

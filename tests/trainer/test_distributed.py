@@ -8,28 +8,24 @@ import pytest
 import torch
 
 from tests.support.distributed import GLOBAL, TRAININGS, run, run_global
+from tests.support.heads import make
 from tests.support.helpers import relative_difference, weights
-from tests.trainer.test_heads import make
 
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory):
-    """What two processes found, and three."""
+    """The folder with what two processes learned, and three."""
     folder = tmp_path_factory.mktemp("together")
-    for processes in ("2", "3"):
-        command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
-        done = subprocess.run(
-            [sys.executable, *command, "-m", "tests.support.distributed", str(folder)],
-            capture_output=True, text=True, timeout=400,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-5000:]
+    command = [sys.executable, "-m", "tests.support.distributed", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-5000:]
     return folder
 
 
 def check(folder, name, head, losses, alone):
-    found = torch.load(folder / f"{name}.pt")
+    together = torch.load(folder / f"{name}.pt")
     start = weights(make(head))
-    assert relative_difference(found - start, alone - start) < 1e-4
+    assert relative_difference(together - start, alone - start) < 1e-4
     assert json.loads((folder / f"{name}.json").read_text()) == pytest.approx(losses, rel=1e-4)
 
 

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from tests.support.engines import CASES, run
+from tests.support.heads import make
 from tests.support.helpers import relative_difference
-from tests.trainer.test_heads import make
 
 
 CONFIGS = Path(__file__).parents[2] / "recipes" / "accelerate"
@@ -19,17 +19,22 @@ ENGINES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 assert ENGINES == ["ddp", "fsdp2", "zero1", "zero2", "zero3"]
 
 
-@pytest.fixture(scope="module", params=ENGINES)
-def engine(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp(request.param)
-    launcher = [sys.executable, "-m", "accelerate.commands.launch"]
-    command = [*launcher, "--config_file", str(CONFIGS / f"{request.param}.yaml")]
-    done = subprocess.run(
-        [*command, "--num_processes", "2", "-m", "tests.support.engines", str(folder)],
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory):
+    """The folder of what each engine trained."""
+    folder = tmp_path_factory.mktemp("engines")
+    configs = [str(CONFIGS / f"{name}.yaml") for name in ENGINES]
+    command = [sys.executable, "-m", "tests.support.engines", str(folder), *configs]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-5000:]
-    return request.param, folder
+    return folder
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def engine(request, launched):
+    error = launched / request.param / "error.txt"
+    assert not error.exists(), error.read_text()[-5000:]
+    return request.param, launched / request.param
 
 
 def saved(folder):
@@ -48,10 +53,10 @@ def alone(tmp_path_factory):
 @pytest.mark.parametrize("case", CASES)
 def test_an_engine_trains_as_one_process_alone(case, engine, alone):
     (name, folder), (reference, losses) = engine, alone
-    found = json.loads((folder / case / "found.json").read_text())
-    assert found["engine"] == name
+    facts = json.loads((folder / case / "facts.json").read_text())
+    assert facts["engine"] == name
     start = saved(reference / f"{case}, start")
     assert relative_difference(saved(folder / case) - start, saved(reference / case) - start) < 1e-6
-    assert found["losses"] == pytest.approx(losses[case], rel=1e-5)
+    assert facts["losses"] == pytest.approx(losses[case], rel=1e-5)
     mode = {"tokens": "dense", "everything": None, "replay": "replay"}.get(case, "sparse")
-    assert [each for each, _ in found["told"]] == ([mode] if mode else [])
+    assert [mode for mode, _ in facts["warned"]] == ([mode] if mode else [])

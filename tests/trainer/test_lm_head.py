@@ -11,8 +11,8 @@ from hf_trim.backward.settings import fallback_report, reset_fallbacks
 from hf_trim.trainer import lm_head
 from hf_trim.trainer.lm_head import LazyLogits, LMHead, find_lm_head
 from hf_trim.trainer.losses import LossCalls
+from tests.support.heads import HEADS, LLAMA, make
 from tests.support.helpers import relative_difference, train, weights
-from tests.trainer.test_heads import HEADS, LLAMA, make
 
 
 @pytest.fixture(autouse=True)
@@ -79,10 +79,10 @@ def test_a_sample_whose_losses_are_not_known_is_refused(tmp_path):
         train(make("masked-lm-sparse"), HEADS["masked-lm-sparse"][1](), tmp_path, trim_unit="sample")
 
 
-def lazy_and_whole(hidden=None, **others):
+def lazy_and_whole(hidden=None):
     """The logits of a layer, lazily and as ever."""
     torch.manual_seed(0)
-    layer = nn.Linear(6, 20, bias=others.get("bias", True))
+    layer = nn.Linear(6, 20)
     hidden = torch.randn(4, 5, 6, requires_grad=True) if hidden is None else hidden
     with LossCalls(4, LMHead(layer, keep_all=False)):
         lazy = layer(hidden)
@@ -120,7 +120,7 @@ RUN = {
 def test_operations_that_are_remembered(name):
     layer, hidden, lazy, whole = lazy_and_whole()
     lazy, whole = REMEMBERED[name](lazy), REMEMBERED[name](whole)
-    assert isinstance(lazy, LazyLogits) and lazy.whole is None
+    assert isinstance(lazy, LazyLogits) and lazy.computed is None
     assert (lazy.shape, lazy.dtype, lazy.ndim) == (whole.shape, whole.dtype, whole.ndim)
     assert torch.equal(lazy.materialize(), whole)
     assert "LazyLogits(shape=" in repr(lazy)
@@ -158,9 +158,9 @@ def test_losses_and_gradients(options, dtype):
     target[3] = target[11] = -100
     kept = torch.tensor([0, 2, 3, 7, 19])
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        with LossCalls(4, LMHead(layer, keep_all=False)) as found:
+        with LossCalls(4, LMHead(layer, keep_all=False)) as recorded:
             F.cross_entropy(layer(hidden).view(-1, 20), target, **options)
-        (call,) = found.calls
+        (call,) = recorded.calls
         expected = F.cross_entropy(layer(hidden).view(-1, 20), target, reduction="none", **options)
     tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
     torch.testing.assert_close(call.losses, expected.float(), **tolerance)
@@ -224,6 +224,6 @@ def test_trimmed_linear_cross_entropy(keep):
         ({"select": "hard"}, "select must be one of"),
         ({"hidden": hidden * torch.inf}, "losses are NaN or infinite"),
     ):
-        given = {"hidden": hidden, "weight": layer.weight, "target": target, "keep": 0.5, **arguments}
+        arguments = {"hidden": hidden, "weight": layer.weight, "target": target, "keep": 0.5, **arguments}
         with pytest.raises(ValueError, match=match):
-            trimmed_linear_cross_entropy(**given)
+            trimmed_linear_cross_entropy(**arguments)

@@ -9,8 +9,8 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerFast, Seq2SeqTrainer, Seq2SeqTrainingArguments, set_seed
 
 from hf_trim import TrimmingConfig, TrimmingMixin
+from tests.support.heads import HEADS, make, reference_loop
 from tests.support.helpers import descend, relative_difference, train, weights
-from tests.trainer.test_heads import HEADS, make, reference_loop
 
 
 class TrimmingSeq2SeqTrainer(TrimmingMixin, Seq2SeqTrainer):

@@ -3,22 +3,20 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 from transformers import (
     BertConfig,
     BertForTokenClassification,
     Trainer,
     TrainingArguments,
-    ViTMAEConfig,
-    ViTMAEForPreTraining,
     set_seed,
 )
 
-from hf_trim import TrimmingArguments, TrimmingTrainer
 from tests.support.helpers import (
     descend,
     digit_texts,
     digits,
+    grouped,
+    reference_loop,
     relative_difference,
     tiny_bert,
     tiny_resnet,
@@ -77,34 +75,11 @@ def test_label_smoothing_equals_plain_trainer(tmp_path):
     assert trimmed.losses[:6] == pytest.approx(plain.losses[:6], rel=1e-5)
 
 
-def reference_loop(model, batches, fractions, loss_func):
-    """Mini-batch trimming as the paper has it, in plain PyTorch: `batches[epoch][step]` is a list of mini-batches."""
-
-    def loss_of(step):
-        fraction, batches = step
-        kept = []
-        for batch in batches:
-            losses = loss_func(model(**{k: v for k, v in batch.items() if k != "labels"}).logits, batch["labels"])
-            losses = losses[batch["labels"] != -100] if batch["labels"].dtype == torch.long else losses
-            kept.append(torch.topk(losses, max(1, round(fraction * len(losses)))).values)
-        return torch.cat(kept).mean()
-
-    steps = [(fraction, step) for epoch, fraction in zip(batches, fractions, strict=True) for step in epoch]
-    return descend(model, steps, loss_of)
-
-
 LOSSES = {
     "single": lambda logits, labels: F.cross_entropy(logits, labels, reduction="none"),
     "multi": lambda logits, labels: F.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(1),
     "regression": lambda logits, labels: (logits[:, 0] - labels) ** 2,
 }
-
-
-def grouped(batches, epochs, accumulate):
-    """A flat list of mini-batches as epochs of optimizer steps of `accumulate` mini-batches."""
-    per_epoch = len(batches) // epochs
-    epochs = [batches[i : i + per_epoch] for i in range(0, len(batches), per_epoch)]
-    return [[epoch[i : i + accumulate] for i in range(0, per_epoch, accumulate)] for epoch in epochs]
 
 
 @pytest.mark.parametrize("accumulate", [1, 4])
@@ -139,70 +114,6 @@ def test_accumulating_single_samples_equals_one_batch(tmp_path):
     whole = train(tiny_vit(), digits(), tmp_path, trainer_cls=Trainer)
     assert single.losses == pytest.approx(whole.losses, rel=1e-4)
     assert relative_difference(weights(single), weights(whole)) < 1e-5
-
-
-def test_plain_training_arguments_have_the_default_schedule(tmp_path):
-    args = TrainingArguments(str(tmp_path), num_train_epochs=3, use_cpu=True, disable_tqdm=True, report_to="none")
-    trainer = TrimmingTrainer(tiny_vit(), args, train_dataset=digits())
-    trainer.train()
-    assert trainer.keep_fraction == pytest.approx(0.2)
-
-
-@pytest.mark.parametrize("model", ["bert", "vit"])
-@pytest.mark.parametrize("select", ["hardest", "random"])
-def test_resuming_in_the_middle_of_an_epoch_changes_nothing(model, select, tmp_path):
-    # ViT's checkpoints have other names than its parameters, BERT's the same.
-    make_model, rows = {"bert": (tiny_bert, digit_texts()), "vit": (tiny_vit, digits())}[model]
-    arguments = {"num_train_epochs": 3, "save_strategy": "steps", "save_steps": 4, "trim_select": select}
-    whole = train(make_model(dropout=0.2), rows, tmp_path, **arguments)
-    resumed = train(make_model(dropout=0.2), rows, tmp_path, resume=str(tmp_path / "checkpoint-8"), **arguments)
-    history = [log for log in whole.state.log_history if "loss" in log]
-    assert history[8]["epoch"] == pytest.approx(1.5)
-    assert resumed.losses == whole.losses[8:]
-    names = ("keep_fraction", "kept_fraction", "trim_threshold")
-    again = [log for log in resumed.state.log_history if "loss" in log]
-    assert [[log[name] for name in names] for log in again] == [[log[name] for name in names] for log in history]
-    assert torch.equal(weights(resumed), weights(whole))
-
-
-def test_best_model_is_loaded_whole(tmp_path):
-    arguments = {
-        "eval_strategy": "epoch",
-        "save_strategy": "epoch",
-        "load_best_model_at_end": True,
-        "num_train_epochs": 3,
-    }
-    rows = digits()
-    # The rate is far too high: the first epoch's model is not the last one's.
-    trainer = train(tiny_vit(), rows, tmp_path, learning_rate=3.0, trainer_kwargs={"eval_dataset": rows}, **arguments)
-    losses = [log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log]
-    assert min(losses) < losses[-1]
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(min(losses), rel=1e-5)
-
-
-def test_logged_metrics(tmp_path):
-    trimmed = train(tiny_vit(), digits(), tmp_path, num_train_epochs=3, logging_strategy="epoch")
-    logs = [log for log in trimmed.state.log_history if "loss" in log]
-    assert [log["keep_fraction"] for log in logs] == pytest.approx([1.0, 0.6, 0.2])
-    assert [log["kept_fraction"] for log in logs] == pytest.approx([1.0, 5 / 8, 2 / 8])
-    assert logs[0]["full_loss"] == pytest.approx(logs[0]["loss"], rel=1e-4)
-    for log in logs[1:]:
-        assert log["trim_threshold"] < log["loss"] and log["full_loss"] < log["loss"]
-    untrimmed = train(tiny_vit(), digits(), tmp_path, trim_select="none")
-    for log in untrimmed.state.log_history[:-1]:
-        assert log["keep_fraction"] == log["kept_fraction"] == 1.0
-        assert log["full_loss"] == pytest.approx(log["loss"], rel=1e-4)
-
-
-def test_random_control_keeps_as_many_but_others(tmp_path):
-    hardest = train(tiny_vit(), digits(), tmp_path, trim_keep_start=0.25, trim_keep_end=0.25)
-    rand = train(tiny_vit(), digits(), tmp_path, trim_keep_start=0.25, trim_keep_end=0.25, trim_select="random")
-    first, control = hardest.state.log_history[0], rand.state.log_history[0]
-    assert control["kept_fraction"] == first["kept_fraction"] == 0.25
-    assert control["full_loss"] == first["full_loss"]
-    assert control["loss"] < first["loss"]
-    again = train(tiny_vit(), digits(), tmp_path, trim_keep_start=0.25, trim_keep_end=0.25, trim_select="random")
-    assert again.losses == rand.losses
 
 
 def test_evaluation_and_prediction_are_never_trimmed(tmp_path):
@@ -290,102 +201,6 @@ def test_peft_model_trains_trimmed(tmp_path):
     trainer = train(model, digit_texts(), tmp_path, trim_keep_start=0.5)
     assert trainer.state.log_history[0]["kept_fraction"] == 0.5
     assert not torch.equal(weights(model), before)
-
-
-def refused(match, model, tmp_path, trainer_kwargs=None, **args):
-    with pytest.raises(ValueError, match=match):
-        TrimmingTrainer(
-            model,
-            TrimmingArguments(str(tmp_path), use_cpu=True, report_to="none", **args),
-            train_dataset=digits(),
-            **(trainer_kwargs or {}),
-        )
-
-
-def test_what_is_not_supported_is_refused_at_construction(tmp_path):
-    set_seed(0)
-    autoencoder = ViTMAEForPreTraining(
-        ViTMAEConfig(
-            hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, image_size=8, patch_size=4,
-            num_channels=1, decoder_hidden_size=8, decoder_num_hidden_layers=1, decoder_num_attention_heads=1,
-        )
-    )  # fmt: skip
-    refused("does not know the loss of ViTMAEForPreTraining.*It knows.*compute_loss_func", autoencoder, tmp_path)
-    refused("does not know the loss of Linear.*compute_loss_func", nn.Linear(2, 2), tmp_path)
-    refused("trim_unit='token' needs a loss per token", tiny_vit(), tmp_path, trim_unit="token")
-    refused("no meaning for regression", tiny_vit("regression"), tmp_path, label_smoothing_factor=0.1)
-    liger = {"use_liger_kernel": True}
-    refused("use_liger_kernel=True replaces the loss by a fused one", tiny_vit(), tmp_path, **liger)
-    half = {**liger, "liger_kernel_config": {"fused_linear_cross_entropy": False}}
-    refused("use_liger_kernel=True replaces the loss by a fused one", tiny_vit(), tmp_path, **half)
-
-
-def test_parallelism_that_would_rank_wrongly_is_refused(tmp_path):
-    args = TrimmingArguments(str(tmp_path), use_cpu=True, report_to="none")
-    args._n_gpu = 2
-    with pytest.raises(ValueError, match="DataParallel over 2 GPUs would trim each replica"):
-        TrimmingTrainer(tiny_vit(), args, train_dataset=digits())
-
-    class ContextParallel(TrimmingTrainer):
-        def get_cp_size(self):
-            return 2
-
-    args = TrimmingArguments(str(tmp_path), use_cpu=True, report_to="none")
-    with pytest.raises(ValueError, match="Context or sequence parallelism splits a sample"):
-        ContextParallel(tiny_vit(), args, train_dataset=digits())
-
-
-@pytest.mark.parametrize(
-    "arguments, match",
-    [
-        ({"trim_keep_end": 0.0}, r"trim_keep_end must be a fraction in \(0, 1\], and is 0.0"),
-        ({"trim_keep_start": 1.5}, "trim_keep_start must be a fraction"),
-        ({"trim_keep_start": "1"}, "trim_keep_start must be a fraction"),
-        (
-            {"trim_keep_start": 0.3, "trim_keep_end": 0.5},
-            "trim_keep_end .0.5. must not be above trim_keep_start .0.3.",
-        ),
-        ({"trim_schedule": "epochs"}, "Did you mean 'epoch'"),
-        ({"trim_select": "hard"}, "trim_select must be one of.*and is 'hard'"),
-        ({"trim_unit": "tokens"}, "Did you mean 'token'"),
-        ({"trim_backward": "dens"}, "Did you mean 'dense'"),
-        ({"trim_nonfinite": "skip"}, "trim_nonfinite must be one of"),
-        ({"trim_scope": "node"}, "trim_scope must be one of"),
-    ],
-)
-def test_wrong_arguments_are_refused(arguments, match, tmp_path):
-    with pytest.raises(ValueError, match=match):
-        TrimmingArguments(str(tmp_path), **arguments)
-
-
-def test_wrong_losses_and_batches_are_refused_at_the_first_batch(tmp_path):
-    def reduced(outputs, labels, num_items_in_batch=None):
-        return F.cross_entropy(outputs.logits, labels)
-
-    with pytest.raises(ValueError, match=r"returned \[\], where TrimmingTrainer needs one loss per sample \[8\]"):
-        train(tiny_vit(), digits(), tmp_path, trainer_kwargs={"compute_loss_func": reduced})
-
-    class FocalForImageClassification(type(tiny_vit())):
-        """Named and made like a head of transformers, but with a loss of its own."""
-
-        def loss_function(self, labels, logits, config, **kwargs):
-            losses = F.cross_entropy(logits, labels, reduction="none")
-            return ((1 - torch.exp(-losses)) ** 2 * losses).mean()
-
-    class FocalMeanForImageClassification(type(tiny_vit())):
-        def loss_function(self, labels, logits, config, **kwargs):
-            loss = F.cross_entropy(logits, labels)
-            return (1 - torch.exp(-loss)) ** 2 * loss
-
-    for head, match in (
-        (FocalForImageClassification, "FocalForImageClassification called none of torch's loss functions"),
-        (FocalMeanForImageClassification, "no linear function of the means"),
-    ):
-        set_seed(0)
-        with pytest.raises(ValueError, match=match):
-            train(head(tiny_vit().config), digits(), tmp_path)
-    with pytest.raises(ValueError, match="The batch has no 'labels'"):
-        train(tiny_vit(), [{"pixel_values": row["pixel_values"]} for row in digits()], tmp_path)
 
 
 def test_a_batch_without_valid_items_leaves_the_weights_alone(tmp_path):

@@ -1,0 +1,110 @@
+"""
+Step 1 (batch) of: batch → per-item losses → keep decision → trimmed backward → logs.
+
+What `TrimmingTrainer` refuses before training starts: settings with which the wrong items would be kept, or none could
+be ranked. Each message says what to set instead.
+"""
+
+from torch import nn
+from transformers import PreTrainedConfig, TrainingArguments
+
+from hf_trim.backward.compiled.graph import CUDA_GRAPHS, uses_cuda_graphs
+from hf_trim.trainer.arguments import TrimmingConfig
+from hf_trim.trainer.heads import PASS_A_LOSS
+
+
+def check_liger_kernel(args: TrainingArguments) -> None:
+    """
+    Refuse Liger's fused losses. They are put into the model when `Trainer` is made, so this comes before.
+
+    Args:
+        args ([`~transformers.TrainingArguments`]): The training arguments.
+
+    Raises:
+        `ValueError`: If the loss would be replaced by a fused one.
+    """
+    if not args.use_liger_kernel:
+        return
+    config = args.liger_kernel_config or {}
+    if any(config.get(name, True) for name in ("fused_linear_cross_entropy", "cross_entropy")):
+        raise ValueError(
+            "use_liger_kernel=True replaces the loss by a fused one that has no losses per item to rank. Leave it "
+            "out (trimming computes large language-model heads in chunks, too), or keep Liger's other kernels: "
+            "liger_kernel_config={'fused_linear_cross_entropy': False, 'cross_entropy': False}."
+        )
+
+
+def check_parallelism(args: TrainingArguments, trim: TrimmingConfig, devices_per_sample: int) -> None:
+    """
+    Refuse ways of parallel training in which the wrong items would be kept.
+
+    Args:
+        args ([`~transformers.TrainingArguments`]): The training arguments.
+        trim ([`~hf_trim.trainer.arguments.TrimmingConfig`]): What is trimmed, and how.
+        devices_per_sample (`int`): Number of devices over which a sample is split.
+
+    Raises:
+        `ValueError`: With `DataParallel`, with context or sequence parallelism, or if a global choice could not be
+            averaged over the devices.
+    """
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"torch.nn.DataParallel over {args.n_gpu} GPUs would trim each replica and average wrongly. Start one "
+            "process per GPU (`accelerate launch` or `torchrun`), or set CUDA_VISIBLE_DEVICES to one GPU."
+        )
+    if devices_per_sample > 1:
+        raise ValueError(
+            "Context or sequence parallelism splits a sample over devices, and its loss cannot be ranked there: "
+            "set cp_size and sp_size to 1."
+        )
+    if trim.trim_scope == "global" and not args.average_tokens_across_devices:
+        raise ValueError(
+            "trim_scope='global' is a mean over the items of all devices: leave average_tokens_across_devices at "
+            "True, or use trim_scope='local'."
+        )
+
+
+def check_cuda_graphs(args: TrainingArguments, trim: TrimmingConfig, model: nn.Module) -> None:
+    """
+    Refuse CUDA graphs, whose shapes are fixed, where the backward pass shall run on the kept rows.
+
+    Args:
+        args ([`~transformers.TrainingArguments`]): The training arguments.
+        trim ([`~hf_trim.trainer.arguments.TrimmingConfig`]): What is trimmed, and how.
+        model (`torch.nn.Module`): The model, which may have been compiled with CUDA graphs.
+
+    Raises:
+        `ValueError`: If the two do not go together.
+    """
+    asks_for_cuda_graphs = args.torch_compile_mode in ("reduce-overhead", "max-autotune")
+    if trim.trim_backward == "sparse" and (asks_for_cuda_graphs or uses_cuda_graphs(model)):
+        raise ValueError(
+            f"trim_backward='sparse' cannot go with CUDA graphs: {CUDA_GRAPHS}. Compile in another mode, or set "
+            "trim_backward='auto'."
+        )
+
+
+def check_head(args: TrainingArguments, trim: TrimmingConfig, unit: str, config: PreTrainedConfig) -> None:
+    """
+    Refuse settings that have no meaning for a model's head.
+
+    Args:
+        args ([`~transformers.TrainingArguments`]): The training arguments.
+        trim ([`~hf_trim.trainer.arguments.TrimmingConfig`]): What is trimmed, and how.
+        unit (`str`): What an item of the head's loss is: `"sample"` or `"token"`.
+        config ([`~transformers.PreTrainedConfig`]): The model's configuration.
+
+    Raises:
+        `ValueError`: If tokens are to be trimmed where losses are per sample, or regression labels to be smoothed.
+    """
+    if unit == "sample" and trim.trim_unit == "token":
+        raise ValueError(
+            "trim_unit='token' needs a loss per token, and this head has one per sample: use trim_unit='auto' "
+            f"or 'sample'. {PASS_A_LOSS}"
+        )
+    smoothing = args.label_smoothing_factor
+    if smoothing and (getattr(config, "problem_type", None) == "regression" or config.num_labels == 1):
+        raise ValueError(
+            f"label_smoothing_factor={smoothing} has no meaning for regression: set it to 0, or give the "
+            "model more than one label."
+        )
