@@ -3,8 +3,8 @@
 from torch import Tensor
 
 from hf_trim.backward.dense import take_rows_dense
+from hf_trim.backward.eager.rows import NotRowwiseError
 from hf_trim.backward.eager.sparse import take_rows_sparse
-from hf_trim.backward.eager.tensor import NotRowwiseError
 from hf_trim.backward.registry import implements
 from hf_trim.backward.settings import checked, fallback_report, reset_fallbacks, strict
 

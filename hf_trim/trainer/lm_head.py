@@ -11,10 +11,11 @@ from math import prod
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
-from hf_trim.backward.eager.sparse import DENSE_ABOVE, guard
-from hf_trim.backward.eager.tensor import Rows, RowSparseTensor
+from hf_trim.backward._torch_internals import current_backward_pass, make_wrapper_subclass, tree_map_only
+from hf_trim.backward.eager.rows import Rows
+from hf_trim.backward.eager.sparse import DENSE_ABOVE, prepare_graph
+from hf_trim.backward.eager.tensor import RowSparseTensor
 
 
 MIN_VOCABULARY = 4096  # below, whole logits cost little
@@ -92,7 +93,7 @@ class LazyLogits(Tensor):
     def __new__(cls, hidden: Tensor, weight: Tensor, bias: Tensor | None = None, **others):
         dtype = torch.get_autocast_dtype(hidden.device.type) if _autocast(hidden) else hidden.dtype
         shape = (*hidden.shape[:-1], weight.shape[0])
-        return Tensor._make_wrapper_subclass(cls, shape, dtype=others.get("dtype", dtype), device=hidden.device)
+        return make_wrapper_subclass(cls, shape, dtype=others.get("dtype", dtype), device=hidden.device)
 
     def __init__(self, hidden, weight, bias=None, *, keep_all, steps=(), dtype=None):
         self.hidden, self.weight, self.bias, self.steps, self.keep_all = hidden, weight, bias, steps, keep_all
@@ -193,7 +194,7 @@ class LazyLogits(Tensor):
         rows, hidden = None, self.hidden
         if samples is not None and len(samples) <= dense_above * batch_size and hidden.grad_fn is not None:
             rows = Rows(samples, batch_size)
-            guard([hidden.grad_fn], rows)
+            prepare_graph([hidden.grad_fn], rows)
         gradients, self.gradients = self.gradients, None
         return _SumOfLosses.apply(hidden, self.weight, self.bias, gradients, rows)
 
@@ -281,7 +282,7 @@ def _place(values: Tensor, tokens: Tensor, rows: Rows | None, shape: torch.Size)
     # From a token's place in the batch to its place among the kept samples.
     at = torch.searchsorted(rows.index, tokens // length) * length + tokens % length
     payload = values.new_zeros(rows.count * length, shape[1]).index_copy(0, at, values)
-    rows.task = torch._C._current_graph_task_id()
+    rows.backward_pass = current_backward_pass()
     return RowSparseTensor(payload, rows, 0, 1, length)
 
 

@@ -15,10 +15,12 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+from hf_trim.backward.eager.activation import ActivationRows
+from hf_trim.backward.eager.rows import Rows
 from hf_trim.backward.eager.rules.pointwise import dense_rule
-from hf_trim.backward.eager.saved import COMPUTES_FIRST
+from hf_trim.backward.eager.saved import COMPUTE_WITH_SAVED
 from hf_trim.backward.eager.sparse import take_rows_sparse
-from hf_trim.backward.eager.tensor import ActivationRows, Rows, RowSparseTensor, densify
+from hf_trim.backward.eager.tensor import RowSparseTensor, densify
 from hf_trim.backward.registry import GRADIENTS, implements
 from hf_trim.backward.settings import fallback_report, reset_fallbacks, strict
 
@@ -28,7 +30,7 @@ few = settings(max_examples=8, deadline=None, derandomize=True)
 
 @pytest.fixture(scope="module", autouse=True)
 def rows_of_whatever_was_saved():
-    with patch("hf_trim.backward.eager.saved.WORTH_IT", 0):  # in small tensors too
+    with patch("hf_trim.backward.eager.saved.MIN_ELEMENTS", 0):  # in small tensors too
         yield
 
 
@@ -476,7 +478,7 @@ def test_formulas_compute_with_the_kept_rows_of_what_was_saved(name):
 
 def test_each_formula_is_tested():
     names = {f"{name.split()[0]}Backward{number}" for name in COMPUTE_FIRST for number in (0, 1)}
-    assert names == COMPUTES_FIRST
+    assert names == COMPUTE_WITH_SAVED
 
 
 def test_a_saved_tensor_serves_several_selections_and_a_plain_loss():

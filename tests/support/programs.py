@@ -201,7 +201,7 @@ def difference(ops: list, head, seed: int, compiled: bool = False) -> float:
 
     differences = []
     # The proof alone must know; and the tensors are small.
-    with keep_backward_graphs(), checked(False), patch("hf_trim.backward.eager.saved.WORTH_IT", 0):
+    with keep_backward_graphs(), checked(False), patch("hf_trim.backward.eager.saved.MIN_ELEMENTS", 0):
         call = torch.compile(program, backend=DECOMPOSED, dynamic=True) if compiled else program
         for _ in range(2):
             kept = torch.tensor(sorted(draw.sample(range(batch), draw.randint(1, batch - 1))))
