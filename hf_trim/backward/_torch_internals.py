@@ -153,6 +153,16 @@ def checkpoint_frame(saved: Any) -> CheckpointFrame | None:
     return None
 
 
+def recompute_function(frame: CheckpointFrame) -> Callable:
+    """The function that a checkpoint runs again, called with the inputs that it saved."""
+    return frame.recompute_fn
+
+
+def replace_recompute_function(frame: CheckpointFrame, function: Callable) -> None:
+    """Has a checkpoint run another function in the place of its own."""
+    frame.recompute_fn = function
+
+
 def recomputed_tensors(frame: CheckpointFrame, backward_pass: int) -> list[Tensor | None]:
     """What a checkpoint recomputed in a backward pass, in the order of saving; `None` where nobody needs it now."""
     holders = [holder() for holder in frame.weak_holders]

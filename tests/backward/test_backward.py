@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from hf_trim import trimmed_mean
-from hf_trim.backward.choice import choose_backward, mixing_modules
+from hf_trim.backward.choice import choose_backward, find_mixing_modules
 from hf_trim.backward.compiled.graph import uses_cuda_graphs
 from hf_trim.backward.replay import rows_of, scoring
 from tests.support.helpers import (
@@ -63,15 +63,15 @@ def test_choice():
     bert, resnet = tiny_bert().train(), tiny_resnet().train()
     assert choose_backward("auto", bert, True, 0.5)[0] == "sparse"
     assert choose_backward("sparse", bert, False, 0.5)[0] == "dense"
-    assert "kept tokens only" in choose_backward("auto", bert, False, 0.5, chunked_head=True)[1]
+    assert "for the kept tokens alone" in choose_backward("auto", bert, False, 0.5, chunked_head=True)[1]
     assert choose_backward("dense", bert, True, 0.5) == ("dense", "asked for")
     assert choose_backward("replay", bert, False, 0.5)[0] == "dense"
     assert choose_backward("auto", resnet, True, 0.5)[0] == "dense"
-    assert "gradients are not those of dense" in choose_backward("replay", resnet, True, 0.5)[1]
+    assert "gradients differ from those of dense" in choose_backward("replay", resnet, True, 0.5)[1]
     for module in resnet.modules():
         if isinstance(module, _BatchNorm):
             module.eval()
-    assert mixing_modules(resnet) == [] and choose_backward("auto", resnet, True, 0.5)[0] == "sparse"
+    assert find_mixing_modules(resnet) == [] and choose_backward("auto", resnet, True, 0.5)[0] == "sparse"
     compiled = torch.compile(bert)
     assert choose_backward("auto", compiled, True, 0.5)[0] == "sparse"
     assert choose_backward("auto", compiled, True, 0.5, refused="rows meet")[0] == "replay"

@@ -28,7 +28,9 @@ from hf_trim.backward._torch_internals import (
     current_backward_pass,
     forget_recomputed,
     is_recomputation_shared,
+    recompute_function,
     recomputed_tensors,
+    replace_recompute_function,
     saved_tensors,
 )
 from hf_trim.backward.eager.activation import ActivationRows
@@ -63,12 +65,12 @@ def recompute_kept_rows(node: Node, rows: Rows) -> None:
     """
     frame = find_frame(node)
     if frame is not None:
-        recompute = frame.recompute_fn
+        recompute = recompute_function(frame)
         if isinstance(recompute, _KeptRows):
             if recompute.rows is rows:
                 return
             recompute = recompute.recompute  # this one is of an earlier selection from the same graph
-        frame.recompute_fn = _KeptRows(frame, recompute, rows)
+        replace_recompute_function(frame, _KeptRows(frame, recompute, rows))
 
 
 class _KeptRows:

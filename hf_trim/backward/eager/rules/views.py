@@ -143,7 +143,7 @@ def slice_(func, x, dim=0, start=None, end=None, step=1):
 
 
 @implements("split.Tensor", "split_with_sizes", table=(GRADIENTS, ACTIVATIONS))
-@implements("unsafe_split.Tensor", "unsafe_split_with_sizes")
+@implements("unsafe_split.Tensor", "unsafe_split_with_sizes", table=(GRADIENTS, ACTIVATIONS))
 def split(func, x, sizes, dim=0):
     dim = require_other_dim(x, dim)
     return [mark_view(x, x.like(part)) for part in func(x.payload, sizes, dim)]
