@@ -27,7 +27,7 @@ __all__ = ["BatchNorm", "StorageWeakRef", "tree_iter", "tree_map_only"]
 OpOverload = torch._ops.OpOverload
 
 
-@cache  # asked for at each dispatch, as the next one
+@cache  # asked for at each dispatch, as `is_mutable` is
 def op_name(op: OpOverload) -> str:
     """The name of an op without namespace and overload, e.g. `"sum"`."""
     return op.overloadpacket.__name__
@@ -171,7 +171,7 @@ def recomputed_tensors(frame: CheckpointFrame, backward_pass: int) -> list[Tenso
 
 
 def check_recomputed(frame: CheckpointFrame, backward_pass: int) -> None:
-    """Raises if a checkpoint recomputed other tensors than it saved, as far as their number and shapes tell."""
+    """Raises if what a checkpoint recomputed differs in number, shape, dtype or device from what it saved."""
     if frame.recomp_counter[backward_pass] != len(frame.weak_holders):
         raise RuntimeError("another number of tensors was saved")
     tensors = recomputed_tensors(frame, backward_pass)
@@ -191,7 +191,7 @@ def forget_recomputed(frame: CheckpointFrame, backward_pass: int) -> None:
 
 
 def is_recomputation_shared() -> bool:
-    """Whether several backward passes share what checkpoints recompute (`GraphExecGroup`, not in each torch)."""
+    """Whether several backward passes share what checkpoints recompute (older versions of torch can't)."""
     group = getattr(torch_checkpoint, "GraphExecGroup", None)
     return group is not None and group._get_current_group() is not None
 

@@ -4,7 +4,7 @@ Op → rule, in three tables filled by one decorator.
 | table | a rule says | called by |
 |---|---|---|
 | `GRADIENTS` | what an op returns for row-sparse gradients | `eager/tensor.py`, in the backward pass |
-| `ACTIVATIONS` | what an op returns for activations known in the kept rows only | `eager/activation.py`, the same |
+| `ACTIVATIONS` | what an op returns for activations known in the kept rows only | `eager/activation.py`, there too |
 | `PROOF` | which dimension of an op's result carries the rows | `compiled/proof.py`, once for a compiled graph |
 
 To add a rule: name the op, write what it returns, compare with dense autograd. What a rule must guarantee is in
@@ -44,7 +44,7 @@ from hf_trim.backward._torch_internals import OpOverload
 
 class RuleTable(dict):
     """
-    Op → rule. Looking up an op that has no rule of its own asks `default`, and remembers the answer.
+    Op → rule. An op without a rule of its own gets what `default` says, which is asked once.
 
     Args:
         name (`str`): What the rules are about, for messages.
@@ -55,7 +55,7 @@ class RuleTable(dict):
     def __init__(self, name: str, by_name: bool = False):
         super().__init__()
         self.name, self.by_name = name, by_name
-        self.registered: set = set()  # keys with a rule of their own; the others are what `default` gave
+        self.registered: set = set()  # ops with a rule of their own; all other rules came from `default`
         self.default: Callable[[Any], Callable | None] = lambda op: None
 
     def __missing__(self, op):

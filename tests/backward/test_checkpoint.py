@@ -67,13 +67,13 @@ def test_checkpointed_function_that_mixes_samples(recomputed):
         def forward(self, x):
             return (x - x.mean(0)).sin()
 
-    first, *others = make_layers(0.5)
-    compare_checkpointed([first, Mixing(), *others])
+    first, *layers = make_layers(0.5)
+    compare_checkpointed([first, Mixing(), *layers])
     assert recomputed == {"kept": 2, "all": 1}  # what comes after the failure does not try
 
 
 def test_checkpointed_op_without_a_gradient_rule(recomputed, monkeypatch):
-    """Then the op's other rows are wanted after all."""
+    """The op then needs all rows of what was recomputed."""
     monkeypatch.setitem(GRADIENTS, torch.ops.aten.tanh_backward.default, dense_rule)
     compare_checkpointed(make_layers(0.5))
     assert fallback_report()
@@ -83,10 +83,10 @@ def test_checkpointed_op_without_a_gradient_rule(recomputed, monkeypatch):
 def test_checkpoints_serve_several_selections_and_a_plain_loss():
     layer, x = make_layers(0.5)[0], torch.randn(6, 3, requires_grad=True)
     hidden = checkpoint(layer, checkpoint(layer, x, use_reentrant=False), use_reentrant=False)
-    values, other = hidden.square().sum(1), torch.tensor([0, 1, 5])
-    losses = [lambda: values[KEPT].sum(), lambda: values[other].mean(), lambda: values.sum()]
+    values, second_kept = hidden.square().sum(1), torch.tensor([0, 1, 5])
+    losses = [lambda: values[KEPT].sum(), lambda: values[second_kept].mean(), lambda: values.sum()]
     expected = [torch.autograd.grad(loss(), x, retain_graph=True)[0] for loss in losses]
-    first, second = take_rows_sparse(values, KEPT).sum(), take_rows_sparse(values, other).mean()
+    first, second = take_rows_sparse(values, KEPT).sum(), take_rows_sparse(values, second_kept).mean()
     close(torch.autograd.grad(first, x, retain_graph=True)[0], expected[0])
     close(torch.autograd.grad(values.sum(), x, retain_graph=True)[0], expected[2])
     close(torch.autograd.grad(second, x, retain_graph=True)[0], expected[1])

@@ -101,8 +101,8 @@ getattr(node, "_forward_cls", None)
 
 @pytest.mark.parametrize("file", [file for file in FILES if file.startswith("backward/")])
 def test_the_backward_pass_imports_nothing_else_of_hf_trim(file):
-    others = {module for module, _ in imports(parse(file)) if module.split(".")[0] == "hf_trim"}
-    others = {module for module in others if not f"{module}.".startswith("hf_trim.backward.")}
-    assert not others, f"hf_trim/{file} imports {', '.join(sorted(others))}"
-    packages = {module.split(".")[0] for module, _ in imports(parse(file))}
+    modules = {module for module, _ in imports(parse(file))}
+    packages = {module.split(".")[0] for module in modules}
+    foreign = {m for m in modules if m.split(".")[0] == "hf_trim" and not f"{m}.".startswith("hf_trim.backward.")}
+    assert not foreign, f"hf_trim/{file} imports {', '.join(sorted(foreign))}"
     assert not packages & {"transformers", "accelerate", "datasets"}, "the backward pass knows torch alone"

@@ -59,11 +59,13 @@ def test_anomaly_mode(losses):
 
 def test_several_selections_and_a_plain_loss(losses):
     net, x, hidden, values = losses
-    other = torch.tensor([0, 1, 5])
+    second_kept = torch.tensor([0, 1, 5])
     (expected,) = torch.autograd.grad(
-        values[KEPT].sum() + values[other].mean() + hidden.square().mean(), x, retain_graph=True
+        values[KEPT].sum() + values[second_kept].mean() + hidden.square().mean(), x, retain_graph=True
     )
-    total = take_rows_sparse(values, KEPT).sum() + take_rows_sparse(values, other).mean() + hidden.square().mean()
+    total = (
+        take_rows_sparse(values, KEPT).sum() + take_rows_sparse(values, second_kept).mean() + hidden.square().mean()
+    )
     total.backward(retain_graph=True)
     close(x.grad, expected)
     total.backward()

@@ -74,7 +74,7 @@ def recompute_kept_rows(node: Node, rows: Rows) -> None:
 
 
 class _KeptRows:
-    """Stands in for the function that a checkpoint runs again."""
+    """Stands in for the function that a checkpoint runs again. The checkpoint's frame holds this object."""
 
     def __init__(self, frame: CheckpointFrame, recompute, rows: Rows):
         self.frame, self.recompute, self.rows = weakref.ref(frame), recompute, rows
@@ -109,6 +109,7 @@ class _KeptRows:
     _forget = staticmethod(forget_recomputed)
 
     def _kept(self, x: Any) -> Any:
+        """The kept rows of an input of the function, if its first dimension is the batch; else the input itself."""
         if not isinstance(x, Tensor) or isinstance(x, ActivationRows) or x.ndim == 0 or x.shape[0] != self.rows.batch:
             return x
         return ActivationRows(self.rows.take(x.detach()), self.rows).requires_grad_(x.requires_grad)

@@ -1,7 +1,7 @@
 """
-Some formulas of the backward pass compute with what was saved before they meet the gradient. The gradient of x³ is
-3x²·grad, and the square would be one of the whole batch. The nodes of such formulas get the kept rows of what they
-saved instead, as [`~hf_trim.backward.eager.activation.ActivationRows`]; the forward rules do the rest.
+Some formulas of the backward pass compute with a saved tensor before they use the gradient. The gradient of x³ is
+3x²·grad, and autograd would square all of x. The nodes of such formulas get the kept rows of what they saved instead,
+as [`~hf_trim.backward.eager.activation.ActivationRows`], and the rules of forward ops square these only.
 
 e.g. x is `[B, T, C]`, B = 4, rows 1 and 3 kept: the node of `x**3` unpacks `ActivationRows` with the payload
 `[2, T, C]`, and squares that.

@@ -1,6 +1,6 @@
 """
-Row-sparse backward. The kept losses emit a gradient that holds the kept rows only, and all that autograd does with it
-costs as much as these rows. Nodes that cannot work on such a gradient are found beforehand and get an ordinary one.
+Row-sparse backward. The backward pass starts with a gradient that holds the kept rows only, and each op on it computes
+these rows only. Before it starts, the graph is searched for nodes that need an ordinary gradient: these get one.
 
 e.g. losses `[B]`, B = 4, kept 1 and 3: the gradient that arrives is `[2]`, and the losses get a `RowSparseTensor` of
 shape `[4]` with that payload. Behind a linear layer it is `[4, C]` with the payload `[2, C]`, and so on.
@@ -69,6 +69,8 @@ def take_rows_sparse(losses: Tensor, kept: Tensor, dense_above: float = DENSE_AB
 
 
 class _TakeRows(torch.autograd.Function):
+    """`losses[kept]`, `[k]`, whose backward makes a row-sparse gradient of `[B]` out of the `[k]` that arrive."""
+
     @staticmethod
     def forward(ctx, losses, rows):
         ctx.rows = rows
@@ -132,7 +134,7 @@ def _densify_gradients(node: Node, counted: bool = True) -> None:
         return
     node.metadata[_DENSE] = True
     name = node.name()
-    arrived = []  # a row-sparse gradient, from the one hook to the other
+    arrived = []  # the row-sparse gradient that the prehook met, for the posthook
 
     def prehook(grads):
         if not any(isinstance(grad, RowTensor) for grad in grads):

@@ -1,17 +1,20 @@
 """
 Tensor subclasses with the logical shape of the batch, of which the kept rows alone are in memory. `RowTensor` is what
-gradients (`RowSparseTensor`, zero in the other rows) and activations (`activation.py`, unknown there) have in common.
-The rules for ops on them are in `rules/`.
+gradients (`RowSparseTensor`) and activations (`ActivationRows`) have in common. Outside the kept rows a gradient is
+zero, and an activation is unknown. The rules for ops on them are in `rules/`.
 
 e.g. the gradient of a linear layer's output, [B·T, C] with B = 4 samples of T = 2 tokens, rows 1 and 3 kept: the
 payload is [2·2, C], row_dim = 0, row_outer = 1, row_inner = 2. The weight's gradient is one product of the payload and
 the kept rows of the layer's input.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from hf_trim.backward._torch_internals import (
+    OpOverload,
     disabled_torch_function,
     is_mutable,
     make_wrapper_subclass,
@@ -24,7 +27,7 @@ from hf_trim.backward.settings import FALLBACKS, Settings
 
 
 def _dense_strides(values: Tensor, shape: list[int]) -> list[int]:
-    """Strides for `shape` with the dimension order of `values`."""
+    """Strides for `shape` with the dimension order of `values`; what is expanded there, with stride 0, stays so."""
     strides, step = [0] * len(shape), 1
     for d in sorted(range(len(shape)), key=lambda d: (values.stride(d), -d)):
         if values.stride(d) or values.shape[d] == 1:
@@ -52,7 +55,7 @@ class RowTensor(Tensor):
 
     @staticmethod
     def __new__(cls, payload: Tensor, rows: Rows, row_dim: int = 0, row_outer: int = 1, row_inner: int = 1):
-        if isinstance(payload, RowTensor):
+        if isinstance(payload, RowTensor):  # an op mixed two tensors of rows: payloads are ordinary ones
             raise NotRowwiseError("an operand carries rows of its own")
         shape, size = list(payload.shape), row_outer * rows.count * row_inner
         if shape[row_dim] != size:
@@ -81,7 +84,7 @@ class RowTensor(Tensor):
         row_dim = self.row_dim if row_dim is None else row_dim
         return type(self)(payload, self.rows, row_dim, self.row_outer, self.row_inner)
 
-    def kept_rows(self, x, dim: int | None = None):
+    def kept_rows(self, x: Tensor | None, dim: int | None = None) -> Tensor | None:
         """
         The payload-sized part of an operand that has this tensor's rows along `dim` (default: `self.row_dim`).
 
@@ -104,7 +107,7 @@ class RowTensor(Tensor):
             return x.payload
         return self.rows.take(x, dim, self.row_outer, self.row_inner)
 
-    def kept_rows_or_broadcast(self, x, dim: int | None = None):
+    def kept_rows_or_broadcast(self, x: Tensor | None, dim: int | None = None) -> Tensor | None:
         """Like [`RowTensor.kept_rows`], but an operand of size 1 along `dim`, or without it, is left as it is."""
         if isinstance(x, Tensor) and not isinstance(x, RowTensor):
             dim = self.row_dim if dim is None else dim
@@ -117,15 +120,22 @@ class RowTensor(Tensor):
         """The ordinary tensor of the same shape."""
         raise NotImplementedError
 
-    def densify_(self, dense: Tensor):
+    def densify_(self, dense: Tensor) -> "RowTensor":
         """Makes this object dense: its payload is from now on `dense`, with every row of the first dimension kept."""
         self.check_writable(self.is_view or self.has_views)
         self.rows = Rows.all_of(self)
         self.payload, self.row_dim, self.row_outer, self.row_inner = dense, 0, 1, 1
         return self
 
-    def check_writable(self, shared: bool = False):
-        """Raises if what is written to this tensor would not reach what shares its memory."""
+    def check_writable(self, shared: bool = False) -> None:
+        """
+        Args:
+            shared (`bool`, *optional*, defaults to `False`): Whether other tensors share the memory, but would not
+                see what is written.
+
+        Raises:
+            `RuntimeError`: If an in-place op would change this tensor alone, and not those that share its memory.
+        """
         if shared or self.is_copy:
             raise RuntimeError(
                 "This in-place operation would change a tensor of kept rows, but not the tensors that share its "
@@ -173,20 +183,21 @@ class RowSparseTensor(RowTensor):
             out = torch.empty_strided(self.shape, self.stride(), dtype=self.dtype, device=self.device).zero_()
         return self.rows.put(out, self.payload, self.row_dim, self.row_outer, self.row_inner)
 
-    def sparsify(self, x):
+    def sparsify(self, x: Tensor) -> Tensor:
         """A dense result made row-sparse again, if it turns out to be zero outside this gradient's rows."""
         if x.layout != torch.strided or self.rows.count == self.rows.batch or self.row_dim >= x.ndim:
             return x
         if x.shape[self.row_dim] != self.shape[self.row_dim]:
             return x
+        # As many entries that are not zero as in the kept rows: there are none elsewhere. (A GPU makes the host wait.)
         values = self.kept_rows(x)
         return self.like(values) if values.count_nonzero() == x.count_nonzero() else x
 
-    def add_to(self, out: Tensor, alpha=1) -> Tensor:
+    def add_to(self, out: Tensor, alpha: float = 1) -> Tensor:
         """Adds the kept rows to a dense tensor of the same shape, in place."""
         return self.rows.add_to(out, self.payload, self.row_dim, self.row_outer, self.row_inner, alpha)
 
-    def overwrite_(self, result: Tensor):
+    def overwrite_(self, result: Tensor) -> "RowSparseTensor":
         """Takes over the content of `result`, which an in-place op computed."""
         self.check_writable()
         has_same_rows = isinstance(result, RowSparseTensor) and self.layout_of_rows() == result.layout_of_rows()
@@ -207,12 +218,12 @@ class RowSparseTensor(RowTensor):
         return RowSparseTensor(inner_tensors["payload"], *meta)
 
 
-def densify(x):
+def densify(x: Any) -> Any:
     """The ordinary tensor behind `x`; anything else is handed back."""
     return x.densify() if isinstance(x, RowTensor) else x
 
 
-def run_dense(func, args, kwargs, reason=""):
+def run_dense(func: OpOverload, args: tuple, kwargs: dict, reason: str | Exception = "") -> Any:
     """Runs an op without a rule on ordinary tensors: always right, only slower."""
     name = str(func)
     if Settings.strict:
@@ -227,7 +238,7 @@ def run_dense(func, args, kwargs, reason=""):
     return out if is_mutable(func) else tree_map_only(Tensor, grad.sparsify, out)
 
 
-def run_dense_view(func, x, *args, **kwargs):
+def run_dense_view(func: OpOverload, x: RowSparseTensor, *args, **kwargs) -> Any:
     """A view without a rule. What is written to it must reach `x`: that becomes dense, or writing is refused."""
     has_all_rows = x.rows.count == x.rows.batch
     is_dense = has_all_rows and x.payload.stride() == x.stride() and not x.payload.storage_offset()

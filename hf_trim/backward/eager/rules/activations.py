@@ -2,8 +2,8 @@
 Forward ops on activations of which the kept rows are known (`checkpoint.py`, `saved.py`).
 
 What `rules/__init__.py` says of a rule holds here with one difference: the rows that are not kept are *unknown*, not
-zero. A sum over rows is therefore never right; an elementwise op need not keep zeros. Random numbers are drawn for the
-whole batch, so that they are those of the forward pass, and the kept rows of them are taken.
+zero. A sum over rows is therefore never right; an elementwise op need not keep zeros. Random numbers are drawn for all
+rows, and the kept rows of them are taken: they are then those of the forward pass.
 
 e.g. `linear(x, weight)` with `x` `[B·T, H]`, B = 4, T = 2, rows 1 and 3 kept: `addmm` on the payload `[2·2, H]`.
 `x.mean(0)` needs the rows that are unknown: `NotRowwiseError`.
@@ -49,7 +49,7 @@ def pointwise(func, *args, **kwargs):
 
 
 def require_activation(x):
-    """`x` if its kept rows are known; the rule needs it to be the one."""
+    """`x`, which must be the operand that carries rows."""
     require(isinstance(x, ActivationRows), "this operand is expected to be the one of kept rows")
     return x
 
@@ -162,7 +162,7 @@ def embedding(func, weight, indices, *args):
 def attention(func, query, key, value, *args, **kwargs):
     require_samples(require_activation(query))
     named = name_arguments(func, 3, args, kwargs)
-    require(not named.get("dropout_p"), "dropout inside the kernel")
+    require(not named.get("dropout_p"), "dropout inside the kernel")  # its mask would be another one
     for name in ("attn_mask", "attn_bias"):
         if named.get(name) is not None:
             named[name] = query.kept_rows_or_broadcast(named[name], -4)
@@ -180,7 +180,7 @@ def empty_batch(x):
 
 @implements("bernoulli_.float", "uniform_", "normal_", table=ACTIVATIONS)
 def draw_in_place(func, x, *args, **kwargs):
-    require(not (x.is_view or x.has_views), "it changes a view")
+    require(not (x.is_view or x.has_views), "it changes a view")  # of which the payload may be a copy
     x.payload.copy_(x.kept_rows(func(empty_batch(x), *args, **kwargs)))
     return x
 

@@ -1,8 +1,8 @@
 """
 Backward ops of the fused attention kernels.
 
-Kernels that apply dropout themselves draw their mask from a counter over the whole batch, so that a slice of the batch
-would redraw it: with dropout inside the kernel these ops run dense.
+Kernels that apply dropout themselves draw the mask by a sample's place in the batch, so that a slice of the batch
+would get another mask. With dropout inside the kernel these ops run dense.
 
 e.g. operands `[B, H, T, D]`, B = 4, rows 1 and 3 kept: the kernel runs on the payload `[2, H, T, D]` and the kept rows
 of query, key, value, output and `logsumexp` (`[B, H, T]`), and its three gradients are row-sparse.

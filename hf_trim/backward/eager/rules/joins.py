@@ -24,7 +24,7 @@ def cat(func, tensors, dim=0):
     dim = require_other_dim(ref, dim)
     payloads = []
     for x in tensors:
-        if not isinstance(x, RowSparseTensor):
+        if not isinstance(x, RowSparseTensor):  # the result would not be zero outside the kept rows
             require(_is_undefined(x, ref), "a dense tensor is joined")
         payloads.append(ref.kept_rows(x))
     return ref.like(func(payloads, dim))

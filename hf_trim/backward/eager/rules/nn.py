@@ -16,6 +16,9 @@ from hf_trim.backward.registry import ACTIVATIONS, GRADIENTS, implements
 # ---- norms -------------------------------------------------------------------------------------------------------
 
 
+# Gradients of weights and biases (`out[1:]`) are sums over rows, complete without the rows that are zero.
+
+
 @implements("native_layer_norm_backward")
 def layer_norm_backward(func, grad, x, normalized_shape, mean, rstd, weight, bias, output_mask):
     require(require_row_sparse(grad).row_dim < grad.ndim - len(normalized_shape), "rows are normalized")
@@ -42,7 +45,7 @@ def group_norm_backward(func, grad, x, mean, rstd, weight, N, C, HxW, group, out
 
 @implements("native_batch_norm_backward")
 def batch_norm_backward(func, grad, x, weight, running_mean, running_var, mean, invstd, train, eps, output_mask):
-    require(not train, "batch norm in training mode mixes samples")
+    require(not train, "batch norm in training mode mixes samples")  # with fixed statistics it is elementwise
     require(require_row_sparse(grad).row_dim != 1, "rows are channels")
     statistics = (running_mean, running_var, mean, invstd)
     out = func(grad.payload, grad.kept_rows(x), weight, *statistics, train, eps, output_mask)
@@ -170,6 +173,6 @@ def shuffle(func, x, factor):
 
 @implements("embedding_dense_backward")
 def embedding_backward(func, grad, indices, num_weights, padding_idx, scale_grad_by_freq):
-    require(not scale_grad_by_freq, "frequencies are counted over the batch")
+    require(not scale_grad_by_freq, "frequencies are counted over the batch")  # also where the gradient is zero
     require(require_row_sparse(grad).row_dim < indices.ndim == grad.ndim - 1, "rows are features")
     return func(grad.payload, grad.kept_rows(indices), num_weights, padding_idx, scale_grad_by_freq)

@@ -39,7 +39,7 @@ def require_other_dim(x: RowTensor, dim: int) -> int:
 
 
 def find_reference(args: Iterable, kind: type = RowSparseTensor) -> RowTensor:
-    """The operand whose rows and layout the others must share: the first that carries rows."""
+    """The first operand that carries rows: all operands must have its rows, in its layout."""
     for x in args:
         if isinstance(x, kind):
             return x

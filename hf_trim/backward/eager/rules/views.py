@@ -48,6 +48,7 @@ def view(func, x, size, stride=None):
     if plan is None:
         plan = x.rows.plans[key] = plan_view(x, list(size))
     size, *layout = plan
+    # `reshape`, for the payload need not be contiguous where the tensor that it stands for is.
     out = type(x)(x.payload.reshape(size), x.rows, *layout)
     if func is not aten.view.default:
         return out
@@ -107,7 +108,7 @@ def permute(func, x, dims):
 @implements("expand", table=(GRADIENTS, ACTIVATIONS))
 def expand(func, x, size, implicit=False):
     dim = x.row_dim + len(size) - x.ndim
-    require(size[dim] in (-1, x.shape[x.row_dim]), "rows are repeated")
+    require(size[dim] in (-1, x.shape[x.row_dim]), "rows are repeated")  # B = 1 expanded to more
     size = [x.payload.shape[x.row_dim] if d == dim else n for d, n in enumerate(size)]
     return mark_view(x, x.like(x.payload.expand(size), dim))
 
