@@ -95,7 +95,7 @@ def function_of(node: Node) -> type | None:
 
 def replace_function(node: Node, function: type) -> None:
     """Has a node run the backward of another `torch.autograd.Function`."""
-    node._forward_cls = function
+    node._forward_cls = function  # type: ignore[attr-defined]
 
 
 def saved_tensors(node: Node) -> Iterator[tuple[str, Any]]:
@@ -182,8 +182,8 @@ def check_recomputed(frame: CheckpointFrame, backward_pass: int) -> None:
 
 def forget_recomputed(frame: CheckpointFrame, backward_pass: int) -> None:
     """Has a checkpoint recompute in this backward pass as if it had not done so yet."""
-    for holder in frame.weak_holders:
-        holder = holder()
+    for reference in frame.weak_holders:
+        holder: Any = reference()
         if holder is not None:
             holder.handles.pop(backward_pass, None)
     frame.recomputed.pop(backward_pass, None)

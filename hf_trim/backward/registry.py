@@ -93,14 +93,14 @@ def overloads(*ops: str | OpOverload) -> list[OpOverload]:
     Returns:
         `list[OpOverload]`: Those that this version of PyTorch has.
     """
-    resolved = []
-    for op in ops:
-        if isinstance(op, str):
-            name, _, overload = op.partition(".")
-            op = getattr(getattr(torch.ops.aten, name, None), overload or "default", None)
-        if op is not None:
-            resolved.append(op)
-    return resolved
+    return [op for op in map(_find_overload, ops) if op is not None]
+
+
+def _find_overload(op: str | OpOverload) -> OpOverload | None:
+    if not isinstance(op, str):
+        return op
+    name, _, overload = op.partition(".")
+    return getattr(getattr(torch.ops.aten, name, None), overload or "default", None)
 
 
 def implements(

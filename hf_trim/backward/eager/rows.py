@@ -7,6 +7,8 @@ e.g. rows 1 and 3 of B = 4 samples with T = 2 tokens each: `Rows(torch.tensor([1
 and 7.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -30,7 +32,7 @@ class Rows:
     """
 
     needs_all_rows = False  # whether a checkpointed function could not be recomputed for these rows alone
-    backward_pass = None  # the number of the one under way with them
+    backward_pass: int | None = None  # the number of the one under way with them
 
     def __init__(self, index: Tensor, batch: int):
         self.index, self.batch, self.count = index, batch, index.numel()
@@ -38,8 +40,10 @@ class Rows:
         # saved (means, say) has no gaps. Asking a GPU for its ends would make the host wait.
         is_run = index.device.type == "cpu" and int(index[-1]) - int(index[0]) == self.count - 1
         self.start = int(index[0]) if is_run else None
-        self._last = None  # the slice that was taken last: its key, its source's storage, and the slice
-        self.plans = {}  # of views and slices: the sizes of a model's layers are the same again and again
+        self._last: tuple | None = None  # the slice that was taken last: its key, its source's storage, and the slice
+        self.plans: dict[
+            tuple, Any
+        ] = {}  # of views and slices: the sizes of a model's layers are the same again and again
 
     @classmethod
     def all_of(cls, x: Tensor) -> "Rows":

@@ -7,7 +7,7 @@ e.g. x is `[B, T, C]`, B = 4, rows 1 and 3 kept: the node of `x**3` unpacks `Act
 `[2, T, C]`, and squares that.
 """
 
-from torch import Tensor
+from torch import Size, Tensor
 from torch.autograd.graph import Node
 
 from hf_trim.backward._torch_internals import has_no_hooks, saved_tensors, saved_value, version_of
@@ -35,7 +35,8 @@ def keep_rows_of_saved(node: Node) -> None:
         node (`torch.autograd.graph.Node`): The node. What it saved with hooks, or in another shape than that of its
             gradient, stays as it is.
     """
-    shape, layout = None, ()  # of the gradient, if it has rows
+    shape: Size | None = None  # of the gradient, if it has rows
+    layout: tuple = ()
 
     def prehook(grads):
         nonlocal shape, layout

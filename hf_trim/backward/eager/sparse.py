@@ -8,6 +8,7 @@ shape `[4]` with that payload. Behind a linear layer it is `[4, C]` with the pay
 
 import re
 from collections.abc import Collection, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -100,13 +101,13 @@ def prepare_graph(nodes: Iterable[Node | None], rows: Rows, skip_leaves: Collect
         skip_leaves (collection of `torch.Tensor`): Leaves whose `grad` may become row-sparse.
     """
     skip = {id(x) for x in skip_leaves}
-    nodes = [node for node in nodes if node is not None]
-    seen = set(nodes)
-    while nodes:
-        node = nodes.pop()
+    waiting = [node for node in nodes if node is not None]
+    seen = set(waiting)
+    while waiting:
+        node = waiting.pop()
         kind = type(node)
         if kind.__name__ == "AccumulateGrad":
-            if id(node.variable) not in skip:
+            if id(node.variable) not in skip:  # type: ignore[attr-defined]
                 _densify_gradients(node, counted=False)
         elif kind.__name__.startswith("AsStrided"):  # its formula writes into zeros of the whole storage
             _densify_gradients(node, counted=False)
@@ -125,16 +126,17 @@ def prepare_graph(nodes: Iterable[Node | None], rows: Rows, skip_leaves: Collect
         for following, _ in node.next_functions:
             if following is not None and following not in seen:
                 seen.add(following)
-                nodes.append(following)
+                waiting.append(following)
 
 
 def _densify_gradients(node: Node, counted: bool = True) -> None:
     """Gives a node ordinary gradients, and makes what it returns row-sparse again where it is zero elsewhere."""
-    if _DENSE in node.metadata:  # the node lives longer than one backward pass
+    marks: Any = node.metadata
+    if _DENSE in marks:  # the node lives longer than one backward pass
         return
-    node.metadata[_DENSE] = True
+    marks[_DENSE] = True
     name = node.name()
-    arrived = []  # the row-sparse gradient that the prehook met, for the posthook
+    arrived: list[RowSparseTensor] = []  # the row-sparse gradient that the prehook met, for the posthook
 
     def prehook(grads):
         if not any(isinstance(grad, RowTensor) for grad in grads):

@@ -48,6 +48,11 @@ class RowTensor(Tensor):
         row_inner (`int`): Size of what a view merged behind the rows, as T in `[B * T, C]`.
     """
 
+    payload: Tensor
+    rows: Rows
+    row_dim: int
+    row_outer: int
+    row_inner: int
     is_view = has_views = False
     is_copy = (
         False  # whether it stands for a view but has memory of its own: writing would not reach the viewed tensor
@@ -73,7 +78,7 @@ class RowTensor(Tensor):
         self.row_dim, self.row_outer, self.row_inner = row_dim, row_outer, row_inner
         return self
 
-    __torch_function__ = disabled_torch_function
+    __torch_function__ = disabled_torch_function  # type: ignore[assignment]
 
     def layout_of_rows(self) -> tuple:
         """Which rows, and where they are: tensors for which this is equal can be combined row by row."""
@@ -84,7 +89,7 @@ class RowTensor(Tensor):
         row_dim = self.row_dim if row_dim is None else row_dim
         return type(self)(payload, self.rows, row_dim, self.row_outer, self.row_inner)
 
-    def kept_rows(self, x: Tensor | None, dim: int | None = None) -> Tensor | None:
+    def kept_rows(self, x: Tensor | None, dim: int | None = None) -> Any:
         """
         The payload-sized part of an operand that has this tensor's rows along `dim` (default: `self.row_dim`).
 
@@ -107,7 +112,7 @@ class RowTensor(Tensor):
             return x.payload
         return self.rows.take(x, dim, self.row_outer, self.row_inner)
 
-    def kept_rows_or_broadcast(self, x: Tensor | None, dim: int | None = None) -> Tensor | None:
+    def kept_rows_or_broadcast(self, x: Tensor | None, dim: int | None = None) -> Any:
         """Like [`RowTensor.kept_rows`], but an operand of size 1 along `dim`, or without it, is left as it is."""
         if isinstance(x, Tensor) and not isinstance(x, RowTensor):
             dim = self.row_dim if dim is None else dim
@@ -197,13 +202,13 @@ class RowSparseTensor(RowTensor):
         """Adds the kept rows to a dense tensor of the same shape, in place."""
         return self.rows.add_to(out, self.payload, self.row_dim, self.row_outer, self.row_inner, alpha)
 
-    def overwrite_(self, result: Tensor) -> "RowSparseTensor":
+    def overwrite_(self, result: Tensor) -> RowTensor:
         """Takes over the content of `result`, which an in-place op computed."""
         self.check_writable()
-        has_same_rows = isinstance(result, RowSparseTensor) and self.layout_of_rows() == result.layout_of_rows()
-        if has_same_rows and self.shape == result.shape:
-            self.payload.copy_(result.payload)
-            return self
+        if isinstance(result, RowSparseTensor) and self.shape == result.shape:
+            if self.layout_of_rows() == result.layout_of_rows():
+                self.payload.copy_(result.payload)
+                return self
         dense = torch.empty_strided(self.shape, self.stride(), dtype=self.dtype, device=self.device)
         return self.densify_(dense.copy_(densify(result)))
 

@@ -38,7 +38,7 @@ def require_other_dim(x: RowTensor, dim: int) -> int:
     return dim
 
 
-def find_reference(args: Iterable, kind: type = RowSparseTensor) -> RowTensor:
+def find_reference(args: Iterable[Any], kind: type[RowTensor] = RowSparseTensor) -> RowTensor:
     """The first operand that carries rows: all operands must have its rows, in its layout."""
     for x in args:
         if isinstance(x, kind):

@@ -76,7 +76,7 @@ def decomposed(func, *args, **kwargs):
 
 # Ops whose result is zero wherever one of these operands is.
 ZERO_IF_ZERO = {"mul": (0, 1), "div": (0,), "clone": (0,), "native_dropout_backward": (0,), "ldexp": (0,)}
-_zero_probes = {}  # op and arguments → whether the op makes zero of zeros
+_zero_probes: dict[tuple, bool] = {}  # op and arguments → whether the op makes zero of zeros
 
 
 def _is_zero(x) -> bool:
