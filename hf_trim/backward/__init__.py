@@ -1,10 +1,15 @@
-"""Kept items → gradients: the ways to run the backward pass."""
+"""
+Kept items → gradients: the ways to run the backward pass. This package imports nothing else of hf_trim.
+
+e.g. losses `[B]`, B = 4, kept 1 and 3: `take_kept(losses, torch.tensor([1, 3]), "sparse")` is `[2]`, equal to
+`losses[[1, 3]]`. Behind it every layer's gradient is computed for two samples instead of four.
+"""
 
 from torch import Tensor
 
 from hf_trim.backward.dense import take_rows_dense
+from hf_trim.backward.eager.rows import NotRowwiseError
 from hf_trim.backward.eager.sparse import take_rows_sparse
-from hf_trim.backward.eager.tensor import NotRowwiseError
 from hf_trim.backward.registry import implements
 from hf_trim.backward.settings import checked, fallback_report, reset_fallbacks, strict
 
@@ -27,7 +32,7 @@ BACKWARD_CHOICES = ("auto", "dense", "sparse", "replay")
 
 def take_kept(losses: Tensor, kept: Tensor, backward: str) -> Tensor:
     """
-    The kept losses, with the chosen backward pass behind them.
+    The kept losses; their backward pass is the chosen one.
 
     Args:
         losses (`torch.Tensor`): Unreduced losses of any shape, n in all.

@@ -1,17 +1,24 @@
-"""Which backward pass suits a model."""
+"""
+Which backward pass suits a model.
 
-import torch
+e.g. a model without batch norm on `[B, T]` token ids: its samples do not depend on each other, and where samples are
+kept, `"auto"` is `"sparse"`. Where single tokens are kept it is `"dense"`: attention over T makes each token's output
+depend on the others of its sample, so that none of the `[B, T, C]` gradients is zero.
+"""
+
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
+
+from hf_trim.backward._torch_internals import BatchNorm, is_compiled_module
 
 
-# With backward twice as dear as forward, a step with a second forward pass on the kept part takes (1 + 3p)/3 of dense.
+# A backward pass costs twice a forward pass. One more forward pass, then both on the kept part, take (1 + 3p)/3 of the
+# dense step.
 REPLAY_BELOW = 2 / 3
 
 
-def mixing_modules(model: nn.Module) -> list[str]:
+def find_mixing_modules(model: nn.Module) -> list[str]:
     """
-    Modules through which the samples of a batch see each other in training.
+    Finds the modules that make the samples of a batch depend on each other in training.
 
     Args:
         model (`torch.nn.Module`): The model, in training mode.
@@ -22,7 +29,7 @@ def mixing_modules(model: nn.Module) -> list[str]:
     return [
         name
         for name, module in model.named_modules()
-        if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None)
+        if isinstance(module, BatchNorm) and (module.training or module.running_mean is None)
     ]
 
 
@@ -34,10 +41,7 @@ def is_compiled(model: nn.Module) -> bool:
     Returns:
         `bool`: Whether it, or a part of it, was compiled with `torch.compile`.
     """
-    return any(
-        isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None
-        for module in model.modules()
-    )
+    return any(is_compiled_module(module) for module in model.modules())
 
 
 def choose_backward(
@@ -52,29 +56,31 @@ def choose_backward(
         per_sample (`bool`): Whether items are samples; if not, they are tokens.
         keep (`float`): Fraction p that is kept, below 1.
         chunked_head (`bool`, *optional*, defaults to `False`): Whether the last layer's gradient is computed for the
-            kept tokens only (`lm_head.py`).
-        refused (`str`, *optional*): Why a compiled graph of the model cannot run on the kept rows (`compiled.py`), as
-            far as is known.
+            kept tokens only.
+        refused (`str`, *optional*): Why a compiled graph of the model cannot run on the kept rows (`compiled/`), if
+            one was met that cannot.
 
     Returns:
         `tuple[str, str]`: `"dense"`, `"sparse"` or `"replay"`, and the reason.
     """
     if not per_sample and asked != "dense":
+        reason = "tokens of one sample depend on each other, so every token has a gradient"
         if chunked_head:
-            return "dense", "a model mixes tokens; but its head's gradient is that of the kept tokens only"
-        return "dense", "a model mixes tokens, and the gradient of all of them is not zero"
-    mixing = [] if asked == "dense" else mixing_modules(model)
+            reason += "; only the language-model head is computed for the kept tokens alone"
+        return "dense", reason
+    mixing = [] if asked == "dense" else find_mixing_modules(model)
     mixed = f"{len(mixing)} batch-norm modules ({', '.join(mixing[:1])}, ...) mix the samples of a batch"
     if asked != "auto":
         effects = {
-            "sparse": f"asked for, but {mixed}: behind them it is dense, and saves nothing",
-            "replay": f"asked for, but {mixed}: they see the kept ones only, and gradients are not those of dense",
+            "sparse": f"asked for, but {mixed}: below them every sample has a gradient, and nothing is saved",
+            "replay": f"asked for, but {mixed}: they see kept samples only, so gradients differ from those of dense",
         }
         return asked, effects[asked] if mixing else "asked for"
     if mixing:
-        return "dense", mixed
-    if refused and keep < REPLAY_BELOW:
-        return "replay", f"a compiled graph cannot run on the kept rows: {refused}"
+        return "dense", f"{mixed}, so every sample has a gradient"
     if refused:
-        return "dense", f"a compiled graph cannot run on the kept rows, and replay would cost more: {refused}"
+        reason = f"a compiled graph cannot run on the kept rows: {refused}"
+        if keep < REPLAY_BELOW:
+            return "replay", reason
+        return "dense", f"{reason}; a second forward pass (replay) would cost more than it saves"
     return "sparse", "no module mixes the samples of a batch"

@@ -1,4 +1,8 @@
-"""The reference backward pass: ordinary autograd, which pushes zeros through the part of the batch not kept."""
+"""
+The reference backward pass: ordinary autograd, which pushes zeros through the part of the batch that is not kept.
+
+e.g. losses `[B]`, B = 4, kept 1 and 3: the gradient `[2]` of the kept losses becomes an ordinary `[4]` with two zeros.
+"""
 
 from torch import Tensor
 

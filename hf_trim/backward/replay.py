@@ -1,18 +1,24 @@
-"""Score first, without gradients; then forward and backward on the kept samples only, with the memory of those."""
+"""
+Score first, without gradients; then forward and backward on the kept samples only, with the memory of those.
 
-from collections.abc import Mapping
+e.g. images `[B, 3, H, W]`, B = 4: a forward pass under [`scoring`] gives the losses `[4]`. Samples 1 and 3 are kept,
+[`rows_of`] makes `[2, 3, H, W]` of the images, and the model is trained on these as on any batch.
+"""
+
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+
+from hf_trim.backward._torch_internals import BatchNorm
 
 
 @contextmanager
-def scoring(model: nn.Module):
+def scoring(model: nn.Module) -> Iterator[None]:
     """
-    Forward passes in this context find out losses and leave no trace: no graph, the random number generators as they
-    were (so that what follows draws the same dropout masks as without), batch-norm statistics too.
+    Forward passes in this context compute losses and leave no trace: there is no graph, and random number generators
+    and batch-norm statistics are as before when it ends. What follows draws the same dropout masks as without it.
 
     Args:
         model (`torch.nn.Module`): The model, in training mode as for training itself.
@@ -20,7 +26,7 @@ def scoring(model: nn.Module):
     statistics = [
         (buffer, buffer.clone())
         for module in model.modules()
-        if isinstance(module, _BatchNorm) and module.training
+        if isinstance(module, BatchNorm) and module.training
         for buffer in module.buffers(recurse=False)
     ]
     devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta", "mps")}
@@ -29,7 +35,7 @@ def scoring(model: nn.Module):
         with torch.random.fork_rng([device.index for device in devices], device_type=kind), torch.no_grad():
             yield
     finally:
-        torch.clear_autocast_cache()  # else weights cast here, without a graph, would be taken for those of training
+        torch.clear_autocast_cache()  # or training would use the weights that were cast here, without a graph
         for buffer, value in statistics:
             buffer.copy_(value)
 

@@ -1,4 +1,10 @@
-"""What the row-sparse backward pass may do, and what it could not do."""
+"""
+What the row-sparse backward pass may do, and what it could not do.
+
+e.g. `x.cumsum(0)` of `[B, C]` mixes the samples. Its backward pass flips the gradient along the rows, for which there
+is no rule: the gradient becomes an ordinary `[B, C]`, and `fallback_report()` is `{"aten.flip.default": 1}`. Within
+`strict()` this is an error.
+"""
 
 from collections import Counter
 from collections.abc import Iterator

@@ -12,8 +12,7 @@ import torch
 from datasets import Dataset, Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
-from transformers import DefaultDataCollator, ViTImageProcessor
-from transformers import PreTrainedTokenizerBase
+from transformers import DefaultDataCollator, PreTrainedTokenizerBase, ViTImageProcessor
 
 from hf_trim.data.arguments import DataArguments
 from hf_trim.data.augment import augment_images, normalize_images

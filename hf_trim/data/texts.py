@@ -8,8 +8,7 @@ from functools import partial
 from typing import Any
 
 from datasets import Dataset
-from transformers import DataCollatorWithPadding
-from transformers import PreTrainedTokenizerBase
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from hf_trim.data.arguments import DataArguments
 from hf_trim.data.prepared import Data

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_trim.backward._torch_internals import current_backward_pass, make_wrapper_subclass, tree_map_only
-from hf_trim.backward.eager.sparse import DENSE_ABOVE, guard
-from hf_trim.backward.eager.tensor import Rows, RowSparseTensor
+from hf_trim.backward.eager.rows import Rows
+from hf_trim.backward.eager.sparse import DENSE_ABOVE, prepare_graph
+from hf_trim.backward.eager.tensor import RowSparseTensor
 
 
 MIN_VOCABULARY = 4096  # with a smaller one, all logits at once cost little
@@ -200,7 +201,7 @@ class LazyLogits(Tensor):
         rows, hidden = None, self.hidden
         if samples is not None and len(samples) <= dense_above * batch_size and hidden.grad_fn is not None:
             rows = Rows(samples, batch_size)
-            guard([hidden.grad_fn], rows)
+            prepare_graph([hidden.grad_fn], rows)
         gradients, self.gradients = self.gradients, None
         return _SumOfLosses.apply(hidden, self.weight, self.bias, gradients, rows)
 
@@ -290,7 +291,7 @@ def _scatter(values: Tensor, tokens: Tensor, rows: Rows | None, shape: torch.Siz
     # The index of a token among the tokens of the kept samples: with samples 0 and 2 of 3 tokens each, 7 becomes 4.
     index = torch.searchsorted(rows.index, tokens // length) * length + tokens % length
     payload = values.new_zeros(rows.count * length, shape[1]).index_copy(0, index, values)
-    rows.task = current_backward_pass()
+    rows.backward_pass = current_backward_pass()
     return RowSparseTensor(payload, rows, 0, 1, length)
 
 

@@ -1,135 +1,31 @@
 """Tiny models of many families: row-sparse gradients equal dense ones of the same forward pass; no op falls back."""
 
 import pytest
-import timm
 import torch
-import torch.nn.functional as F
 import transformers as tf
 
 from hf_trim.backward.eager.sparse import take_rows_sparse
 from hf_trim.backward.settings import fallback_report, reset_fallbacks
+from tests.support.models import (
+    DECODERS,
+    ENCODERS,
+    KEPT,
+    TIMM_MODELS,
+    TRANSFORMERS,
+    build,
+    classification_losses,
+    difference,
+    gradients,
+    sequence_losses,
+)
 
 
-BATCH, LENGTH, VOCAB = 6, 7, 31
-KEPT = (1, 2, 5)
-SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24, "num_labels": 3}
-DROPOUT = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
-DECODER = {**SIZES, "vocab_size": VOCAB, "pad_token_id": 0, "attention_dropout": 0.1}
-GQA = {**DECODER, "num_key_value_heads": 2, "head_dim": 8}
-IMAGE = {**SIZES, **DROPOUT, "image_size": 8, "patch_size": 4}
-TEXT = {**SIZES, **DROPOUT, "vocab_size": VOCAB}
-
-ENCODERS = {
-    "bert": lambda: tf.BertConfig(**TEXT),
-    "roberta": lambda: tf.RobertaConfig(**TEXT, max_position_embeddings=32),
-    "distilbert": lambda: tf.DistilBertConfig(
-        vocab_size=VOCAB, dim=16, n_layers=2, n_heads=4, hidden_dim=24, attention_dropout=0.1, num_labels=3
-    ),
-    "electra": lambda: tf.ElectraConfig(**TEXT, embedding_size=8),
-    "albert": lambda: tf.AlbertConfig(**TEXT, embedding_size=8, classifier_dropout_prob=0.1),
-}
-DECODERS = {
-    "gpt2": lambda: tf.GPT2Config(
-        vocab_size=VOCAB, n_embd=16, n_layer=2, n_head=4, n_positions=32, num_labels=3, pad_token_id=0
-    ),
-    "gpt_neox": lambda: tf.GPTNeoXConfig(**DECODER, hidden_dropout=0.1),
-    "opt": lambda: tf.OPTConfig(**DECODER, ffn_dim=24, max_position_embeddings=32, word_embed_proj_dim=16),
-    "llama": lambda: tf.LlamaConfig(**GQA),
-    "mistral": lambda: tf.MistralConfig(**GQA, sliding_window=4),
-    "qwen2": lambda: tf.Qwen2Config(**GQA),
-    "qwen3": lambda: tf.Qwen3Config(**GQA),
-    "gemma": lambda: tf.GemmaConfig(**GQA),
-}
-IMAGE_MODELS = {
-    "vit": lambda: tf.ViTConfig(**IMAGE),
-    "deit": lambda: tf.DeiTConfig(**IMAGE, architectures=["DeiTForImageClassification"]),
-    "beit": lambda: tf.BeitConfig(**IMAGE, use_relative_position_bias=True, drop_path_rate=0.2),
-}
-TIMM_MODELS = {
-    "timm_vit": lambda: timm.create_model(
-        "vit_tiny_patch16_224", img_size=16, patch_size=4, depth=2, embed_dim=24, num_heads=3, num_classes=3,
-        drop_rate=0.1, attn_drop_rate=0.1, proj_drop_rate=0.1, drop_path_rate=0.2,
-    ),
-    "deit3": lambda: timm.create_model(
-        "deit3_small_patch16_224", img_size=16, patch_size=4, depth=2, embed_dim=24, num_heads=3, num_classes=3,
-        init_values=0.1, drop_path_rate=0.2,
-    ),
-    "mixer": lambda: timm.models.MlpMixer(
-        img_size=16, patch_size=4, num_blocks=2, embed_dim=24, num_classes=3, drop_rate=0.1, proj_drop_rate=0.1
-    ),
-    "convnext": lambda: timm.create_model(
-        "convnext_atto", depths=(1, 1, 2, 1), dims=(8, 8, 16, 16), num_classes=3, drop_path_rate=0.2
-    ),
-}  # fmt: skip
-TRANSFORMERS = {**ENCODERS, **DECODERS, **IMAGE_MODELS}
-
-
-def build(config, attention="sdpa", head=None):
-    torch.manual_seed(0)
-    config = config()
-    if isinstance(config, torch.nn.Module):
-        return config.train()
-    config._attn_implementation = attention
-    auto = head or (
-        tf.AutoModelForImageClassification if hasattr(config, "image_size") else tf.AutoModelForSequenceClassification
-    )
-    return auto.from_config(config, attn_implementation=attention).train()
-
-
-def batch(model):
-    generator = torch.Generator().manual_seed(1)
-    labels = torch.randint(0, 3, (BATCH,), generator=generator)
-    config = getattr(model, "config", None)
-    if config is None:  # a timm model
-        size = 32 if isinstance(model, timm.models.ConvNeXt) else 16
-        return {"x": torch.randn(BATCH, 3, size, size, generator=generator)}, labels
-    if hasattr(config, "image_size"):
-        return {"pixel_values": torch.randn(BATCH, 3, 8, 8, generator=generator)}, labels
-    mask = torch.ones(BATCH, LENGTH, dtype=torch.long)
-    mask[1, 4:] = 0
-    mask[4, 2:] = 0
-    ids = torch.randint(3, VOCAB, (BATCH, LENGTH), generator=generator) * mask
-    return {"input_ids": ids, "attention_mask": mask}, labels
-
-
-def classification_losses(model, inputs, labels):
-    out = model(**inputs)
-    return F.cross_entropy((out if isinstance(out, torch.Tensor) else out.logits).float(), labels, reduction="none")
-
-
-def sequence_losses(model, inputs, labels):
-    """Mean next-token loss of each sample."""
-    logits = model(**inputs).logits[:, :-1]
-    targets = inputs["input_ids"][:, 1:].masked_fill(inputs["attention_mask"][:, 1:] == 0, -100)
-    losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none").view(targets.shape)
-    return losses.sum(1) / (targets != -100).sum(1)
-
-
-def gradients(model, take, losses_of=classification_losses, autocast=None):
-    """The gradients of one step with fixed dropout masks."""
-    inputs, labels = batch(model)
-    model.zero_grad()
-    torch.manual_seed(2)
-    with torch.autocast("cpu", autocast, enabled=autocast is not None):
-        losses = losses_of(model, inputs, labels)
-    take(losses).mean().backward()
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    assert all(type(p.grad) is torch.Tensor for p in parameters if p.grad is not None)
-    return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten().double() for p in parameters])
-
-
-def difference(a, b):
-    """Relative norm over all parameters."""
-    assert b.norm() > 0
-    return ((a - b).norm() / b.norm()).item()
-
-
-def check(model, losses_of=classification_losses, kept=KEPT, autocast=None, tolerance=1e-5):
+def check(model, losses_of=classification_losses, kept=KEPT, autocast=None, tolerance=1e-5, **options):
     """Both backward passes have the same gradients, and no op falls back; returns these gradients."""
     kept = torch.tensor(kept)
     dense = gradients(model, lambda losses: losses[kept], losses_of, autocast)
     reset_fallbacks()
-    sparse = gradients(model, lambda losses: take_rows_sparse(losses, kept), losses_of, autocast)
+    sparse = gradients(model, lambda losses: take_rows_sparse(losses, kept, **options), losses_of, autocast)
     assert not fallback_report()
     assert difference(sparse, dense) <= tolerance
     return dense, sparse
@@ -142,9 +38,8 @@ def test_transformers_models(name, attention):
 
 
 @pytest.mark.parametrize("kept", [(3,), (0, 1), (0, 2, 3, 4, 5)])
-def test_kept_rows(kept, monkeypatch):
-    monkeypatch.setattr("hf_trim.backward.eager.sparse.DENSE_ABOVE", 1)
-    check(build(ENCODERS["bert"]), kept=kept)
+def test_kept_rows(kept):
+    check(build(ENCODERS["bert"]), kept=kept, dense_above=1.0)
 
 
 @pytest.mark.parametrize("name", TIMM_MODELS)

@@ -1,6 +1,9 @@
 """
-Random small programs, in which rows are kept apart or mixed in every way that came to mind, and their gradients on the
-kept rows beside the dense ones: `python -m tests.support.programs --count 20000`, or `--compiled --count 400`.
+Random small programs, which keep rows apart or mix them in many ways, and their gradients on the kept rows beside the
+dense ones: `python -m tests.support.programs --count 20000`, or `--compiled --count 400`.
+
+e.g. `difference([F.linear, ROW_BY_ROW["softmax"]], HEADS["mean"], seed=0)`: x is [B, T, WIDTH], then two ops, the mean
+over T, and losses [B], of which a random part is kept.
 """
 
 import argparse
@@ -44,7 +47,7 @@ def rows_last(x, w, op):
     return op(x.transpose(0, 2).contiguous(), w[0, 0]).transpose(0, 2)
 
 
-# Each from x, [batch, tokens, WIDTH], and a weight w, [WIDTH, WIDTH], to the shape of x.
+# Each op maps x, [batch, tokens, WIDTH], and a weight w, [WIDTH, WIDTH], to the shape of x.
 ROW_BY_ROW = {
     "linear": F.linear,
     "merged": lambda x, w: F.linear(x.reshape(-1, WIDTH), w).reshape(x.shape),
@@ -76,7 +79,7 @@ ROW_BY_ROW = {
     "cat": lambda x, w: torch.cat([x, x * 2], 1)[:, ::2][:, : x.shape[1]],
     "copies in front": lambda x, w: (torch.stack([x, x.sin()]).flatten(0, 1) @ w).unflatten(0, (2, -1)).sum(0),
     "copies behind": lambda x, w: (torch.stack([x, x.sin()], 1).flatten(0, 1) @ w).unflatten(0, (-1, 2)).sum(1),
-    "stack": lambda x, w: torch.stack([each * at for at, each in enumerate(x.unbind(2))], 2),
+    "stack": lambda x, w: torch.stack([x_i * i for i, x_i in enumerate(x.unbind(2))], 2),
     "positions": lambda x, w: x + torch.arange(x.shape[1])[None, :, None] * w[0],
     "a token each": lambda x, w: x * x[torch.arange(x.shape[0]), order(x.sum(-1), 1)[:, 0]][:, None],
     "gather": lambda x, w: x + x.gather(1, order(x, 1)),
@@ -196,12 +199,12 @@ def difference(ops: list, head, seed: int, compiled: bool = False) -> float:
         program.zero_grad()
         torch.manual_seed(seed)
         take(call(inputs, labels)).mean().backward()
-        found = [p.grad for p in (inputs, *program.parameters()) if p.grad is not None]
-        return torch.cat([grad.flatten() for grad in found])
+        grads = [p.grad for p in (inputs, *program.parameters()) if p.grad is not None]
+        return torch.cat([grad.flatten() for grad in grads])
 
     differences = []
     # The proof alone must know; and the tensors are small.
-    with keep_backward_graphs(), checked(False), patch("hf_trim.backward.eager.saved.WORTH_IT", 0):
+    with keep_backward_graphs(), checked(False), patch("hf_trim.backward.eager.saved.MIN_ELEMENTS", 0):
         call = torch.compile(program, backend=DECOMPOSED, dynamic=True) if compiled else program
         for _ in range(2):
             kept = torch.tensor(sorted(draw.sample(range(batch), draw.randint(1, batch - 1))))
@@ -212,6 +215,7 @@ def difference(ops: list, head, seed: int, compiled: bool = False) -> float:
 
 
 def draw_program(seed: int) -> tuple:
+    """One to three ops and a head."""
     draw = random.Random(seed)
     return [draw.choice(OPS) for _ in range(draw.choice((1, 2, 3)))], draw.choice([*HEADS.values()])
 
@@ -225,8 +229,8 @@ if __name__ == "__main__":
     logging.disable(logging.WARNING)  # reasons are counted
     on_rows, reasons = 0, Counter()
     for seed in range(args.seed, args.seed + args.count):
-        found = difference(*draw_program(seed), seed, args.compiled)
-        assert found < 1e-10, (seed, found)
+        error = difference(*draw_program(seed), seed, args.compiled)
+        assert error < 1e-10, (seed, error)
         on_rows += not fallback_report()
         reasons.update(REFUSED_GRAPHS.keys())
     print(f"{args.count} programs as dense, {on_rows} of them on the kept rows alone")

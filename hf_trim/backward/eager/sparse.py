@@ -1,31 +1,46 @@
-"""Row-sparse backward: the kept losses emit a gradient that holds the kept rows only, and all that autograd does with
-it costs as much. Nodes that cannot work on such a gradient are found beforehand and are handed an ordinary one."""
+"""
+Row-sparse backward. The backward pass starts with a gradient that holds the kept rows only, and each op on it computes
+these rows only. Before it starts, the graph is searched for nodes that need an ordinary gradient: these get one.
+
+e.g. losses `[B]`, B = 4, kept 1 and 3: the gradient that arrives is `[2]`, and the losses get a `RowSparseTensor` of
+shape `[4]` with that payload. Behind a linear layer it is `[4, C]` with the payload `[2, C]`, and so on.
+"""
 
 import re
+from collections.abc import Collection, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import CheckpointFunction
+from torch.autograd.graph import Node
 
+from hf_trim.backward._torch_internals import (
+    CheckpointFunction,
+    current_backward_pass,
+    function_of,
+    replace_function,
+    wrapped_checkpoint_function,
+)
 from hf_trim.backward.compiled.graph import accept_row_sparse_gradients, is_compiled_graph
-from hf_trim.backward.eager import rules  # noqa: F401
+from hf_trim.backward.eager import rules  # noqa: F401 (registers them)
 from hf_trim.backward.eager.checkpoint import recompute_kept_rows
-from hf_trim.backward.eager.saved import COMPUTES_FIRST, keep_rows_of_saved
-from hf_trim.backward.eager.tensor import Rows, RowSparseTensor, RowTensor, densify
+from hf_trim.backward.eager.rows import Rows
+from hf_trim.backward.eager.saved import COMPUTE_WITH_SAVED, keep_rows_of_saved
+from hf_trim.backward.eager.tensor import RowSparseTensor, RowTensor, densify
 from hf_trim.backward.settings import FALLBACKS, Settings
 
 
 DENSE_ABOVE = 0.8  # kept share above which slicing costs about what it saves
 _ATEN_NODE = re.compile(r"\w+Backward\d+$|CopyBackwards$")
 # Python Functions whose backward hands its gradients on, or computes with ordinary ops.
-_PASSES_ON = {
+_TRANSPARENT_FUNCTIONS = {
     "RegisterPostBackwardFunction",  # FSDP2
     "_DDPSink",
     "PreBackwardFunctionForModule",  # DeepSpeed ZeRO
     "PostBackwardFunctionModule",
     "LinearFunctionForZeroStage3",
 }
-_GUARDED = "hf_trim_guarded"
+_DENSE = "hf_trim_dense"  # marks nodes that get ordinary gradients
 
 
 def take_rows_sparse(losses: Tensor, kept: Tensor, dense_above: float = DENSE_ABOVE) -> Tensor:
@@ -50,11 +65,13 @@ def take_rows_sparse(losses: Tensor, kept: Tensor, dense_above: float = DENSE_AB
     if kept.numel() > dense_above * losses.shape[0] or losses.grad_fn is None or torch.compiler.is_compiling():
         return losses.index_select(0, kept)
     rows = Rows(kept, losses.shape[0])
-    guard([losses.grad_fn], rows)
+    prepare_graph([losses.grad_fn], rows)
     return _TakeRows.apply(losses, rows)
 
 
 class _TakeRows(torch.autograd.Function):
+    """`losses[kept]`, `[k]`, whose backward makes a row-sparse gradient of `[B]` out of the `[k]` that arrive."""
+
     @staticmethod
     def forward(ctx, losses, rows):
         ctx.rows = rows
@@ -66,65 +83,65 @@ class _TakeRows(torch.autograd.Function):
         # A graph of the backward pass, and the NaN checks of anomaly mode, are for ordinary tensors.
         if torch.is_grad_enabled() or torch.is_anomaly_enabled() or torch.compiler.is_compiling():
             return grad.new_zeros(rows.batch, *grad.shape[1:]).index_copy(0, rows.index, grad), None
-        rows.task = torch._C._current_graph_task_id()
+        rows.backward_pass = current_backward_pass()
         return RowSparseTensor(grad.contiguous(), rows), None
 
 
 # ---- nodes that need an ordinary gradient ------------------------------------------------------------------------
 
 
-def guard(nodes, rows, skip_leaves=()):
+def prepare_graph(nodes: Iterable[Node | None], rows: Rows, skip_leaves: Collection[Tensor] = ()) -> None:
     """
     Prepares a graph for row-sparse gradients: whatever is not one of ATen's own backward nodes gets ordinary ones,
     checkpoints recompute the kept rows only, and formulas compute with the kept rows of what was saved.
 
     Args:
-        nodes (`list` of `torch.autograd.graph.Node`): Where the backward pass begins.
-        rows ([`~hf_trim.backward.eager.tensor.Rows`]): The kept rows.
+        nodes (iterable of `torch.autograd.graph.Node`): Where the backward pass begins.
+        rows ([`~hf_trim.backward.eager.rows.Rows`]): The kept rows.
         skip_leaves (collection of `torch.Tensor`): Leaves whose `grad` may become row-sparse.
     """
     skip = {id(x) for x in skip_leaves}
-    nodes = [node for node in nodes if node is not None]
-    seen = set(nodes)
-    while nodes:
-        node = nodes.pop()
+    waiting = [node for node in nodes if node is not None]
+    seen = set(waiting)
+    while waiting:
+        node = waiting.pop()
         kind = type(node)
         if kind.__name__ == "AccumulateGrad":
-            if id(node.variable) not in skip:
-                _run_dense(node, counted=False)
+            if id(node.variable) not in skip:  # type: ignore[attr-defined]
+                _densify_gradients(node, counted=False)
         elif kind.__name__.startswith("AsStrided"):  # its formula writes into zeros of the whole storage
-            _run_dense(node, counted=False)
+            _densify_gradients(node, counted=False)
         elif is_compiled_graph(node):
             accept_row_sparse_gradients(node)
         elif kind.__module__ != "builtins" or not _ATEN_NODE.match(kind.__name__):
-            function = getattr(node, "_forward_cls", None)
+            function = function_of(node)
             if function is CheckpointFunction:
-                node._forward_cls = _Checkpoint
-            elif function is not _Checkpoint and getattr(function, "__name__", "") not in _PASSES_ON:
-                _run_dense(node)
+                replace_function(node, _SparseCheckpoint)
+            elif function is not _SparseCheckpoint and getattr(function, "__name__", "") not in _TRANSPARENT_FUNCTIONS:
+                _densify_gradients(node)
         else:
             recompute_kept_rows(node, rows)
-            if kind.__name__ in COMPUTES_FIRST:
+            if kind.__name__ in COMPUTE_WITH_SAVED:
                 keep_rows_of_saved(node)
         for following, _ in node.next_functions:
             if following is not None and following not in seen:
                 seen.add(following)
-                nodes.append(following)
+                waiting.append(following)
 
 
-def _run_dense(node, counted=True):
-    """Gives a node ordinary gradients, and makes what it returns row-sparse again where it is."""
-    if _GUARDED in node.metadata:  # the node lives longer than one backward pass
+def _densify_gradients(node: Node, counted: bool = True) -> None:
+    """Gives a node ordinary gradients, and makes what it returns row-sparse again where it is zero elsewhere."""
+    marks: Any = node.metadata
+    if _DENSE in marks:  # the node lives longer than one backward pass
         return
-    node.metadata[_GUARDED] = True
+    marks[_DENSE] = True
     name = node.name()
-
-    before = []
+    arrived: list[RowSparseTensor] = []  # the row-sparse gradient that the prehook met, for the posthook
 
     def prehook(grads):
         if not any(isinstance(grad, RowTensor) for grad in grads):
             return None
-        before[:] = [grad for grad in grads if isinstance(grad, RowSparseTensor)][:1]
+        arrived[:] = [grad for grad in grads if isinstance(grad, RowSparseTensor)][:1]
         if counted:
             if Settings.strict:
                 shapes = [tuple(grad.shape) for grad in grads if grad is not None]
@@ -133,17 +150,17 @@ def _run_dense(node, counted=True):
         return tuple(densify(grad) for grad in grads)
 
     def posthook(grads, _):
-        if not before:
+        if not arrived:
             return None
-        ref = before.pop()
-        return tuple(grad if grad is None else ref.sparsify(grad) for grad in grads)
+        sparse = arrived.pop()
+        return tuple(grad if grad is None else sparse.sparsify(grad) for grad in grads)
 
     node.register_prehook(prehook)
     if node.next_functions:
         node.register_hook(posthook)
 
 
-class _Checkpoint(CheckpointFunction):
+class _SparseCheckpoint(CheckpointFunction):
     """Stands in for reentrant checkpointing's backward, which runs a backward pass of its own."""
 
     @staticmethod
@@ -151,16 +168,13 @@ class _Checkpoint(CheckpointFunction):
         rows = next((grad.rows for grad in grads if isinstance(grad, RowSparseTensor)), None)
         if rows is None:
             return CheckpointFunction.backward(ctx, *grads)
-        run_function = ctx.run_function
 
-        def run_guarded(*inputs):
-            outputs = run_function(*inputs)
+        def run_prepared(function, *inputs):
+            outputs = function(*inputs)
             tensors = [x for x in (outputs if isinstance(outputs, tuple) else (outputs,)) if isinstance(x, Tensor)]
-            guard([x.grad_fn for x in tensors], rows, skip_leaves=[x for x in inputs if isinstance(x, Tensor)])
+            leaves = [x for x in inputs if isinstance(x, Tensor)]
+            prepare_graph([x.grad_fn for x in tensors], rows, skip_leaves=leaves)
             return outputs
 
-        ctx.run_function = run_guarded
-        try:
+        with wrapped_checkpoint_function(ctx, run_prepared):
             return CheckpointFunction.backward(ctx, *grads)
-        finally:
-            ctx.run_function = run_function

@@ -1,15 +1,19 @@
-"""Rules for the fused attention kernels' backward ops: `[B, H, T, D]` operands, rows along B.
+"""
+Backward ops of the fused attention kernels.
 
-Kernels that apply dropout themselves draw their mask from a counter over the whole batch, so that a slice of the batch
-would redraw it: with dropout inside the kernel these ops run dense.
+Kernels that apply dropout themselves draw the mask by a sample's place in the batch, so that a slice of the batch
+would get another mask. With dropout inside the kernel these ops run dense.
+
+e.g. operands `[B, H, T, D]`, B = 4, rows 1 and 3 kept: the kernel runs on the payload `[2, H, T, D]` and the kept rows
+of query, key, value, output and `logsumexp` (`[B, H, T]`), and its three gradients are row-sparse.
 """
 
-from hf_trim.backward.eager.rules.pointwise import require, row_sparse, samples
+from hf_trim.backward.eager.rules.operands import require, require_row_sparse, require_samples, wrap_outputs
 from hf_trim.backward.registry import implements
 
 
-def _batch_first(grad, *tensors):
-    samples(row_sparse(grad))
+def _kept_samples(grad, *tensors):
+    require_samples(require_row_sparse(grad))
     require(grad.ndim == 4, "rows are not samples")
     return [grad.kept_rows(x, 0) for x in tensors]
 
@@ -19,15 +23,11 @@ def _mask(grad, mask):
     return None if mask is None else grad.kept_rows_or_broadcast(mask, -4)
 
 
-def _wrap(grad, outs):
-    return tuple(None if out is None else grad.like(out) for out in outs)
-
-
 @implements("_scaled_dot_product_flash_attention_for_cpu_backward")
 def flash_cpu(func, grad, query, key, value, out, logsumexp, dropout_p, is_causal, *, attn_mask=None, scale=None):
     require(dropout_p == 0, "dropout inside the kernel")
-    kept = _batch_first(grad, grad, query, key, value, out, logsumexp)
-    return _wrap(grad, func(*kept, dropout_p, is_causal, attn_mask=_mask(grad, attn_mask), scale=scale))
+    kept = _kept_samples(grad, grad, query, key, value, out, logsumexp)
+    return wrap_outputs(grad, func(*kept, dropout_p, is_causal, attn_mask=_mask(grad, attn_mask), scale=scale))
 
 
 @implements("_scaled_dot_product_flash_attention_backward")
@@ -37,8 +37,8 @@ def flash(
 ):  # fmt: skip
     require(dropout_p == 0, "dropout inside the kernel")
     require(cum_q is None and cum_k is None, "sequences are packed")
-    kept = _batch_first(grad, grad, query, key, value, out, logsumexp)
-    return _wrap(grad, func(*kept, cum_q, cum_k, max_q, max_k, dropout_p, is_causal, seed, offset, scale=scale))
+    kept = _kept_samples(grad, grad, query, key, value, out, logsumexp)
+    return wrap_outputs(grad, func(*kept, cum_q, cum_k, max_q, max_k, dropout_p, is_causal, seed, offset, scale=scale))
 
 
 @implements("_scaled_dot_product_efficient_attention_backward")
@@ -48,10 +48,10 @@ def efficient(
 ):  # fmt: skip
     require(dropout_p == 0, "dropout inside the kernel")
     require(not grad_input_mask[3], "the bias wants a gradient")
-    *inputs, out, logsumexp = _batch_first(grad, grad, query, key, value, out, logsumexp)
+    *inputs, out, logsumexp = _kept_samples(grad, grad, query, key, value, out, logsumexp)
     options = (seed, offset, dropout_p, grad_input_mask, is_causal)
     outs = func(*inputs, _mask(grad, bias), out, logsumexp, *options, scale=scale)
-    return *_wrap(grad, outs[:3]), outs[3]
+    return *wrap_outputs(grad, outs[:3]), outs[3]
 
 
 @implements("_scaled_dot_product_cudnn_attention_backward")
@@ -61,6 +61,6 @@ def cudnn(
 ):  # fmt: skip
     require(dropout_p == 0, "dropout inside the kernel")
     require(cum_q is None and cum_k is None, "sequences are packed")
-    kept = _batch_first(grad, grad, query, key, value, out, logsumexp)
+    kept = _kept_samples(grad, grad, query, key, value, out, logsumexp)
     options = (cum_q, cum_k, max_q, max_k, dropout_p, is_causal)
-    return _wrap(grad, func(*kept, seed, offset, _mask(grad, bias), *options, scale=scale))
+    return wrap_outputs(grad, func(*kept, seed, offset, _mask(grad, bias), *options, scale=scale))

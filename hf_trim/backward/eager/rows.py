@@ -1,0 +1,132 @@
+"""
+The kept rows of a batch, and how they are read from tensors and written to them.
+
+e.g. rows 1 and 3 of B = 4 samples with T = 2 tokens each: `Rows(torch.tensor([1, 3]), 4)`. In `[B·T, C]` each row has
+`inner = T` entries side by side, and `take(x, dim=0, inner=2)` returns entries 2, 3, 6 and 7 of `x`, `[2·2, C]`. In
+`[T·B, C]` the rows come `outer = T` times one after the other, and `take(x, dim=0, outer=2)` returns entries 1, 3, 5
+and 7.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_trim.backward._torch_internals import StorageWeakRef, version_of
+
+
+_REMEMBER_FROM = 1 << 16  # elements; smaller slices are copied faster than looked up
+
+
+class NotRowwiseError(Exception):
+    """A rule does not apply to these operands: the op runs dense instead."""
+
+
+class Rows:
+    """
+    The kept rows of one backward pass. Gradients can be combined row by row if they share the same object.
+
+    Args:
+        index (`torch.Tensor`): `[k]` ascending row numbers, int64.
+        batch (`int`): Number of rows B, kept or not.
+    """
+
+    needs_all_rows = False  # whether a checkpointed function could not be recomputed for these rows alone
+    backward_pass: int | None = None  # the number of the one under way with them
+
+    def __init__(self, index: Tensor, batch: int):
+        self.index, self.batch, self.count = index, batch, index.numel()
+        # A run of neighbours is a view, not a copy, but only in front: kernels take it for granted that what they
+        # saved (means, say) has no gaps. Asking a GPU for its ends would make the host wait.
+        is_run = index.device.type == "cpu" and int(index[-1]) - int(index[0]) == self.count - 1
+        self.start = int(index[0]) if is_run else None
+        self._last: tuple | None = None  # the slice that was taken last: its key, its source's storage, and the slice
+        self.plans: dict[
+            tuple, Any
+        ] = {}  # of views and slices: the sizes of a model's layers are the same again and again
+
+    @classmethod
+    def all_of(cls, x: Tensor) -> "Rows":
+        """All rows of a tensor's first dimension."""
+        return cls(torch.arange(x.shape[0], device=x.device), x.shape[0])
+
+    def take(self, x: Tensor, dim: int = 0, outer: int = 1, inner: int = 1) -> Tensor:
+        """
+        The kept rows of a dense tensor, in the memory layout of that tensor.
+
+        Args:
+            x (`torch.Tensor`): Has `outer * B * inner` entries along `dim`.
+            dim (`int`): The dimension that carries rows.
+            outer (`int`): Size of what was merged in front of the rows.
+            inner (`int`): Size of what was merged behind the rows.
+
+        Returns:
+            `torch.Tensor`: The same shape but for `outer * k * inner` entries along `dim`; may be a view of `x`.
+
+        Raises:
+            `NotRowwiseError`: If `x` has another size along `dim`.
+        """
+        if not -x.ndim <= dim < x.ndim or x.shape[dim] != outer * self.batch * inner:
+            raise NotRowwiseError(f"{tuple(x.shape)} has no {outer}*{self.batch}*{inner} rows along dimension {dim}")
+        dim %= x.ndim
+        if x.is_contiguous():
+            return self._take(x, dim, outer, inner)
+        strides = x.stride()
+        if strides[dim] == 0:
+            return x.narrow(dim, 0, outer * self.count * inner)
+        key = ("order", x.shape, strides)
+        plan = self.plans.get(key)
+        if plan is None:
+            repeated = [d for d, stride in enumerate(strides) if stride == 0 and x.shape[d] > 1]
+            # Largest stride first: every permutation of one saved tensor is the same slice, taken once.
+            order = sorted(range(x.ndim), key=lambda d: -strides[d])
+            plan = self.plans[key] = repeated, order, sorted(range(x.ndim), key=order.__getitem__)
+        repeated, order, back = plan
+        if repeated:  # an expanded tensor: copy each entry once
+            once = x
+            for d in repeated:
+                once = once.narrow(d, 0, 1)
+            sizes = list(x.shape)
+            sizes[dim] = outer * self.count * inner
+            return self.take(once, dim, outer, inner).expand(sizes)
+        return self._take(x.permute(order), order.index(dim), outer, inner).permute(back)
+
+    def _take(self, x: Tensor, dim: int, outer: int, inner: int) -> Tensor:
+        if self.start is not None and outer == 1 and x.shape[:dim].numel() == 1:
+            return x.narrow(dim, self.start * inner, self.count * inner)
+        if x.numel() < _REMEMBER_FROM:
+            return self._copy(x, dim, outer, inner)
+        # Several ops in a row want the same slice: a layer's input feeds up to three weight gradients. One slice is
+        # remembered, for each costs memory. The weak reference keeps the storage's address from being used again.
+        storage = StorageWeakRef(x.untyped_storage())
+        key = (storage.cdata, version_of(x), x.dtype, x.storage_offset(), x.shape, x.stride(), dim, outer, inner)
+        if self._last is None or self._last[0] != key or self._last[1].expired():
+            self._last = None  # frees the old slice before the new one is made
+            self._last = (key, storage, self._copy(x, dim, outer, inner))
+        return self._last[2]
+
+    def _copy(self, x: Tensor, dim: int, outer: int, inner: int) -> Tensor:
+        if outer == inner == 1:
+            return x.index_select(dim, self.index)
+        before, after = x.shape[:dim], x.shape[dim + 1 :]
+        if dim == 0 and outer == 1 and x.is_contiguous():  # a row is one piece of memory: [B * inner, ...] as [B, -1]
+            rows = x.view(self.batch, -1).index_select(0, self.index)
+            return rows.view(self.count * inner, *after)
+        rows = x.view(*before, outer, self.batch, inner, *after).index_select(dim + 1, self.index)
+        return rows.view(*before, outer * self.count * inner, *after)
+
+    def add_to(self, out: Tensor, values: Tensor, dim: int, outer: int, inner: int, alpha=1) -> Tensor:
+        """Adds a payload to a dense tensor, in place."""
+        if outer == inner == 1:
+            return out.index_add_(dim, self.index, values, alpha=alpha)
+        split = out.unflatten(dim, (outer, self.batch, inner))
+        split.index_add_(dim + 1, self.index, values.unflatten(dim, (outer, self.count, inner)), alpha=alpha)
+        return out
+
+    def put(self, out: Tensor, values: Tensor, dim: int, outer: int, inner: int) -> Tensor:
+        """Writes a payload over the kept rows of a dense tensor, in place."""
+        if outer == inner == 1:
+            return out.index_copy_(dim, self.index, values)
+        split = out.unflatten(dim, (outer, self.batch, inner))
+        split.index_copy_(dim + 1, self.index, values.unflatten(dim, (outer, self.count, inner)))
+        return out

@@ -1,0 +1,71 @@
+"""
+What rules ask of their operands, and how they get the kept rows of them.
+
+e.g. in `grad * scale` with `grad` `[B, T, C]`, B = 4, rows 1 and 3 kept: `kept_payloads` returns `[2, T, C]` for
+`grad`, `[2, T, 1]` for a `scale` of shape `[B, T, 1]`, and a `scale` of shape `[C]` or `[1, T, C]` as it is.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+
+from hf_trim.backward.eager.rows import NotRowwiseError
+from hf_trim.backward.eager.tensor import RowSparseTensor, RowTensor
+
+
+def require(condition: bool, reason: str) -> None:
+    """Ends a rule that does not apply: the op runs dense instead."""
+    if not condition:
+        raise NotRowwiseError(reason)
+
+
+def require_row_sparse(x: Any) -> RowSparseTensor:
+    """`x`, which must be the row-sparse operand."""
+    require(isinstance(x, RowSparseTensor), "this operand is expected to be the row-sparse one")
+    return x
+
+
+def require_samples(x: RowTensor) -> None:
+    """Rows must be samples, alone in the first dimension."""
+    require((x.row_dim, x.row_outer, x.row_inner) == (0, 1, 1), "rows are not samples")
+
+
+def require_other_dim(x: RowTensor, dim: int) -> int:
+    """`dim` as a non-negative number; it must not be the one that carries rows."""
+    dim %= x.ndim
+    require(dim != x.row_dim, "it works along the rows")
+    return dim
+
+
+def find_reference(args: Iterable[Any], kind: type[RowTensor] = RowSparseTensor) -> RowTensor:
+    """The first operand that carries rows: all operands must have its rows, in its layout."""
+    for x in args:
+        if isinstance(x, kind):
+            return x
+    raise NotRowwiseError("the row-sparse operand is passed by keyword")
+
+
+def kept_payloads(ref: RowTensor, args: tuple, kwargs: dict) -> list:
+    """The arguments of an elementwise op, with the kept rows of its operands."""
+    if kwargs:
+        require(not any(isinstance(x, Tensor) for x in kwargs.values()), "a tensor passed by keyword")
+        require(kwargs.get("device") in (None, ref.device), "another device")
+    dim = ref.row_dim - ref.ndim  # broadcasting aligns dimensions from the right
+    return [
+        x.payload if x is ref else ref.kept_rows_or_broadcast(x, dim) if isinstance(x, Tensor) and x.ndim else x
+        for x in args
+    ]
+
+
+def run_by_row(func, ref: RowTensor, args: tuple, kwargs: dict) -> RowTensor:
+    """Runs an elementwise op on the kept rows of its operands."""
+    dim = ref.row_dim - ref.ndim
+    out = func(*kept_payloads(ref, args, kwargs), **kwargs)
+    require(out.shape[dim] == ref.payload.shape[dim], "rows are broadcast")
+    return ref.like(out, dim + out.ndim)
+
+
+def wrap_outputs(ref: RowTensor, outs: Iterable) -> tuple:
+    """Outputs with the rows of `ref`; those that were not asked for stay `None`."""
+    return tuple(None if out is None else ref.like(out) for out in outs)

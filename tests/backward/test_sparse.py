@@ -1,0 +1,139 @@
+"""What the row-sparse backward pass promises to whatever meets its gradients: hooks, Functions, compiled graphs."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from hf_trim.backward.eager.rows import Rows
+from hf_trim.backward.eager.sparse import take_rows_sparse
+from hf_trim.backward.eager.tensor import RowSparseTensor
+from hf_trim.backward.settings import fallback_report, reset_fallbacks, strict
+from tests.support.rule_cases import KEPT, close, slice_small_tensors  # noqa: F401
+
+
+@pytest.fixture
+def losses():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    x = torch.randn(6, 3, requires_grad=True)
+    hidden = net(x)
+    return net, x, hidden, F.cross_entropy(hidden, torch.tensor([0, 1] * 3), reduction="none")
+
+
+def test_backward_hooks_and_retained_gradients_see_a_tensor(losses):
+    net, x, hidden, values = losses
+    (expected,) = torch.autograd.grad(values[KEPT].sum(), hidden, retain_graph=True)
+    seen = []
+    hidden.retain_grad()
+    hidden.register_hook(lambda grad: seen.append(grad.norm().item()))
+    hidden.register_hook(lambda grad: grad * 1)
+    x.register_hook(lambda grad: seen.append(grad.abs().max()))
+    take_rows_sparse(values, KEPT).sum().backward()
+    close(hidden.grad, expected)
+    assert len(seen) == 2 and seen[0] == pytest.approx(expected.norm().item())
+    assert hidden.grad.numpy().shape == (6, 2) and len(hidden.grad.tolist()) == 6
+    close(copy.deepcopy(hidden.grad), expected)
+    assert "kept=2" in repr(hidden.grad)
+    assert type(x.grad) is torch.Tensor
+
+
+def test_double_backward(losses):
+    net, x, _, values = losses
+    weights = list(net.parameters())
+    penalty = []
+    for kept in (values[KEPT], take_rows_sparse(values, KEPT)):
+        (grad,) = torch.autograd.grad(kept.sum(), x, create_graph=True)
+        penalty.append(torch.autograd.grad(grad.square().sum(), weights[0], retain_graph=True)[0])
+    close(*penalty)
+
+
+def test_anomaly_mode(losses):
+    net, x, _, values = losses
+    with torch.autograd.set_detect_anomaly(True):
+        take_rows_sparse(values, KEPT).sum().backward()
+    assert type(x.grad) is torch.Tensor
+
+
+def test_several_selections_and_a_plain_loss(losses):
+    net, x, hidden, values = losses
+    second_kept = torch.tensor([0, 1, 5])
+    (expected,) = torch.autograd.grad(
+        values[KEPT].sum() + values[second_kept].mean() + hidden.square().mean(), x, retain_graph=True
+    )
+    total = (
+        take_rows_sparse(values, KEPT).sum() + take_rows_sparse(values, second_kept).mean() + hidden.square().mean()
+    )
+    total.backward(retain_graph=True)
+    close(x.grad, expected)
+    total.backward()
+    close(x.grad, 2 * expected)
+
+
+class Custom(torch.autograd.Function):
+    """Reads memory, as a compiled kernel would."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, grad):
+        assert type(grad) is torch.Tensor and grad.data_ptr()
+        return grad * 2
+
+
+def test_python_functions_get_ordinary_gradients():
+    x = torch.randn(6, 3, requires_grad=True)
+    seen = []
+    hidden = x.sin()
+    hidden.register_hook(lambda grad: seen.append(type(grad)))
+    reset_fallbacks()
+    take_rows_sparse(Custom.apply(hidden).sum(1), KEPT).sum().backward()
+    assert fallback_report() == {"CustomBackward": 1}
+    assert seen == [RowSparseTensor]  # behind the Function the gradient is row-sparse again
+    expected = torch.zeros_like(x)
+    expected[KEPT] = 4 / 2 * x.detach()[KEPT].cos()
+    close(x.grad, expected)
+
+
+def test_strict_names_the_op_or_node():
+    x = torch.randn(6, 3, requires_grad=True)
+    with strict(), pytest.raises(RuntimeError, match=r"aten.flip.*\(6, 3\)"):
+        take_rows_sparse(x.cumsum(0).sum(1), KEPT).sum().backward()
+    with strict(), pytest.raises(RuntimeError, match="CustomBackward"):
+        take_rows_sparse(Custom.apply(x).sum(1), KEPT).sum().backward()
+    reset_fallbacks()
+    take_rows_sparse(x.cumsum(0).sum(1), KEPT).sum().backward()
+    assert fallback_report()
+
+
+def test_compiled_model(losses):
+    net, _, _, _ = losses
+    x, labels = torch.randn(6, 3), torch.tensor([0, 1] * 3)
+    compiled = torch.compile(net, backend="aot_eager")
+    gradients = []
+    for take in (lambda v: v[KEPT], lambda v: take_rows_sparse(v, KEPT)):
+        net.zero_grad()
+        take(F.cross_entropy(compiled(x), labels, reduction="none")).mean().backward()
+        gradients.append(net[0].weight.grad.clone())
+    close(*gradients)
+
+
+def test_aot_autograd_densifies_a_tangent():
+    grad = RowSparseTensor(torch.randn(2, 3), Rows(KEPT, 6))
+    assert type(grad.__coerce_same_metadata_as_tangent__(None)) is torch.Tensor
+
+
+def test_nearly_all_rows_take_the_dense_path(losses):
+    values = losses[-1]
+    assert "IndexSelect" in type(take_rows_sparse(values, torch.arange(6)).grad_fn).__name__
+
+
+def test_arguments_are_checked():
+    with pytest.raises(ValueError, match="Expected"):
+        take_rows_sparse(torch.tensor(0.0), KEPT)
+    with pytest.raises(ValueError, match="Expected"):
+        take_rows_sparse(torch.zeros(2), KEPT[:0])
