@@ -68,13 +68,13 @@ def fresh_compiler():
 
 @pytest.fixture
 def runs(monkeypatch):
-    """For each run of a compiled backward graph: the number of kept rows, and of those that it ran on (or `None`)."""
-    found, on_rows = [], CompiledBackward._on_rows
+    """For each run of a compiled backward graph on the kept rows: their number, and that with the padded ones."""
+    counts, run_on_rows = [], CompiledBackward._run_on_rows
 
     def spy(self, ctx, args, call, plan, values):
-        out = on_rows(self, ctx, args, call, plan, values)
-        found.append((call.rows.count, self._sizes(plan, call, values)[0]))
-        return out
+        grads = run_on_rows(self, ctx, args, call, plan, values)
+        counts.append((call.rows.count, self.planner.sizes(plan, call.rows, values).count))
+        return grads
 
-    monkeypatch.setattr(CompiledBackward, "_on_rows", spy)
-    return found
+    monkeypatch.setattr(CompiledBackward, "_run_on_rows", spy)
+    return counts

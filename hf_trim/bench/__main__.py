@@ -36,7 +36,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from hf_trim.backward.compiled.graph import mark_batch_dynamic
+from hf_trim.backward.compiled.backend import mark_batch_dynamic
 from hf_trim.backward.replay import rows_of
 from hf_trim.backward.settings import fallback_report, reset_fallbacks
 from hf_trim.bench.trainer import overhead, time_selection, time_trainers

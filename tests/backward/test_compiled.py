@@ -10,7 +10,9 @@ from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
 from hf_trim import trimmed_mean
-from hf_trim.backward.compiled import graph
+from hf_trim.backward._torch_internals import aot_backward_graph, aot_function
+from hf_trim.backward.compiled import plan, symbols
+from hf_trim.backward.compiled.backend import keep_backward_graphs
 from hf_trim.backward.compiled.proof import Proof
 from hf_trim.backward.eager.sparse import take_rows_sparse
 from hf_trim.backward.settings import REFUSED_GRAPHS, checked, fallback_report, strict
@@ -190,15 +192,15 @@ def by_parity(x):
 
 MIXING = {
     "parity": (Do(by_parity), "different places|a view splits the rows|a constant"),
-    "batch norm": (nn.BatchNorm1d(8), "not all kept|all rows together|mixes rows"),
-    "mean": (Do(lambda x: x - x.mean(0)), "not all kept|batch size is part"),
-    "softmax": (Do(lambda x: x.softmax(0)), "all rows together|not all kept"),
-    "shift": (Do(lambda x: x.roll(1, 0) * x), "rows change places|batch size is part"),
-    "part": (Do(lambda x: torch.cat([x[:1].sin(), x[1:]])), "a part of the rows|joined"),
-    "pairs": (Do(lambda x: (x @ x.T).tanh() @ x), "rows meet rows|two dimensions"),
-    "size": (Do(lambda x: x.sin() * x.shape[0]), "batch size is part of a value"),
-    "other numbers": (Do(lambda x: x.sin()[torch.arange(x.shape[0]).flip(0)]), "rows are looked up|other numbers"),
-    "cumsum": (Do(lambda x: x.cumsum(0)), "all rows together|rows change places|not an op"),
+    "batch norm": (nn.BatchNorm1d(8), "terms may be nonzero|all rows together|mixes the rows"),
+    "mean": (Do(lambda x: x - x.mean(0)), "terms may be nonzero|depends on the batch size"),
+    "softmax": (Do(lambda x: x.softmax(0)), "all rows together|terms may be nonzero"),
+    "shift": (Do(lambda x: x.roll(1, 0) * x), "changes the order of the rows|depends on the batch size"),
+    "part": (Do(lambda x: torch.cat([x[:1].sin(), x[1:]])), "a part of the rows|joins rows"),
+    "pairs": (Do(lambda x: (x @ x.T).tanh() @ x), "in different dimensions|two dimensions"),
+    "size": (Do(lambda x: x.sin() * x.shape[0]), "depends on the batch size"),
+    "other numbers": (Do(lambda x: x.sin()[torch.arange(x.shape[0]).flip(0)]), "it looks up rows|looks up other rows"),
+    "cumsum": (Do(lambda x: x.cumsum(0)), "all rows together|changes the order of the rows|has no rule"),
 }
 
 
@@ -217,7 +219,7 @@ def test_what_mixes_rows_runs_dense(name, backend, runs, caplog):
     assert sum(REFUSED_GRAPHS.values()) == 2 and len(REFUSED_GRAPHS) == 1
     said = [record.message for record in caplog.records if "runs on the whole batch" in record.message]
     assert len(said) == 1
-    assert any(each in said[0] for each in reason.split("|")), said
+    assert any(part in said[0] for part in reason.split("|")), said
     assert list(fallback_report().values()) == [2]
     with strict(), pytest.raises(RuntimeError, match="cannot run on the kept rows"):
         steps(call, net, x, labels, 0.5)
@@ -255,7 +257,7 @@ def test_a_length_that_equals_the_batch_size_by_chance(runs):
         call = torch.compile(net, backend=backend, dynamic=True)
         x, labels = torch.randn(6, 3, 6), torch.tensor([0, 1, 2] * 2)
         if told_apart:
-            with graph.keep_backward_graphs():
+            with keep_backward_graphs():
                 expected = steps(call, net, x, labels, 0.5, dense_take)
         else:
             expected = steps(call, net, x, labels, 0.5, dense_take)
@@ -264,7 +266,7 @@ def test_a_length_that_equals_the_batch_size_by_chance(runs):
 
 
 def test_a_graph_without_guards_for_a_number_of_rows_runs_dense(monkeypatch):
-    monkeypatch.setattr(graph, "_PADDING", -10)
+    monkeypatch.setattr(symbols, "MAX_PADDING", -10)
     net = Net()
     call = torch.compile(net, backend="aot_eager", dynamic=True)
     x, labels = torch.randn(6, 3, 2, 2), torch.tensor([0, 1, 2] * 2)
@@ -275,14 +277,14 @@ def test_a_graph_without_guards_for_a_number_of_rows_runs_dense(monkeypatch):
 
 def test_a_proof_that_is_wrong_is_found_out(monkeypatch, caplog):
     """The last line of defence: the first gradients are compared with the dense ones."""
-    proved = graph.prove
+    prove = plan.prove
 
-    def believe(graph, batch, tangents) -> Proof:
-        proof = proved(graph, batch, tangents)
+    def believe(graph, batch, zeros) -> Proof:
+        proof = prove(graph, batch, zeros)
         proof.reason = ""
         return proof
 
-    monkeypatch.setattr(graph, "prove", believe)
+    monkeypatch.setattr(plan, "prove", believe)
     x, labels = torch.randn(6, 3, 2, 2), torch.tensor([0, 1, 2] * 2)
     for on in (False, True):
         torch._dynamo.reset()
@@ -302,10 +304,10 @@ def test_the_cache_leaves_no_graph(monkeypatch):
     x, labels = torch.randn(6, 3, 2, 2), torch.tensor([0, 1, 2] * 2)
     losses = F.cross_entropy(call(x), labels, reduction="none")
     node = losses.grad_fn.next_functions[0][0].next_functions[0][0]
-    for each in node._forward_cls._lazy_backward_info.bw_module.graph.nodes:
-        each.meta = {}
+    for traced in aot_backward_graph(aot_function(node)).nodes:
+        traced.meta = {}
     assert relative_difference(steps(call, net, x, labels, 0.5), steps(call, net, x, labels, 0.5, dense_take)) <= 1e-6
-    assert "backend='hf_trim' does without that cache" in next(iter(REFUSED_GRAPHS))
+    assert "backend='hf_trim' compiles without that cache" in next(iter(REFUSED_GRAPHS))
 
 
 # ---- in use ------------------------------------------------------------------------------------------------------

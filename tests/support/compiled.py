@@ -2,7 +2,7 @@
 
 import torch
 
-from hf_trim.backward.compiled.graph import mark_batch_dynamic
+from hf_trim.backward.compiled.backend import mark_batch_dynamic
 from hf_trim.backward.eager.sparse import take_rows_sparse
 from hf_trim.backward.settings import REFUSED_GRAPHS, fallback_report
 from tests.backward.test_sparse_models import (
