@@ -26,7 +26,17 @@ from hf_trim.backward.settings import reset_fallbacks  # noqa: E402
 
 
 # The last module to end decides how long two workers take: those that start processes come first.
-SLOW = ("engines", "run", "faults", "distributed", "bench", "compiled", "compiled_models", "backward")
+SLOW = (
+    "engines",
+    "run",
+    "faults",
+    "distributed",
+    "bench",
+    "compiled",
+    "compiled_models",
+    "compiled_trainer",
+    "backward",
+)
 
 
 def pytest_collection_modifyitems(items):
