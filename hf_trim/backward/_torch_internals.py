@@ -4,6 +4,7 @@ which of them a version of torch lacks or has in another shape.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import sympy
@@ -87,14 +88,14 @@ def compile_with_inductor(graph: torch.fx.GraphModule, inputs: list, options: di
     return compile_fx(graph, inputs, config_patches=options or None)
 
 
-def without_autograd_cache():
+def without_autograd_cache() -> AbstractContextManager:
     """A context in which AOTAutograd's cache of compiled graphs is off; inductor's cache of their code stays on."""
     from torch._functorch import config
 
     return config.patch(enable_autograd_cache=False)
 
 
-def with_a_symbol_for_each_size():
+def with_a_symbol_for_each_size() -> AbstractContextManager:
     """A context in which two sizes that are equal at first (a batch size, a length) do not share a symbol."""
     from torch.fx.experimental import _config
 
@@ -135,6 +136,12 @@ def aot_backward_inputs(function: type, graph: torch.fx.Graph) -> list:
     return inputs or [traced_value(node) for node in graph.find_nodes(op="placeholder")]
 
 
+def aot_gradient_inputs(graph: torch.fx.Graph) -> list[int]:
+    """Positions of the incoming gradients among the inputs of AOTAutograd's backward graph."""
+    inputs = graph.find_nodes(op="placeholder")
+    return [i for i, node in enumerate(inputs) if node.name.startswith("tangents")]
+
+
 def aot_outputs_with_gradients(function: type) -> list[int]:
     """Positions of the outputs (changed inputs first) whose gradients are inputs of the backward graph."""
     metadata = function.metadata
@@ -170,6 +177,11 @@ def traced_value(node: torch.fx.Node) -> Any:
     return node.meta.get("val")
 
 
+def is_traced(node: torch.fx.Node) -> bool:
+    """Whether it is known what a node of a graph stands for."""
+    return "val" in node.meta
+
+
 def size_expression(size: int | torch.SymInt | torch.SymFloat | torch.SymBool) -> sympy.Expr:
     """A size of a traced graph as a formula of symbols, e.g. `7*s0`."""
     return sympy.Integer(size) if isinstance(size, int) else size.node.expr
@@ -181,14 +193,3 @@ def size_assumptions(size: torch.SymInt, symbol: sympy.Symbol) -> tuple[list[sym
     conditions = [env.replace(guard.expr) for guard in env.guards]
     least = int(env.var_to_range[symbol].lower) if symbol in env.var_to_range else 2
     return [condition for condition in conditions if symbol in condition.free_symbols], least
-
-
-def is_traced(node: torch.fx.Node) -> bool:
-    """Whether it is known what a node of a graph stands for."""
-    return "val" in node.meta
-
-
-def aot_gradient_inputs(graph: torch.fx.Graph) -> list[int]:
-    """Positions of the incoming gradients among the inputs of AOTAutograd's backward graph."""
-    inputs = graph.find_nodes(op="placeholder")
-    return [i for i, node in enumerate(inputs) if node.name.startswith("tangents")]

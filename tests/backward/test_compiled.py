@@ -176,7 +176,7 @@ MIXING = {
     "part": (Do(lambda x: torch.cat([x[:1].sin(), x[1:]])), "a part of the rows|joins rows"),
     "pairs": (Do(lambda x: (x @ x.T).tanh() @ x), "in different dimensions|two dimensions"),
     "size": (Do(lambda x: x.sin() * x.shape[0]), "depends on the batch size"),
-    "other numbers": (Do(lambda x: x.sin()[torch.arange(x.shape[0]).flip(0)]), "it looks up rows|looks up other rows"),
+    "other numbers": (Do(lambda x: x.sin()[torch.arange(x.shape[0]).flip(0)]), "entries of other rows"),
     "cumsum": (Do(lambda x: x.cumsum(0)), "all rows together|changes the order of the rows|has no rule"),
 }
 

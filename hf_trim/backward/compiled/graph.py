@@ -9,8 +9,8 @@ they are not, the graph runs on the whole batch.
 
 Example: B = 4, T = 5, rows 1 and 3 are kept. A gradient arrives as a row-sparse `[20, C]` (B·T, C) with the payload
 `[10, C]`. The saved activation `[20, C]` is sliced to `[10, C]`, and the graph runs with s0 = 2. It returns the
-gradient of a weight, `[C, C]`, which is complete, and that of its input, `[10, C]`, which becomes a row-sparse `[20,
-C]` again.
+gradient of a weight, `[C, C]`, which is complete, and that of its input, `[10, C]`, which becomes a row-sparse
+`[20, C]` again.
 """
 
 import logging
@@ -85,8 +85,7 @@ class CompiledBackward:
     The backward pass of one compiled graph.
 
     Args:
-        function (`type`): AOTAutograd's `torch.autograd.Function`. Its backward graph is run by this object from now
-        on.
+        function (`type`): AOTAutograd's `torch.autograd.Function`. This object runs its backward graph from now on.
     """
 
     def __init__(self, function: type):
@@ -128,14 +127,14 @@ class CompiledBackward:
         return self._compare(grads, self.run_dense(ctx, all_rows), plan) if compare else grads
 
     def _check_inputs(self, args: list, call: BackwardCall, plan: Plan, sizes: RunSizes) -> None:
-        """Checks what the proof assumed of the inputs, and only their values tell."""
+        """Checks what the proof assumed of the inputs and could not know from their shapes."""
         for position, grad in zip(self.planner.grad_positions, call.grads, strict=True):
             if not isinstance(grad, RowSparseTensor):
                 continue
             if sizes.inputs[position].layout != (grad.row_dim, grad.row_outer, grad.row_inner):
                 raise GraphRefusedError("a gradient that arrives carries its rows in another place than in the graph")
         if not all(holds_row_numbers(args[position]) for position in plan.proof.row_index_inputs):
-            raise GraphRefusedError("it looks up other rows than a row's own")
+            raise GraphRefusedError("a saved index looks up entries of other rows")
 
     def _slice_inputs(self, args: list, call: BackwardCall, plan: Plan, sizes: RunSizes, copy: bool) -> None:
         """Replaces the graph's inputs in `args` by those for the kept rows."""

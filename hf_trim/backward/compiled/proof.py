@@ -15,16 +15,17 @@ The graph does not say where a saved tensor of `[B*T, C]` has its rows: its firs
 `[T, B]`. It need not say so. A saved tensor is multiplied by gradients, and counts only where these are not zero. So
 the proof looks for its rows where the gradients have theirs, and any choice is right that suits all ops.
 
-Example: the backward pass of a linear layer on `[s0*5, 16]`, with s0 = B and 5 tokens. The names are those in the
-graph.
+Example: the backward pass of a linear layer on `[s0, 5, 16]`, with s0 = B and 5 tokens.
 
-| op | result | rows | zeros |
+| node | shape | rows | zero |
 |---|---|---|---|
-| input `tangents_1` | `[s0, 5, 16]` | dimension 0 | outside of the kept rows |
-| `view(tangents_1, [s0*5, 16])` | `[s0*5, 16]` | dimension 0, inner 5 | outside of the kept rows |
-| input `saved` | `[s0*5, 16]` | dimension 0, inner 5 (assumed) | unknown |
-| `permute(view, [1, 0])` | `[16, s0*5]` | dimension 1, inner 5 | outside of the kept rows |
-| `mm(permute, saved)` | `[16, 16]` | none: a sum over rows that are zero unless kept | outside of the kept rows |
+| `tangents_1`, the gradient that arrives | `[s0, 5, 16]` | dimension 0 | outside of the kept rows |
+| `view`, the same as a matrix | `[s0*5, 16]` | dimension 0, inner 5 | outside of the kept rows |
+| `permute`, transposed | `[16, s0*5]` | dimension 1, inner 5 | outside of the kept rows |
+| `saved`, the layer's input | `[s0*5, 16]` | dimension 0, inner 5: assumed | unknown |
+| `mm(permute, saved)`, gradient of the weight | `[16, 16]` | none: a sum over the rows | unknown |
+
+The last sum runs over rows of which those not kept are zero. So 2 kept rows of 4 give the same `[16, 16]`.
 """
 
 from collections.abc import Iterable

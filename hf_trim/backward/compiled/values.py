@@ -21,8 +21,8 @@ from hf_trim.backward.compiled.errors import RowsMixedError
 
 class Zeros(IntEnum):
     """
-    Where a value is known to be zero. More is greater: of a product, the greatest of its factors holds, and of a sum
-    the least of its terms.
+    Where a value is known to be zero. A greater member says more: a product has the greatest of its factors, a sum the
+    least of its terms. Zero times infinity counts as zero.
     """
 
     UNKNOWN = 0  # it may be nonzero anywhere

@@ -11,8 +11,8 @@ What it returns must hold for the op on the whole batch and on any of its rows. 
 [`~hf_trim.backward.compiled.errors.RowsMixedError`]. Its message completes the sentence "<op>: ...".
 
 Example: `aten.permute(x, [1, 0])` of a value `[s0*5, 16]`, whose dimension 0 carries rows with 5 tokens behind each,
-calls the rule `_permute(prop, "permute", (16, 5*s0), x, [1, 0])`. It returns a value with rows in dimension 1, inner
-5.
+calls the rule `_permute(prop, "permute", (16, 5*s0), x, [1, 0])`. It returns a value with rows in dimension 1 and
+inner 5.
 
 Composite ops such as `reshape` need no rule: AOTAutograd's graphs hold what they are made of, such as `view`.
 """

@@ -22,7 +22,7 @@ INDEXING = ("index", "_unsafe_index", "index_put", "_unsafe_index_put", "_unsafe
 @implements("gather", table=PROOF)
 def _gather(prop, name, shape, x, dim, index, **kwargs):
     if x.dim is None or x.dim == dim % len(shape) or index.dim != x.dim or not is_equal(x.shape[x.dim], shape[x.dim]):
-        raise RowsMixedError("it looks up rows")
+        raise RowsMixedError("it may look up entries of other rows")
     return prop.result(shape, x.dim, prop.common_layout([x, index]), x.zeros)
 
 
@@ -30,9 +30,9 @@ def _gather(prop, name, shape, x, dim, index, **kwargs):
 def _scatter(prop, name, shape, x, dim, index, source, **kwargs):
     carriers = [x, index] + ([source] if isinstance(source, Value) else [])
     if any(value.dim is None or value.dim != x.dim for value in carriers) or x.dim == dim % len(shape):
-        raise RowsMixedError("it looks up rows")
+        raise RowsMixedError("it may look up entries of other rows")
     if any(not is_equal(value.shape[x.dim], shape[x.dim]) for value in carriers):
-        raise RowsMixedError("it looks up a part of the rows")
+        raise RowsMixedError("it may look up a part of the rows only")
     return prop.result(shape, x.dim, prop.common_layout(carriers), min(x.zeros, zeros_of(source)))
 
 
@@ -71,16 +71,20 @@ def _check_indices(prop, x: Value, indices: list) -> tuple[Value | None, bool]:
     if x.dim is None:
         return carrier, False
     if x.dim not in by_dim:
-        raise RowsMixedError("it looks up rows" if carriers else "an index that serves all rows meets rows")
+        raise RowsMixedError(
+            "it may look up entries of other rows"
+            if carriers
+            else "it looks up the same entries for all rows, together with rows"
+        )
     row_index = by_dim[x.dim]
     if not row_index.is_row_index:
         # The forward pass may have made the row index, `torch.arange(B)`, and saved it.
         is_input = row_index.source is not None and traced_value(row_index.source).ndim == 1
         if not (is_input and row_index.outer == row_index.inner == 1):
-            raise RowsMixedError("it looks up rows")
+            raise RowsMixedError("it may look up entries of other rows")
         prop.use_as_row_index(row_index)
     if not (x.outer is None or x.outer == x.inner == 1):
-        raise RowsMixedError("it looks up rows in a merged dimension")
+        raise RowsMixedError("it looks up rows in a dimension that is merged with others")
     return carrier, True
 
 
@@ -150,6 +154,6 @@ def _index_put(prop, name, shape, x, *args):
             shape, x.dim, replace(x, outer=layout.outer, inner=layout.inner), min(x.zeros, values.zeros)
         )
     if not adds:
-        raise RowsMixedError("each row writes to the same tensor")
+        raise RowsMixedError("rows overwrite each other in a tensor that has none")
     check_sum_over_rows(values.zeros)
     return prop.result(shape, zeros=min(x.zeros, values.zeros))

@@ -2,9 +2,9 @@
 Proof rules of whole layers that are one op: attention, convolution, norms, losses, pooling.
 
 Example: `convolution_backward(grad, x, weight)` with a gradient `[s0, 8, 6, 6]` that is zero outside of the kept rows
-returns the gradient of the images, `[s0, 3, 8, 8]`, with rows in dimension 0, and those of weight and bias, `[8, 3, 3,
-3]` and `[8]`, which are sums over the rows. Most of these ops take the first dimension for the batch, so rows must be
-there.
+returns the gradient of the images, `[s0, 3, 8, 8]`, with rows in dimension 0, and those of weight and bias,
+`[8, 3, 3, 3]` and `[8]`, which are sums over the rows. Most of these ops take the first dimension for the batch, so
+rows must be there.
 """
 
 from hf_trim.backward.compiled.errors import RowsMixedError
@@ -42,7 +42,8 @@ def _batch_first_and_parameters(prop, shapes, grad) -> list:
     table=PROOF,
 )  # fmt: skip
 def _attention_backward(prop, name, shapes, grad, query, key, value, *args, **kwargs):
-    # A kernel draws its masks by the position in the batch. The dropout rate is the only float among its arguments.
+    # A kernel draws its masks by the position in the batch, so that kept rows would get other masks. The dropout rate
+    # is the only float among its arguments by position.
     if next(x for x in args if isinstance(x, float)) != 0:
         raise RowsMixedError("the attention kernel has dropout inside")
     carriers = [x for x in values_in((grad, query, key, value, args, kwargs)) if x.dim is not None]
