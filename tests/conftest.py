@@ -83,7 +83,7 @@ def runs(monkeypatch):
 
     def spy(self, ctx, args, call, plan, values):
         grads = run_on_rows(self, ctx, args, call, plan, values)
-        counts.append((call.rows.count, self.planner.sizes(plan, call.rows, values).count))
+        counts.append((call.rows.count, self.planner.sizes(plan, call.rows, values).row_count))
         return grads
 
     monkeypatch.setattr(CompiledBackward, "_run_on_rows", spy)

@@ -121,7 +121,7 @@ class CompiledBackward:
         free_saved_tensors(ctx)  # so that each tensor is freed as soon as its rows are taken
         self._slice_inputs(args, call, plan, sizes, copy=compare)
         grads = [
-            grad if layout is None or grad is None else to_row_sparse(grad, call.rows, sizes.count, layout)
+            grad if layout is None or grad is None else to_row_sparse(grad, call.rows, sizes.row_count, layout)
             for grad, layout in zip(self.run_dense(ctx, args), sizes.outputs, strict=True)
         ]
         return self._compare(grads, self.run_dense(ctx, all_rows), plan) if compare else grads
@@ -138,21 +138,21 @@ class CompiledBackward:
 
     def _slice_inputs(self, args: list, call: BackwardCall, plan: Plan, sizes: RunSizes, copy: bool) -> None:
         """Replaces the graph's inputs in `args` by those for the kept rows."""
-        rows = pad_rows(call.rows, sizes.count)
+        rows = pad_rows(call.rows, sizes.row_count)
         for position, size in enumerate(sizes.inputs):
             if position in plan.proof.row_index_inputs:
                 index = args[position]
-                args[position] = torch.arange(sizes.count, dtype=index.dtype, device=index.device)
+                args[position] = torch.arange(sizes.row_count, dtype=index.dtype, device=index.device)
             elif isinstance(size, int):
                 args[position] = size
             elif isinstance(size, InputSlice):
                 x, args[position] = args[position], None
                 args[position] = take_rows(x, rows, *size, copy=copy)
                 del x  # else it would live on while the next one is sliced
-        if sizes.count > call.rows.count:
+        if sizes.row_count > call.rows.count:
             for position, grad in zip(self.planner.grad_positions, call.grads, strict=True):
                 if isinstance(grad, RowSparseTensor):
-                    clear_padding(args[position], call.rows, sizes.count, sizes.inputs[position].layout)
+                    clear_padding(args[position], call.rows, sizes.row_count, sizes.inputs[position].layout)
 
     def _compare(self, grads: list, dense: list, plan: Plan) -> list:
         """Compares the first gradients on the kept rows with the dense ones, and returns those to go on with."""

@@ -69,13 +69,13 @@ class RunSizes(NamedTuple):
     The numbers of one run.
 
     Args:
-        count (`int`): Number of rows that the graph runs on, padded ones among them.
+        row_count (`int`): Number of rows that the graph runs on, padded ones among them.
         inputs (`list[int | InputSlice | None]`): The value of a size, what is taken of a tensor, or `None` for what
             stays as it is.
         outputs (`list[tuple[int, int, int] | None]`): Where an output carries rows; `None` if it carries none.
     """
 
-    count: int
+    row_count: int
     inputs: list
     outputs: list
 

@@ -31,7 +31,7 @@ def symbol_places(inputs: list) -> dict[sympy.Symbol, tuple[int, int | None]]:
         `dict[sympy.Symbol, tuple[int, int | None]]`: Where the value of each symbol can be read: the position of an
         input, and the dimension if that input is a tensor.
     """
-    places = {}
+    places: dict[sympy.Symbol, tuple[int, int | None]] = {}
     for position, value in enumerate(inputs):
         sizes = enumerate(value.shape) if isinstance(value, Tensor) else [(None, value)]
         for dim, size in sizes:
