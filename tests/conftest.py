@@ -17,8 +17,18 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import hf_trim  # noqa: E402, F401
 
 
-# The last module to end decides how long two workers take: those that start processes come first.
-SLOW = ("engines", "compare", "faults", "distributed", "bench", "compiled", "compiled_models", "backward")
+# The last module to end decides how long two workers take: those that start processes or compile come first.
+SLOW = (
+    "compare",
+    "engines",
+    "faults",
+    "distributed",
+    "bench",
+    "compiled",
+    "compiled_models",
+    "compiled_trainer",
+    "backward",
+)
 
 
 def pytest_collection_modifyitems(items):

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_trim.backward.compiled.graph import mark_batch_dynamic
+from hf_trim.backward.compiled.backend import mark_batch_dynamic
 from hf_trim.backward.replay import rows_of
 from hf_trim.bench.models import LMHeadOnly
 from hf_trim.trainer.functional import trimmed_linear_cross_entropy, trimmed_mean

@@ -8,7 +8,7 @@ be ranked. Each message says what to set instead.
 from torch import nn
 from transformers import PreTrainedConfig, TrainingArguments
 
-from hf_trim.backward.compiled.graph import CUDA_GRAPHS, uses_cuda_graphs
+from hf_trim.backward.compiled.backend import CUDA_GRAPHS, uses_cuda_graphs
 from hf_trim.trainer.arguments import TrimmingConfig
 from hf_trim.trainer.heads import PASS_A_LOSS
 

@@ -24,7 +24,7 @@ from transformers import Trainer, TrainingArguments
 
 from hf_trim._compat import unwrap_peft_model
 from hf_trim.backward.choice import choose_backward, is_compiled
-from hf_trim.backward.compiled.graph import CUDA_GRAPHS, keep_backward_graphs, mark_batch_dynamic, uses_cuda_graphs
+from hf_trim.backward.compiled.backend import CUDA_GRAPHS, keep_backward_graphs, mark_batch_dynamic, uses_cuda_graphs
 from hf_trim.backward.replay import rows_of, scoring
 from hf_trim.backward.settings import REFUSED_GRAPHS, checked, fallback_report, reset_fallbacks, strict
 from hf_trim.hub.push import PushMixin

@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from hf_trim import trimmed_mean
 from hf_trim.backward.choice import choose_backward, find_mixing_modules
-from hf_trim.backward.compiled.graph import uses_cuda_graphs
+from hf_trim.backward.compiled.backend import uses_cuda_graphs
 from tests.support.helpers import (
     digit_texts,
     digits,

@@ -39,12 +39,12 @@ def record_graph_runs(monkeypatch) -> list[tuple[int, int | None]]:
     Returns:
         `list[tuple[int, int | None]]`: For each run the number of kept rows, and of the rows that the graph ran on.
     """
-    runs, run_on_rows = [], CompiledBackward._on_rows
+    runs, run_on_rows = [], CompiledBackward._run_on_rows
 
     def recording(self, ctx, args, call, plan, values):
         gradients = run_on_rows(self, ctx, args, call, plan, values)
-        runs.append((call.rows.count, self._sizes(plan, call, values)[0]))
+        runs.append((call.rows.count, self.planner.sizes(plan, call.rows, values).row_count))
         return gradients
 
-    monkeypatch.setattr(CompiledBackward, "_on_rows", recording)
+    monkeypatch.setattr(CompiledBackward, "_run_on_rows", recording)
     return runs

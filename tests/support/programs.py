@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hf_trim.backward.compiled.graph import keep_backward_graphs
+from hf_trim.backward.compiled.backend import keep_backward_graphs
 from hf_trim.backward.eager.sparse import take_rows_sparse
 from hf_trim.backward.settings import REFUSED_GRAPHS, checked, fallback_report, reset_fallbacks
 from tests.support.compiled import DECOMPOSED

@@ -1,0 +1,77 @@
+"""The proof that a backward graph may run on the kept rows, on the graph of a linear layer."""
+
+import pytest
+import torch
+from torch import nn
+
+from hf_trim.backward._torch_internals import (
+    aot_backward_graph,
+    aot_function,
+    aot_gradient_inputs,
+    is_composite,
+    size_expression,
+    traced_value,
+)
+from hf_trim.backward.compiled.backend import keep_backward_graphs
+from hf_trim.backward.compiled.proof import prove
+from hf_trim.backward.compiled.values import Zeros
+from hf_trim.backward.registry import PROOF
+
+
+@pytest.fixture(scope="module")
+def graph():
+    """The backward graph of a linear layer on `[B, T, 3]`, and its gradient `[B, T, 5]`."""
+    torch._dynamo.reset()
+    layer = torch.compile(nn.Linear(3, 5), backend="aot_eager", dynamic=True)
+    with keep_backward_graphs():
+        output = layer(torch.randn(4, 7, 3, requires_grad=True))
+    graph = aot_backward_graph(aot_function(output.grad_fn))
+    return graph, graph.find_nodes(op="placeholder")[aot_gradient_inputs(graph)[0]]
+
+
+def test_rows_of_a_linear_layer(graph):
+    graph, gradient = graph
+    batch, length = (size_expression(size) for size in traced_value(gradient).shape[:2])
+    proof = prove(graph, batch, {gradient: Zeros.OUTSIDE_KEPT})
+    assert not proof.reason
+    weight, bias, x = (next(v for v in proof.outputs if v and len(v.shape) == n) for n in (2, 1, 3))
+    assert weight.dim is None and bias.dim is None  # sums over the rows
+    assert (x.dim, x.outer, x.inner, x.zeros) == (0, 1, 1, Zeros.OUTSIDE_KEPT)
+    saved = [value for value in proof.inputs if value and value.dim is not None and value.source is not gradient]
+    assert saved and all(value.outer == 1 and value.inner in (1, length) for value in saved)
+
+
+def test_a_dense_gradient_is_refused(graph):
+    graph, gradient = graph
+    batch = size_expression(traced_value(gradient).shape[0])
+    assert "the terms may be nonzero outside of the kept rows" in prove(graph, batch, {gradient: Zeros.UNKNOWN}).reason
+
+
+def test_no_gradient_is_zero_everywhere(graph):
+    graph, gradient = graph
+    batch = size_expression(traced_value(gradient).shape[0])
+    proof = prove(graph, batch, {gradient: Zeros.EVERYWHERE})
+    assert not proof.reason and all(value.zeros == Zeros.EVERYWHERE for value in proof.outputs if value)
+
+
+def test_the_rows_may_be_those_of_another_dimension(graph):
+    """With tokens as rows, `[B, T, 5]` has them in dimension 1, and merged, B is in front of them."""
+    graph, gradient = graph
+    batch, length = (size_expression(size) for size in traced_value(gradient).shape[:2])
+    proof = prove(graph, length, {gradient: Zeros.OUTSIDE_KEPT})
+    assert not proof.reason
+    assert {(v.dim, v.outer, v.inner) for v in proof.outputs if v and len(v.shape) == 3} == {(1, 1, 1)}
+    saved = [value for value in proof.inputs if value and value.dim is not None and value.source is not gradient]
+    assert all(value.outer in (1, batch) and value.inner == 1 for value in saved)
+
+
+def test_no_rule_is_of_a_composite_op():
+    """AOTAutograd's graphs hold what a composite op is made of, so that a rule of it would never be called."""
+    composite = []
+    for name in PROOF.registered:
+        packet = getattr(torch.ops.aten, name, None)
+        ops = [getattr(packet, overload) for overload in packet.overloads()] if packet else []
+        ops = [op for op in ops if torch._C._dispatch_has_kernel(op.name())]  # not those of TorchScript alone
+        if ops and all(is_composite(op) for op in ops):
+            composite.append(name)
+    assert len(PROOF.registered) > 100 and not composite
