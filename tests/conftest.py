@@ -18,17 +18,8 @@ import hf_trim  # noqa: E402, F401
 
 
 # The last module to end decides how long two workers take: those that start processes or compile come first.
-SLOW = (
-    "compare",
-    "engines",
-    "faults",
-    "distributed",
-    "bench",
-    "compiled",
-    "compiled_models",
-    "compiled_trainer",
-    "backward",
-)
+SLOW = ("compare", "engines", "faults", "distributed", "bench", "compiled", "compiled_models", "compiled_trainer",
+        "compiled_heads", "backward")  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):

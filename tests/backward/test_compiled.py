@@ -16,9 +16,9 @@ from hf_trim.backward.compiled.backend import keep_backward_graphs
 from hf_trim.backward.compiled.proof import Proof
 from hf_trim.backward.eager.sparse import take_rows_sparse
 from hf_trim.backward.settings import REFUSED_GRAPHS, checked, fallback_report, strict
-from tests.backward.test_sparse_models import KEPT, TRANSFORMERS, build, difference, gradients
 from tests.support.compiled import DECOMPOSED, Do, Net, check, dense_take, gradients_of, net_losses, step
 from tests.support.helpers import relative_difference
+from tests.support.models import KEPT, TRANSFORMERS, build, difference, gradients
 
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")

@@ -2,8 +2,8 @@
 
 import pytest
 
+from tests.support.heads import HEADS, make
 from tests.support.helpers import digit_texts, relative_difference, tiny_bert, train, weights
-from tests.trainer.test_heads import HEADS, make
 
 
 def test_a_compiled_model_is_trimmed_by_its_logits(tmp_path):

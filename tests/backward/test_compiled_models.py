@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 import transformers as tf
 
-from tests.backward.test_sparse_models import TIMM_MODELS, TRANSFORMERS, build, sequence_losses
 from tests.support.compiled import check, small
+from tests.support.models import TIMM_MODELS, TRANSFORMERS, build, sequence_losses
 
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")

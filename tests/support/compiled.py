@@ -8,7 +8,7 @@ from torch import nn
 from hf_trim.backward.compiled.backend import mark_batch_dynamic
 from hf_trim.backward.eager.sparse import take_rows_sparse
 from hf_trim.backward.settings import REFUSED_GRAPHS, fallback_report
-from tests.backward.test_sparse_models import (
+from tests.support.models import (
     KEPT,
     TIMM_MODELS,
     TRANSFORMERS,

@@ -1,7 +1,7 @@
 """What tests observe of the backward pass: recomputations and compiled graphs that ran on kept rows."""
 
 from hf_trim.backward.compiled.graph import CompiledBackward
-from hf_trim.backward.eager.checkpoint import _KeptRows
+from hf_trim.backward.eager import checkpoint
 
 
 def count_recomputations(monkeypatch) -> dict[str, int]:
@@ -17,15 +17,15 @@ def count_recomputations(monkeypatch) -> dict[str, int]:
     """
     counts = {"kept": 0, "all": 0}
 
-    def counting(name, method):
+    def counting(name, function):
         def call(*args):
             counts[name] += 1
-            return method(*args)
+            return function(*args)
 
-        return staticmethod(call)
+        return call
 
-    monkeypatch.setattr(_KeptRows, "_check", counting("kept", _KeptRows._check))
-    monkeypatch.setattr(_KeptRows, "_forget", counting("all", _KeptRows._forget))
+    for name, function in (("kept", "check_recomputed"), ("all", "forget_recomputed")):
+        monkeypatch.setattr(checkpoint, function, counting(name, getattr(checkpoint, function)))
     return counts
 
 

@@ -94,19 +94,16 @@ class _KeptRows:
                 self.recompute(*kept)
             except StopRecomputationError:
                 stopped = True  # all that was saved is there
-            self._check(frame, backward_pass)
+            check_recomputed(frame, backward_pass)
         except Exception:  # of whatever kind: a function may insist on ordinary tensors
             self.rows.needs_all_rows = True  # layers are alike: the others need not try
-            self._forget(frame, backward_pass)
+            forget_recomputed(frame, backward_pass)
             return self.recompute(*args)
         for position, x in enumerate(recomputed_tensors(frame, backward_pass)):
             if isinstance(x, ActivationRows):
                 x.materialize = partial(self._materialize, position, args)
         if stopped:
             raise StopRecomputationError  # a new one: the other's traceback holds the activations
-
-    _check = staticmethod(check_recomputed)
-    _forget = staticmethod(forget_recomputed)
 
     def _kept(self, x: Any) -> Any:
         """The kept rows of an input of the function, if its first dimension is the batch; else the input itself."""
