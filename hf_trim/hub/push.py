@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
@@ -120,7 +121,13 @@ def save_arguments(args: TrainingArguments, folder: Path) -> None:
     write_json(folder / "training_args.json", {k: v for k, v in args.to_dict().items() if k != "output_dir"})
 
 
-class PushMixin:
+if TYPE_CHECKING:
+    from transformers import Trainer as TrainerBase
+else:
+    TrainerBase = object  # the trainer is named beside the mixin, and comes after it
+
+
+class PushMixin(TrainerBase):
     """The part of [`~hf_trim.trainer.trainer.TrimmingMixin`] that pushes to the Hub, with a model card of its own."""
 
     def __init__(self, *args, **kwargs):

@@ -40,7 +40,7 @@ def take_rows(x: Tensor, rows: Rows, layout: Layout, shape: list[int], strides: 
         `torch.Tensor`: These rows of `x`.
     """
     part = rows.take(x, *layout)
-    rows._last = None  # the graph may reuse the memory of each of its inputs: no slice serves twice
+    rows.forget_slice()  # the graph may reuse the memory of each of its inputs: no slice serves twice
     fits = all(size == 1 or a == b for size, a, b in zip(shape, part.stride(), strides, strict=True))
     is_view = part.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
     if fits and not (is_view and (copy or part.storage_offset() * part.element_size() % _ALIGNMENT)):

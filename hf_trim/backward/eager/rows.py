@@ -41,9 +41,8 @@ class Rows:
         is_run = index.device.type == "cpu" and int(index[-1]) - int(index[0]) == self.count - 1
         self.start = int(index[0]) if is_run else None
         self._last: tuple | None = None  # the slice that was taken last: its key, its source's storage, and the slice
-        self.plans: dict[
-            tuple, Any
-        ] = {}  # of views and slices: the sizes of a model's layers are the same again and again
+        # Of views and slices: the sizes of a model's layers are the same again and again.
+        self.plans: dict[tuple, Any] = {}
 
     @classmethod
     def all_of(cls, x: Tensor) -> "Rows":
@@ -104,6 +103,10 @@ class Rows:
             self._last = None  # frees the old slice before the new one is made
             self._last = (key, storage, self._copy(x, dim, outer, inner))
         return self._last[2]
+
+    def forget_slice(self) -> None:
+        """Has the next `take` copy anew: somebody may write to the slice that was taken last."""
+        self._last = None
 
     def _copy(self, x: Tensor, dim: int, outer: int, inner: int) -> Tensor:
         if outer == inner == 1:
