@@ -72,8 +72,7 @@ def test_auto_goes_on_with_replay_where_the_graph_is_refused(tmp_path, caplog):
     eager = train(model(), digit_texts(), tmp_path, **arguments)
     with caplog.at_level(logging.WARNING):
         compiled = train(torch.compile(model(), backend="aot_eager"), digit_texts(), tmp_path, **arguments)
-    message = "use the replay backward pass: a compiled graph cannot run on the kept rows: it was compiled for one batch size"
-    assert message in caplog.text
+    assert "the replay backward pass: a compiled graph cannot run on the kept rows: it was compiled for" in caplog.text
     assert relative_difference(weights(compiled), weights(eager)) < 1e-5
 
 
