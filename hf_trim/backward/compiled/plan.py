@@ -41,7 +41,7 @@ class BackwardCall(NamedTuple):
     One backward pass through a compiled graph.
 
     Args:
-        rows ([`~hf_trim.backward.eager.tensor.Rows`]): The kept rows.
+        rows ([`~hf_trim.backward.eager.rows.Rows`]): The kept rows.
         grads (`tuple`): What arrives for each output that the graph has a gradient for: a tensor or `None`.
     """
 
@@ -155,7 +155,7 @@ class Planner:
         """
         Args:
             plan ([`Plan`]): What is sliced.
-            rows ([`~hf_trim.backward.eager.tensor.Rows`]): The kept rows.
+            rows ([`~hf_trim.backward.eager.rows.Rows`]): The kept rows.
             values (`dict[sympy.Symbol, int]`): The values of the graph's symbols for the whole batch.
 
         Returns:

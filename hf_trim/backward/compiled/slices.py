@@ -30,7 +30,7 @@ def take_rows(x: Tensor, rows: Rows, layout: Layout, shape: list[int], strides: 
     """
     Args:
         x (`torch.Tensor`): An input for the whole batch.
-        rows ([`~hf_trim.backward.eager.tensor.Rows`]): The rows to take.
+        rows ([`~hf_trim.backward.eager.rows.Rows`]): The rows to take.
         layout (`tuple[int, int, int]`): Dimension, outer and inner size of the rows in `x`.
         shape (`list[int]`): The shape of the result.
         strides (`list[int]`): The strides that the graph was compiled for.

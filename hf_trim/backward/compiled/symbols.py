@@ -69,7 +69,7 @@ def smallest_allowed_count(inputs: list, batch: sympy.Symbol, values: Values, ro
         inputs (`list`): Traced inputs of the graph.
         batch (`sympy.Symbol`): The batch size.
         values (`dict[sympy.Symbol, int]`): The values of all symbols in this call.
-        rows ([`~hf_trim.backward.eager.tensor.Rows`]): The kept rows.
+        rows ([`~hf_trim.backward.eager.rows.Rows`]): The kept rows.
 
     Raises:
         [`~hf_trim.backward.compiled.errors.GraphRefusedError`]: If there is none.
