@@ -7,7 +7,7 @@ cannot be imported. The table `NEEDED` lists both, with the parameters that hf_t
 """
 
 from importlib.metadata import version
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 
 try:
@@ -33,7 +33,7 @@ __all__ = [
 
 # The Hub's client raises it when there is no answer at all. It comes from the HTTP library below the client (requests,
 # httpx, ...), which has changed between versions; an error for an answer is always derived from it.
-HubConnectionError = HfHubHTTPError.__bases__[0]
+HubConnectionError = cast(type[Exception], HfHubHTTPError.__bases__[0])
 
 
 def auto_class_names(task: str) -> set[str]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache, partial
 from operator import attrgetter
-from typing import Any
+from typing import Any, cast
 
 import sympy
 import torch
@@ -215,7 +215,8 @@ def reset_compiler() -> None:
 
 def memory_changes(profiler: torch.profiler.profile) -> list[int]:
     """Bytes of each tensor that was made (positive) or freed (negative) while a profile was recorded, in order."""
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    recorded = cast(Any, profiler.profiler).kineto_results  # there is one once the profile is recorded
+    events = [event for event in recorded.events() if event.name() == "[memory]"]
     return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
 
 
@@ -233,7 +234,8 @@ def compile_with_inductor(graph: torch.fx.GraphModule, inputs: list, options: di
     """Compiles what Dynamo traced, as `torch.compile` does by default."""
     from torch._inductor.compile_fx import compile_fx  # takes a second to import
 
-    return compile_fx(graph, inputs, config_patches=options or None)
+    # With these arguments it returns a callable; its type allows for other ways to call it.
+    return cast(Callable, compile_fx(graph, inputs, config_patches=options or None))
 
 
 def without_autograd_cache() -> AbstractContextManager:
@@ -247,7 +249,7 @@ def with_a_symbol_for_each_size() -> AbstractContextManager:
     """A context in which two sizes that are equal at first (a batch size, a length) do not share a symbol."""
     from torch.fx.experimental import _config
 
-    return _config.patch(use_duck_shape=False)
+    return cast(Any, _config).patch(use_duck_shape=False)  # torch adds `patch` when it imports the module
 
 
 def mark_dynamic_if_possible(x: Tensor, dim: int) -> None:
@@ -257,19 +259,22 @@ def mark_dynamic_if_possible(x: Tensor, dim: int) -> None:
 
 def inductor_configs(module: torch.nn.Module) -> list[dict]:
     """Inductor's options of `torch.compile(module)` and of `module.compile()`; none where there was no such call."""
-    calls = (module, module._compiled_call_impl)
+    calls: tuple[Any, ...] = (module, module._compiled_call_impl)
     configs = [call.get_compiler_config() for call in calls if hasattr(call, "get_compiler_config")]
     return [config for config in configs if config is not None]
 
 
-def aot_function(node: torch.autograd.graph.Node) -> type | None:
+# What AOTAutograd makes of `torch.autograd.Function` has no type of its own: `Any` below.
+
+
+def aot_function(node: torch.autograd.graph.Node) -> Any | None:
     """AOTAutograd's `torch.autograd.Function` whose backward pass a node is; `None` for any other node."""
     function = getattr(node, "_forward_cls", None)
     names = ("_lazy_backward_info", "_backward_impl", "metadata")
     return function if all(hasattr(function, name) for name in names) else None
 
 
-def aot_backward_graph(function: type) -> torch.fx.Graph | None:
+def aot_backward_graph(function: Any) -> torch.fx.Graph | None:
     """The backward graph of an AOTAutograd function, as it was before inductor; `None` if its cache has none."""
     info = function._lazy_backward_info
     module = getattr(info, "bw_module", None)
@@ -278,7 +283,7 @@ def aot_backward_graph(function: type) -> torch.fx.Graph | None:
     return getattr(module, "graph", None)
 
 
-def aot_backward_inputs(function: type, graph: torch.fx.Graph) -> list:
+def aot_backward_inputs(function: Any, graph: torch.fx.Graph) -> list:
     """A tensor or size with symbols for each input of a backward graph, with the strides that are really saved."""
     inputs = getattr(function._lazy_backward_info, "placeholder_list", None)
     return inputs or [traced_value(node) for node in graph.find_nodes(op="placeholder")]
@@ -290,7 +295,7 @@ def aot_gradient_inputs(graph: torch.fx.Graph) -> list[int]:
     return [i for i, node in enumerate(inputs) if node.name.startswith("tangents")]
 
 
-def aot_outputs_with_gradients(function: type) -> list[int]:
+def aot_outputs_with_gradients(function: Any) -> list[int]:
     """Positions of the outputs (changed inputs first) whose gradients are inputs of the backward graph."""
     metadata = function.metadata
     changed = [metadata.input_info[i] for i in metadata.mutated_inp_runtime_indices]
@@ -305,12 +310,12 @@ def aot_outputs_with_gradients(function: type) -> list[int]:
     return positions + list(range(first, first + metadata.num_intermediate_bases))
 
 
-def aot_backward(function: type) -> Callable[[Any, list], Any]:
+def aot_backward(function: Any) -> Callable[[Any, list], Any]:
     """What runs the compiled backward graph of an AOTAutograd function: `(ctx, inputs) → gradients`."""
     return function._backward_impl
 
 
-def replace_aot_backward(function: type, run: Callable[[Any, list], Any]) -> None:
+def replace_aot_backward(function: Any, run: Callable[[Any, list], Any]) -> None:
     """Has a callable stand in for what [`aot_backward`] gives."""
     function._backward_impl = staticmethod(run)
 

@@ -52,13 +52,13 @@ class RuleTable(dict):
             in all namespaces (`"sum"`), rather than overloads (`torch.ops.aten.sum.dim_IntList`).
     """
 
-    def __init__(self, name: str, by_name: bool = False):
+    def __init__(self, name: str, by_name: bool = False) -> None:
         super().__init__()
         self.name, self.by_name = name, by_name
         self.registered: set = set()  # ops with a rule of their own; all other rules came from `default`
         self.default: Callable[[Any], Callable | None] = lambda op: None
 
-    def __missing__(self, op):
+    def __missing__(self, op: Any) -> Callable | None:
         rule = self[op] = self.default(op)
         return rule
 

@@ -7,6 +7,7 @@ Arguments → model and batch → kinds of steps → checks and times → summar
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from accelerate import PartialState
 from transformers import HfArgumentParser
@@ -76,7 +77,7 @@ def bench_trainer(name: str, args: BenchArguments) -> dict:
     model = build_model(name, args)
     batch = make_batch(model.config, args)
     seconds = time_trainers(model, batch, args.repeats, args.device == "cpu", args.dtype == "bfloat16")
-    result = summarize_overhead(seconds)
+    result: dict = summarize_overhead(seconds)
     print(
         f"{name}: Trainer {1000 * result['plain_seconds']:.1f} ms, TrimmingTrainer at p = 1 "
         f"{1000 * result['trimming_seconds']:.1f} ms a step: {result['ratio']:.3f}× (quartiles "
@@ -98,7 +99,8 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         `int`: Exit status 0; with wrong arguments the process exits with 2.
     """
-    parser = HfArgumentParser(BenchArguments, prog="python -m hf_trim.bench", allow_abbrev=False)
+    arguments: Any = BenchArguments  # transformers' type of a dataclass takes none
+    parser = HfArgumentParser(arguments, prog="python -m hf_trim.bench", allow_abbrev=False)
     try:
         (args,) = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     except ValueError as error:

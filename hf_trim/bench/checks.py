@@ -89,7 +89,8 @@ def check_steps(steps: Steps, kinds: list[StepKind]) -> dict[StepKind, dict]:
         `dict[StepKind, dict]`: `gradient_error` (or `None`), `fallbacks`, `peak_memory_bytes`, and `first_seconds` of
         the first step. It includes the compilation if no kind before had the model compiled.
     """
-    checks, reference = {}, None
+    checks: dict[StepKind, dict] = {}
+    reference: list[Tensor] | None = None
     losses = []
     for seed in (0, 1):
         steps.prepare(seed)
@@ -104,6 +105,7 @@ def check_steps(steps: Steps, kinds: list[StepKind]) -> dict[StepKind, dict]:
         if kind.backward == "dense":
             reference, error = grads, 0.0
         elif kind.backward == "sparse" or (kind.backward == "replay" and deterministic):
+            assert reference is not None  # dense came first
             error = compare_gradients(grads, reference)
         del grads  # two sets of gradients at most are in memory
         checks[kind] = {"gradient_error": error, "fallbacks": fallback_report(), "first_seconds": first}

@@ -6,6 +6,7 @@ Models with random weights, and random batches for them.
 """
 
 from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +30,9 @@ from hf_trim.bench.arguments import HEAD_SIZE, BenchArguments
 
 
 NUM_LABELS = 10
+LABELS: dict = {"num_labels": NUM_LABELS}  # unpacked: the types of configurations know their own fields alone
 # The sizes of Llama 3.2 1B.
-LLAMA_1B = {
+LLAMA_1B: dict[str, Any] = {
     "vocab_size": 128256,
     "hidden_size": 2048,
     "intermediate_size": 8192,
@@ -62,8 +64,8 @@ def _bert(args: BenchArguments, **sizes) -> PreTrainedModel:
     config = BertConfig(
         **sizes,
         **_dropout(args, "hidden_dropout_prob", "attention_probs_dropout_prob"),
+        **LABELS,
         max_position_embeddings=max(512, args.seq_length),
-        num_labels=NUM_LABELS,
     )
     return BertForSequenceClassification._from_config(config, attn_implementation="sdpa")
 
@@ -76,7 +78,7 @@ def _gpt2(args: BenchArguments, model_class=GPT2ForSequenceClassification) -> Pr
         n_positions=max(1024, args.seq_length),
         pad_token_id=0,
         use_cache=False,
-        num_labels=NUM_LABELS,
+        **LABELS,
         **_vocabulary(args),
         **_dropout(args, "resid_pdrop", "embd_pdrop", "attn_pdrop"),
     )
@@ -85,7 +87,7 @@ def _gpt2(args: BenchArguments, model_class=GPT2ForSequenceClassification) -> Pr
 
 def _llama(args: BenchArguments, **sizes) -> PreTrainedModel:
     dropout = _dropout(args, "attention_dropout")
-    config = LlamaConfig(**sizes, **dropout, pad_token_id=0, use_cache=False, num_labels=NUM_LABELS)
+    config = LlamaConfig(**sizes, **dropout, **LABELS, pad_token_id=0, use_cache=False)
     return LlamaForSequenceClassification._from_config(config, attn_implementation="sdpa")
 
 
@@ -93,7 +95,7 @@ def _vit(args: BenchArguments, **sizes) -> PreTrainedModel:
     config = ViTConfig(
         **sizes,
         **_dropout(args, "hidden_dropout_prob", "attention_probs_dropout_prob"),
-        num_labels=NUM_LABELS,
+        **LABELS,
     )
     return ViTForImageClassification._from_config(config, attn_implementation="sdpa")
 
@@ -106,7 +108,7 @@ def _convnext(args: BenchArguments) -> PreTrainedModel:
         hidden_sizes=[args.hidden_size // 8 * factor for factor in (1, 2, 4, 8)],
         depths=[1, 1, max(1, args.layers - 3), 1],
         **_dropout(args, "drop_path_rate"),
-        num_labels=NUM_LABELS,
+        **LABELS,
     )
     return ConvNextForImageClassification(config)
 
@@ -154,7 +156,7 @@ def build_model(name: str, args: BenchArguments) -> PreTrainedModel | LMHeadOnly
         one.
     """
     torch.manual_seed(0)
-    model = MODELS[name](args).to(args.device).train()
+    model = cast(Any, MODELS[name](args)).to(args.device).train()  # transformers' wrapper of `to` has a wrong type
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
@@ -173,6 +175,7 @@ def make_batch(config: PreTrainedConfig | None, args: BenchArguments) -> dict[st
         [`LMHeadOnly`] `labels` `[B·T]` alone.
     """
     generator = torch.Generator().manual_seed(1)
+    shape: tuple[int, ...]
     if config is None:
         shape = (args.batch_size * args.seq_length,)
         vocabulary = args.vocab_size or LLAMA_1B["vocab_size"]

@@ -8,7 +8,7 @@ import random
 import time
 from contextlib import nullcontext
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -133,8 +133,9 @@ class TokenSteps(Steps):
         """Inputs `[..., H]` and weight `[V, H]` of the last layer."""
         if isinstance(self.model, LMHeadOnly):
             return self.model.tokens, self.model.head.weight
-        hidden = self.model.transformer(self.batch["input_ids"]).last_hidden_state
-        return hidden[:, :-1], self.model.lm_head.weight
+        model: Any = self.model  # a language model of transformers
+        hidden = model.transformer(self.batch["input_ids"]).last_hidden_state
+        return hidden[:, :-1], model.lm_head.weight
 
     def losses(self, kept: Tensor | None = None, compiled: bool = False) -> Tensor:
         logits = F.linear(*self._head_inputs()).flatten(0, -2)

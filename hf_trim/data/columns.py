@@ -65,7 +65,9 @@ def find_columns(args: DataArguments, train: Dataset, test: Dataset | None) -> C
             named = [column for column in TEXT_COLUMNS if column in features and column != label][:1]
             strings = [column for column, feature in features.items() if column != label and is_string(feature)]
             text = _only_column(args, "text_column (or image_column)", named or strings, features)
-    columns = Columns("image" if image else "text", image or text, label)
+    inputs = image or text
+    assert inputs is not None  # one of them was named or found
+    columns = Columns("image" if image else "text", inputs, label)
     _check_columns(args, columns, train, test)
     return columns
 
@@ -115,7 +117,9 @@ def _check_columns(args: DataArguments, columns: Columns, train: Dataset, test: 
         raise ValueError(f"label_column and the column of the inputs are both '{label}': give different ones.")
     if kind == "text" and not is_string(train.features[inputs]):
         raise ValueError(f"text_column '{inputs}' must hold strings, and holds {train.features[inputs]}.")
-    missing = {inputs, label or inputs} - set(test.features) if test is not None else set()
+    if test is None:
+        return
+    missing = {inputs, label or inputs} - set(test.features)
     if missing:
         raise ValueError(
             f"The test split lacks the column {', '.join(sorted(missing))}: it has {', '.join(test.features)}."

@@ -5,6 +5,7 @@ PIL images of any size and mode → bytes `[B, C, H, W]` → floats `[B, C, H, W
 kept on the device, a large one is decoded each time that a batch is drawn.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -48,6 +49,7 @@ def prepare_images(
     train, test = _select_columns(train, column), _select_columns(test, column)
     size, mean, std = _image_settings(args, train, processor)
     decode = partial(_decode, size=size, channels=args.image_channels)
+    collator: Callable[[list], dict[str, Any]]
     if (len(train) + len(test)) * args.image_channels * size**2 <= IN_MEMORY_BYTES:
         prepare, collator = partial(_decode_once, decode=decode, mean=mean, std=std, device=device), unwrap_batch
     else:

@@ -42,6 +42,7 @@ def load_data(args: DataArguments, processing_class: Any = None, device: torch.d
     columns = find_columns(args, train, test)
     if args.task == "causal-lm":
         return prepare_language(args, train, test, columns.inputs, processing_class)
+    assert columns.label is not None  # classes have a column
     train, test = encode_labels(columns.label, train, test)
     if test is None:
         train, test = split_by_class(args, train)

@@ -2,6 +2,7 @@
 
 import importlib.util
 from pathlib import Path
+from typing import Any, cast
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import Trainer
@@ -69,7 +70,8 @@ def summarize_training(
     if finetuned_from is None and name and not Path(name).exists():
         finetuned_from = name
     if tasks is None:
-        tasks = [task for task, classes in TASK_MAPPING.items() if _has_class(classes, type(model).__name__)]
+        mapping: dict[str, Any] = TASK_MAPPING
+        tasks = [task for task, classes in mapping.items() if _has_class(classes, type(model).__name__)]
     is_timm = config.model_type == "timm_wrapper"
     logs = trainer.state.log_history
     evaluations = [log for log in logs if "eval_loss" in log]
@@ -78,7 +80,7 @@ def summarize_training(
     builder = getattr(trainer.eval_dataset, "builder_name", None)
     if dataset is None and dataset_tags is None and builder not in ("csv", "json", "parquet", "text", "generator"):
         dataset = builder
-    trim = trainer.trim
+    trim = cast(Any, trainer).trim  # the mixin's; its module imports this one
     return {
         "model_name": model_name,
         "model_class": type(model).__name__,

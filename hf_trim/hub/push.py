@@ -4,7 +4,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
@@ -156,7 +156,8 @@ class PushMixin(TrainerBase):
             [`PushError`]: If the Hub refuses it. If the Hub cannot be reached, training starts all the same, and the
                 push at its end tries again.
         """
-        self.push_in_progress, self._reported_jobs = None, []
+        self.push_in_progress = None
+        self._reported_jobs: list = []
         try:
             with push_errors(self._repo_name(), token or self.args.hub_token):
                 super().init_hf_repo(token=token, private=private)
@@ -190,7 +191,8 @@ class PushMixin(TrainerBase):
         with push_errors(self._repo_name(), token or self.args.hub_token, self.args.output_dir):
             return super().push_to_hub(commit_message, blocking, token, revision, **kwargs)
 
-    def create_model_card(self, model_name: str | None = None, **kwargs) -> None:
+    # `Trainer` names all of these arguments where it calls this, so their order is free.
+    def create_model_card(self, model_name: str | None = None, **kwargs: Any) -> None:  # type: ignore[override]
         """
         Write the model card, `README.md`.
 
@@ -200,13 +202,14 @@ class PushMixin(TrainerBase):
                 `finetuned_from`, `tasks`, `dataset_tags`, `dataset`, `dataset_args`.
         """
         if self.is_world_process_zero():
-            repo, folder = self.hub_model_id or self._repo_name(), Path(self.args.output_dir)
+            repo, folder = self.hub_model_id or self._repo_name(), Path(cast(str, self.args.output_dir))
             summary = summarize_training(self, model_name or repo.split("/")[-1], **kwargs)
             plot_curves(summary, folder / "curves.png")
             render_card(summary, repo, folder).save(folder / "README.md")
 
     def _repo_name(self) -> str:
-        return self.args.hub_model_id or Path(self.args.output_dir).absolute().name
+        # Without an output folder, `TrainingArguments` sets a default.
+        return self.args.hub_model_id or Path(cast(str, self.args.output_dir)).absolute().name
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self.hub_model_id is None and self.is_world_process_zero():

@@ -1,6 +1,8 @@
 """Seconds of training alone, counted across interruptions, and the speed of the input pipeline."""
 
 import time
+from collections.abc import Sized
+from typing import cast
 
 import torch
 from transformers import Trainer, TrainerCallback
@@ -65,7 +67,7 @@ def samples_per_second(trainer: Trainer, seconds: float = 0.3) -> dict[str, floa
     Returns:
         `dict[str, float]`: `train_samples_per_second` and `input_samples_per_second`, over all processes.
     """
-    num_trained = trainer.state.epoch * len(trainer.train_dataset)
+    num_trained = trainer.state.epoch * len(cast(Sized, trainer.train_dataset))
     loader, num_drawn, start = trainer.get_train_dataloader(), 0, time.perf_counter()
     while time.perf_counter() - start < seconds:
         for batch in loader:

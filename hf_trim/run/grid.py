@@ -77,8 +77,8 @@ def leave_launcher() -> None:
     variables = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHER_VARIABLES)}
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
     if gpus:
-        gpus = gpus.split(",")
-        variables["CUDA_VISIBLE_DEVICES"] = gpus[int(rank) % len(gpus)]
+        names = gpus.split(",")
+        variables["CUDA_VISIBLE_DEVICES"] = names[int(rank) % len(names)]
     sys.stdout.flush()
     # Replaces the process, so that the launcher still waits for it, and nothing of the process group stays in memory.
     os.execve(sys.executable, sys.orig_argv, variables)

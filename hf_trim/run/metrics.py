@@ -1,7 +1,7 @@
 """Accuracy and test error of classifiers, perplexity of language models. Nothing is downloaded."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import datasets
 import evaluate
@@ -81,7 +81,8 @@ def compute_perplexity(eval_prediction: EvalPrediction) -> dict[str, float]:
         `dict[str, float]`: `perplexity`, the exponential of the mean loss over all tokens, and `accuracy`, the
             fraction of tokens that the model predicts correctly.
     """
-    loss, num_tokens, num_correct = eval_prediction.predictions.astype(np.float64).sum(axis=0)
+    predictions = cast(np.ndarray, eval_prediction.predictions)
+    loss, num_tokens, num_correct = predictions.astype(np.float64).sum(axis=0)
     return {"perplexity": float(np.exp(loss / num_tokens)), "accuracy": float(num_correct / num_tokens)}
 
 

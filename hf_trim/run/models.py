@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import timm
 import torch
@@ -110,6 +110,11 @@ class ModelArguments:
             raise ValueError(f"config_overrides must map names to values, and is {overrides!r}.")
         self.config_overrides = overrides
 
+    @property
+    def overrides(self) -> dict[str, Any]:
+        """`config_overrides`, which are a mapping once they are checked; empty if there are none."""
+        return cast(dict, self.config_overrides or {})
+
     def source(self) -> str:
         """
         Find the one of the three sources that is set.
@@ -157,6 +162,7 @@ def load_processing_class(args: ModelArguments) -> Any:
             return None
         config = _pretrained_config(args)
         name = args.model_name_or_path
+        assert name is not None  # it is the source
         if type(config) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
             try:
                 return AutoImageProcessor.from_pretrained(_folder_of(name), trust_remote_code=False)
@@ -197,13 +203,14 @@ def build_model(args: ModelArguments, data: Data) -> PreTrainedModel:
     if source == "model_type":
         return kind.auto_class.from_config(_scratch_config(args, data, labels))
 
+    assert args.model_name_or_path is not None  # it is the source
     config = _pretrained_config(args)
     if type(config) not in kind.mapping:
         raise ValueError(
             f"model_name_or_path '{args.model_name_or_path}' is of type '{config.model_type}', for which transformers "
             f"has no {kind.name}, and that is what task and dataset ask for: choose another model."
         )
-    _override(config, args.config_overrides, f"model_name_or_path '{args.model_name_or_path}'")
+    _override(config, args.overrides, f"model_name_or_path '{args.model_name_or_path}'")
     for label, value in labels.items():
         setattr(config, label, value)
     _check_fit(config, data)
@@ -224,21 +231,24 @@ def build_model(args: ModelArguments, data: Data) -> PreTrainedModel:
 
 def _build_timm(args: ModelArguments, data: Data, labels: dict[str, Any]) -> PreTrainedModel:
     name = args.timm_model
+    assert name is not None  # it is the source
     if data.kind != "image":
         raise ValueError(f"timm_model '{name}' takes images, and dataset holds texts: choose another model.")
     if not timm.is_model(name):
         hint = closest(name, timm.list_models())
         raise ValueError(f"timm_model '{name}' is not a model of timm {timm.__version__}.{hint}")
-    model_args = {"in_chans": data.num_channels}
+    model_args: dict[str, Any] = {"in_chans": data.num_channels}
     if getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False):
         model_args["img_size"] = data.image_size  # other models take images of any size, and no such argument
-    model_args.update(args.config_overrides or {})
+    model_args.update(args.overrides)
     # timm reads this part of the configuration when it loads the model from the Hub.
     processor = data.processing_class
-    pretrained_cfg = timm.get_pretrained_cfg(name).to_dict(remove_source=True)
+    pretrained_cfg = cast(Any, timm.get_pretrained_cfg(name)).to_dict(remove_source=True)  # timm has one for each
     pretrained_cfg.update(input_size=[data.num_channels, data.image_size, data.image_size], crop_pct=1.0)
     pretrained_cfg.update(mean=list(processor.image_mean), std=list(processor.image_std), interpolation="bilinear")
-    config = TimmWrapperConfig(architecture=name, model_args=model_args, pretrained_cfg=pretrained_cfg, **labels)
+    # Unpacked, because the type of the configuration does not know this part.
+    others = {"pretrained_cfg": pretrained_cfg, **labels}
+    config = TimmWrapperConfig(architecture=name, model_args=model_args, **others)
     try:
         return TimmWrapperForImageClassification(config)
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
@@ -250,6 +260,7 @@ def _build_timm(args: ModelArguments, data: Data, labels: dict[str, Any]) -> Pre
 def _scratch_config(args: ModelArguments, data: Data, labels: dict[str, Any]) -> PreTrainedConfig:
     kind = KINDS[data.kind]
     types = [config.model_type for config in kind.mapping]
+    assert args.model_type is not None  # it is the source
     if args.model_type not in types:
         raise ValueError(
             f"model_type '{args.model_type}' is not one for which transformers has a {kind.name}."
@@ -268,16 +279,16 @@ def _scratch_config(args: ModelArguments, data: Data, labels: dict[str, Any]) ->
     values = {name: value for name, value in values.items() if hasattr(config, name)}
     # First set on the default configuration, where a wrong name is noticed. The real configuration is then made with
     # the values from the start, because it derives others from them.
-    overrides = args.config_overrides or {}
+    overrides = args.overrides
     _override(config, overrides, f"model_type '{args.model_type}'")
     config = AutoConfig.for_model(args.model_type, **{**values, **overrides, **labels})
     _check_fit(config, data)
     return config
 
 
-def _override(config: PreTrainedConfig, overrides: dict[str, Any] | None, model: str) -> None:
+def _override(config: PreTrainedConfig, overrides: dict[str, Any], model: str) -> None:
     """Set values of a configuration, and refuse names that it does not have. `model` is for the message."""
-    for name, value in (overrides or {}).items():
+    for name, value in overrides.items():
         if not hasattr(config, name):
             hint = closest(name, config.to_dict())
             raise ValueError(f"config_overrides: {model} has no value named '{name}'.{hint}")
@@ -313,6 +324,7 @@ def _folder_of(name: str) -> str:
 
 
 def _pretrained_config(args: ModelArguments) -> PreTrainedConfig:
+    assert args.model_name_or_path is not None  # it is the source
     name = _folder_of(args.model_name_or_path)
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=False)

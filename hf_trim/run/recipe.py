@@ -7,7 +7,7 @@ import shlex
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import yaml
 from transformers import HfArgumentParser
@@ -228,7 +228,7 @@ class Job(NamedTuple):
     @property
     def output_dir(self) -> Path:
         """The folder to which everything is written."""
-        return Path(self.training.output_dir)
+        return Path(cast(str, self.training.output_dir))  # without one, `TrainingArguments` sets a default
 
 
 def parse(recipe: str, command_line: list[str]) -> Job:
@@ -252,7 +252,7 @@ def parse(recipe: str, command_line: list[str]) -> Job:
             raise RecipeError(f"the recipe {name} has an unknown field '{key}'.{closest(key, parser.names())}")
     options = as_options({"output_dir": f"runs/{name}", **fields}) + command_line
     with user_errors():
-        *parsed, unknown = parser.parse_args_into_dataclasses(
+        run, model, data, training, unknown = parser.parse_args_into_dataclasses(
             options, look_for_args_file=False, return_remaining_strings=True
         )
     if unknown:
@@ -262,7 +262,7 @@ def parse(recipe: str, command_line: list[str]) -> Job:
     hidden = NOT_SETTINGS - {"compare", "seed", "seeds", "trim_select"}
     changes = {key: value for key, value in _set_fields(parser, command_line).items() if key not in hidden}
     command = ["python", "-m", "hf_trim.run", Path(recipe).name, *as_options(changes)]
-    return Job(name, *parsed, settings, shlex.join(command))
+    return Job(name, run, model, data, training, settings, shlex.join(command))
 
 
 def _set_fields(parser: RecipeParser, options: list[str]) -> dict:

@@ -1,6 +1,7 @@
 """The `trim_*` fields: what is trimmed, how far, and how the backward pass is run."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import TrainingArguments
 
@@ -110,7 +111,7 @@ class TrimmingConfig:
         },
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("trim_keep_start", "trim_keep_end"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
@@ -132,8 +133,9 @@ class TrimmingConfig:
             )
         check_choice("trim_nonfinite", self.trim_nonfinite, NONFINITE_CHOICES)
         check_choice("trim_scope", self.trim_scope, SCOPE_CHOICES)
-        if hasattr(super(), "__post_init__"):
-            super().__post_init__()
+        following: Any = super()  # the training arguments, where a class inherits from both
+        if hasattr(following, "__post_init__"):
+            following.__post_init__()
 
     @property
     def trims(self) -> bool:

@@ -8,8 +8,9 @@ indices of all their tokens. The loss that the model computed is then corrected:
 the place of the mean over all.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,7 +82,7 @@ class TrimmedBatch:
     labels: Tensor | None = None
     process_group: ProcessGroup | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.samples: Tensor | None = None  # `[k]` indices of the kept samples, once chosen, if items are samples
         self.dropped = 0  # number of samples left out because their losses are not finite
         self.logged: list[Tensor] | None = None  # numbers of kept and valid items, threshold, mean over all
@@ -103,6 +104,7 @@ class TrimmedBatch:
         Raises:
             `ValueError`: If the loss depends on no call, or not linearly.
         """
+        weights: Sequence[Tensor | None]
         if loss.requires_grad:
             calls = [call for call in calls if call.value.requires_grad]  # the other calls computed metrics
             # The weight of each mean in the model's loss, 0.5 for the start and the end of an answer.
@@ -148,6 +150,7 @@ class TrimmedBatch:
         Returns:
             `torch.Tensor`: `[k]` indices of the samples to run.
         """
+        assert self.samples is not None  # the first forward pass has chosen them
         # Without a valid item the first sample is run, so that there is a graph.
         kept = self.samples if self.samples.numel() else self.samples.new_zeros(1)
         self.batch_size, self._is_replay = len(kept), True
@@ -155,6 +158,7 @@ class TrimmedBatch:
 
     def join_without_items(self) -> None:
         """Take part in the selection of processes that have one mini-batch more; needs `process_group`."""
+        assert self._selections is not None and self.process_group is not None
         for selection in self._selections:
             self.process_group.join_without_items(len(selection.counts), selection.counts[0])
 
@@ -189,7 +193,8 @@ class TrimmedBatch:
         if tokens > 1:  # samples 0 and 2 of 3 tokens each: [0, 1, 2, 6, 7, 8]
             elements = (kept[:, None] * tokens + torch.arange(tokens, device=kept.device)).flatten()
         kept_counts = [call.counts[elements].sum() for call in calls]
-        dropped, num_labelled = self.dropped, labelled.sum()
+        num_labelled = labelled.sum()
+        dropped: Tensor | int = self.dropped
         if self.process_group is not None:
             own = [*kept_counts, num_labelled.to(scores), scores.new_tensor(float(dropped))]
             *kept_counts, num_labelled, dropped = self.process_group.sum(own)
@@ -231,7 +236,8 @@ class TrimmedBatch:
 
     def _scores(self, group, all_counts, samples: bool) -> tuple[Tensor, Tensor, Tensor]:
         """For each item: what it is ranked by, whether it has a label, and whether its losses are finite."""
-        scores, valid, finite = 0, False, True
+        ranks: tuple[Any, Any, Any] = 0, False, True  # neutral in a sum, an or, an and of tensors
+        scores, valid, finite = ranks
         for (call, weight), counts in zip(group, all_counts, strict=True):
             losses, labelled, is_finite = call.losses.detach(), call.counts > 0, call.finite | (call.counts == 0)
             if samples and losses.numel() != self.batch_size:

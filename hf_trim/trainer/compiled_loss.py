@@ -6,7 +6,8 @@ more, outside of the graph, on the logits that the graph returned.
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -42,13 +43,14 @@ def recompute_loss(
     arguments = {**inputs, **outputs, "config": model.config, "pooled_logits": outputs.get("logits")}
     if outputs.get("logits") is not None:
         arguments["vocab_size"] = outputs["logits"].shape[-1]
-    names = inspect.signature(model.loss_function).parameters
+    loss_function: Callable[..., Any] = cast(Any, model).loss_function
+    names = inspect.signature(loss_function).parameters
     arguments = {name: arguments[name] for name in names if name in arguments}
     # Not every model divides its loss by the number of labels of the step: the returned loss tells.
     for divisor in ({"num_items_in_batch": num_items_in_batch}, {}):
         with LossCalls(batch_size) as losses:
             try:
-                loss = model.loss_function(**arguments, **divisor)
+                loss = loss_function(**arguments, **divisor)
             except TypeError as error:
                 raise ValueError(f"The loss of compiled {type(model).__name__} is not known: {error}.") from None
         if abs(loss.item() - returned_loss) <= 1e-3 + 0.01 * abs(returned_loss):

@@ -6,6 +6,7 @@ mean over the 2 highest losses.
 """
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -78,10 +79,11 @@ def trimmed_mean(
             'backward="replay" runs the model twice: give it, and it alone, a function as losses (indices of samples, '
             "or None for all, to their losses) and the model."
         )
-    losses_of = losses
+    losses_of = cast("Callable[[Tensor | None], Tensor]", losses)  # it is one with "replay", and else is not called
     if backward == "replay":
-        with scoring(model):
+        with scoring(cast(nn.Module, model)):
             losses = losses_of(None)
+    losses = cast(Tensor, losses)
     if not losses.is_floating_point() or losses.dim() == 0:
         raise ValueError(
             f"trimmed_mean needs unreduced floating-point losses, e.g. [B] or [B, T], and got {losses.dtype} of shape "

@@ -11,6 +11,7 @@ tokens takes 67 MB.
 from __future__ import annotations
 
 from math import prod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,9 +27,11 @@ MIN_VOCABULARY = 4096  # with a smaller one, all logits at once cost little
 CHUNK_ELEMENTS = 1 << 24  # size of the logits of a chunk, unless the layer's weight is far larger
 
 # Functions that look at the logits' shape and type only, not at their values.
+_Tensor: Any = Tensor  # its type knows the values of these attributes, not their descriptors
 _METADATA = {
-    Tensor.shape.__get__, Tensor.dtype.__get__, Tensor.device.__get__, Tensor.ndim.__get__, Tensor.layout.__get__,
-    Tensor.is_cuda.__get__, Tensor.requires_grad.__get__, Tensor.grad_fn.__get__, Tensor.is_leaf.__get__,
+    _Tensor.shape.__get__, _Tensor.dtype.__get__, _Tensor.device.__get__, _Tensor.ndim.__get__,
+    _Tensor.layout.__get__, _Tensor.is_cuda.__get__, _Tensor.requires_grad.__get__, _Tensor.grad_fn.__get__,
+    _Tensor.is_leaf.__get__,
     Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.__len__, torch.is_tensor,
     torch.is_floating_point, torch.numel,
 }  # fmt: skip
@@ -227,7 +230,7 @@ class LazyLogits(Tensor):
                 logits = F.linear(inputs, weight, bias)
                 losses[part], d_logits = self._losses(logits, target.index_select(0, chunk), with_gradients)
                 del logits
-                if not with_gradients:
+                if d_logits is None or d_hidden is None:  # no gradients are asked for
                     continue
                 d_logits = d_logits.to(inputs.dtype)
                 torch.mm(d_logits, weight, out=d_hidden[part])

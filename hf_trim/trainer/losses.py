@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
 from hf_trim.trainer.heads import PASS_A_LOSS
 from hf_trim.trainer.lm_head import LazyLogits, LMHead
@@ -92,7 +93,7 @@ def _ctc_losses(func: Callable, arguments: dict[str, Any], batch_size: int, redu
 
 
 # Loss function → a function that computes its unreduced losses, from its arguments with reduction="none".
-UNREDUCED = {
+UNREDUCED: dict[Callable, Callable] = {
     F.cross_entropy: _class_losses,
     F.nll_loss: _class_losses,
     F.binary_cross_entropy: _sample_losses,
@@ -132,7 +133,8 @@ class LossCalls(TorchFunctionMode):
         self.calls: list[LossCall] = []
         self.called_in_base_model = False
         self._base_model, self._skip_base_model = base_model, skip_base_model
-        self._in_base_model, self._hooks = False, []
+        self._in_base_model = False
+        self._hooks: list[RemovableHandle] = []
 
     def __enter__(self):
         if self._base_model is not None:

@@ -16,11 +16,11 @@ import logging
 import random
 from collections.abc import Iterator
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from transformers import PreTrainedConfig, Trainer, TrainingArguments
 
 from hf_trim._compat import unwrap_peft_model
 from hf_trim.backward.choice import choose_backward, is_compiled
@@ -63,20 +63,21 @@ class TrimmingMixin(PushMixin):
         `ValueError`: If the model's head, or the way of training, is not supported.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         for value in (*args, *kwargs.values()):
             if isinstance(value, TrainingArguments):
                 check_liger_kernel(value)
         self._unwrapped_cache: tuple[nn.Module, nn.Module] | None = None  # the model, with and without wrappers
         super().__init__(*args, **kwargs)
-        self.trim = self.args if isinstance(self.args, TrimmingConfig) else TrimmingConfig()
+        self.trim: TrimmingConfig = self.args if isinstance(self.args, TrimmingConfig) else TrimmingConfig()
         self._user_loss = self.compute_loss_func
         check_parallelism(self.args, self.trim, max(self.get_cp_size(), self.get_sp_size()))
-        check_cuda_graphs(self.args, self.trim, self.model)
+        check_cuda_graphs(self.args, self.trim, cast(nn.Module, self.model))
         # What an item of the model's loss is; a loss function of the user's tells it at the first batch.
         self._item_unit = None if self._user_loss is not None else item_unit(self._inner_model())
         if self._item_unit is not None:
-            check_head(self.args, self.trim, self._item_unit, self._inner_model().config)
+            config = cast(PreTrainedConfig, self._inner_model().config)
+            check_head(self.args, self.trim, self._item_unit, config)
         # Whether we compute the loss. It then is this mini-batch's part of the mean over all kept items of the step,
         # and `Trainer` must not divide it by the number of mini-batches.
         self._computes_step_mean = self.trim.trims or self._user_loss is not None
@@ -85,16 +86,18 @@ class TrimmingMixin(PushMixin):
         if self._user_loss is not None:
             self.compute_loss_func = self._reduced_user_loss
         if self.label_smoother is not None:
-            self._label_smoother, self.label_smoother = self.label_smoother, self._reduced_smoothed_loss
+            self._label_smoother: Any = self.label_smoother
+            self.label_smoother = cast(Any, self._reduced_smoothed_loss)  # it is called in the same way
         self._batch: TrimmedBatch | None = None  # the mini-batch whose loss is being computed
         self._step = OptimizerStep()
         self._skip_base_model = False  # until a forward pass has shown that the base model calls no loss function
-        self._warned = set()  # what need not be logged again
+        self._warned: set[str | tuple[str, str]] = set()  # what need not be logged again
         self._trimming_logs = TrimmingLogs()
         reset_fallbacks()
 
     def _unwrapped(self) -> nn.Module:
         """The model without accelerate's wrappers. To find it takes a millisecond, so it is remembered."""
+        assert self.model is not None
         if self._unwrapped_cache is None or self._unwrapped_cache[0] is not self.model:
             self._unwrapped_cache = (self.model, self.accelerator.unwrap_model(self.model))
         return self._unwrapped_cache[1]
@@ -126,6 +129,7 @@ class TrimmingMixin(PushMixin):
         if self.trim.trim_select != "random":
             return None
         state = (self.args.seed, self.state.global_step)
+        seed: tuple[int, ...]
         if self.trim.trim_scope == "global":
             # All processes must make the same choice, however many mini-batches each of them has.
             seed = (*state, self._step.position)
@@ -141,11 +145,12 @@ class TrimmingMixin(PushMixin):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if not self.is_fsdp_enabled:
-            load_converted_weights(self.model if model is None else model, resume_from_checkpoint)
+            load_converted_weights(cast(nn.Module, self.model if model is None else model), resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
         if not self.is_fsdp_enabled and not self.is_deepspeed_enabled:
+            assert self.model is not None and self.state.best_model_checkpoint is not None  # it was just loaded
             load_converted_weights(self.model, self.state.best_model_checkpoint)
 
     # ---- a training step ------------------------------------------------------------------------------------------
@@ -245,7 +250,7 @@ class TrimmingMixin(PushMixin):
             backward,
             labels.size,
             share=share,
-            zero=lambda: sum(p.sum() * 0 for p in model.parameters() if p.requires_grad),
+            zero=lambda: cast(Tensor, sum(p.sum() * 0 for p in model.parameters() if p.requires_grad)),
             generator=self._generator(),
             num_items=num_items,
             mean_scale=1.0 if trainer_scales else float(processes),
@@ -289,6 +294,7 @@ class TrimmingMixin(PushMixin):
         if is_loss_compiled:
             _, outputs = super().compute_loss(model, inputs.copy(), True, num_items_in_batch)
             return self._compiled_loss(outputs, inputs, num_items_in_batch), outputs
+        assert self._batch is not None
         inner = self._inner_model()
         base_model = getattr(inner, "base_model", None)
         if not isinstance(base_model, nn.Module) or base_model is inner:
@@ -299,7 +305,7 @@ class TrimmingMixin(PushMixin):
                 lambda module, args, outputs: self._trim_outputs(outputs, losses), prepend=True
             )
             try:
-                result = super().compute_loss(model, inputs.copy(), return_outputs, num_items_in_batch)
+                result: Any = super().compute_loss(model, inputs.copy(), return_outputs, num_items_in_batch)
             finally:
                 hook.remove()
         self._skip_base_model = base_model is not None and not losses.called_in_base_model
@@ -315,6 +321,7 @@ class TrimmingMixin(PushMixin):
         loss = outputs.get("loss") if has_names else outputs[0]
         if loss is None:
             return None
+        assert self._batch is not None
         loss = self._batch(loss, losses.calls)
         losses.calls = []
         if not has_names:
@@ -324,6 +331,7 @@ class TrimmingMixin(PushMixin):
 
     def _weigh_log_probs(self, outputs: Any) -> None:
         """TRL's models return log-probabilities of tokens, which `SFTTrainer` sums up and divides by their number."""
+        assert self._batch is not None
         losses = -outputs.log_probs.detach().float()
         losses.requires_grad_()
         call = LossCall(losses, outputs.label_mask.to(losses), "sum")
@@ -332,6 +340,7 @@ class TrimmingMixin(PushMixin):
 
     def _reduced_user_loss(self, outputs, labels, num_items_in_batch=None) -> Tensor:
         """In the place of `compute_loss_func`, whose losses are unreduced: their trimmed mean, or their mean."""
+        assert self._user_loss is not None
         call = labelled_losses(self._user_loss(outputs, labels, num_items_in_batch=num_items_in_batch), labels)
         return self._batch(call.value.clone(), [call]) if self._batch is not None else call.value
 
@@ -345,6 +354,7 @@ class TrimmingMixin(PushMixin):
         return self._batch(call.value.clone(), [call])
 
     def _compiled_loss(self, outputs, inputs, num_items_in_batch) -> Tensor:
+        assert self._batch is not None
         # With a scale of 1 it is `Trainer` that has multiplied the model's loss by the number of processes.
         scale = self.accelerator.num_processes if self._batch.mean_scale == 1 else 1
         returned_loss = outputs["loss"].mean().item() / scale

@@ -14,7 +14,7 @@ gradient of a weight, `[C, C]`, which is complete, and that of its input, `[10, 
 """
 
 import logging
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -58,10 +58,11 @@ def accept_row_sparse_gradients(node: torch.autograd.graph.Node) -> None:
     Args:
         node (`torch.autograd.graph.Node`): A node for which [`is_compiled_graph`] is true.
     """
-    if _READY in node.metadata:  # the node lives longer than one backward pass
+    metadata = cast(dict, node.metadata)  # torch's types have it as a method
+    if _READY in metadata:  # the node lives longer than one backward pass
         return
-    node.metadata[_READY] = True
-    function = aot_function(node)
+    metadata[_READY] = True
+    function: Any = aot_function(node)
     if "_hf_trim" not in vars(function):
         function._hf_trim = CompiledBackward(function)
     backward = function._hf_trim
@@ -124,7 +125,7 @@ class CompiledBackward:
             grad if layout is None or grad is None else to_row_sparse(grad, call.rows, sizes.row_count, layout)
             for grad, layout in zip(self.run_dense(ctx, args), sizes.outputs, strict=True)
         ]
-        return self._compare(grads, self.run_dense(ctx, all_rows), plan) if compare else grads
+        return self._compare(grads, self.run_dense(ctx, all_rows), plan) if all_rows is not None else grads
 
     def _check_inputs(self, args: list, call: BackwardCall, plan: Plan, sizes: RunSizes) -> None:
         """Checks what the proof assumed of the inputs and could not know from their shapes."""
@@ -133,14 +134,14 @@ class CompiledBackward:
                 continue
             if sizes.inputs[position].layout != (grad.row_dim, grad.row_outer, grad.row_inner):
                 raise GraphRefusedError("a gradient that arrives carries its rows in another place than in the graph")
-        if not all(holds_row_numbers(args[position]) for position in plan.proof.row_index_inputs):
+        if not all(holds_row_numbers(args[position]) for position in plan.proven.row_index_inputs):
             raise GraphRefusedError("a saved index looks up entries of other rows")
 
     def _slice_inputs(self, args: list, call: BackwardCall, plan: Plan, sizes: RunSizes, copy: bool) -> None:
         """Replaces the graph's inputs in `args` by those for the kept rows."""
-        rows = pad_rows(call.rows, sizes.row_count)
+        rows, row_index_inputs = pad_rows(call.rows, sizes.row_count), plan.proven.row_index_inputs
         for position, size in enumerate(sizes.inputs):
-            if position in plan.proof.row_index_inputs:
+            if position in row_index_inputs:
                 index = args[position]
                 args[position] = torch.arange(sizes.row_count, dtype=index.dtype, device=index.device)
             elif isinstance(size, int):

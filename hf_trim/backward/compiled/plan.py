@@ -97,6 +97,12 @@ class Plan:
     compared: bool = False
     sizes: dict[tuple, RunSizes] = field(default_factory=dict)
 
+    @property
+    def proven(self) -> Proof:
+        """The proof of a plan without a reason against it."""
+        assert self.proof is not None
+        return self.proof
+
 
 class Planner:
     """
@@ -145,7 +151,7 @@ class Planner:
         plan = self.plans[kinds]
         if plan.reason:
             raise GraphRefusedError(plan.reason)
-        if values[plan.proof.batch] != call.rows.batch:
+        if values[plan.proven.batch] != call.rows.batch:
             raise GraphRefusedError(
                 "the batch size was equal to another size when the graph was first analysed, and was mistaken for it"
             )
@@ -166,12 +172,12 @@ class Planner:
         """
         key = (rows.count, *values.values())
         if key not in plan.sizes:
-            batch = plan.proof.batch
+            batch = plan.proven.batch
             count = smallest_allowed_count(self.inputs, batch, values, rows)
             kept = {**values, batch: count}
-            pairs = zip(self.inputs, plan.proof.inputs, strict=True)
+            pairs = zip(self.inputs, plan.proven.inputs, strict=True)
             inputs = [_input_slice(traced, value, kept) for traced, value in pairs]
-            outputs = [None if value is None else _layout(value, kept, batch) for value in plan.proof.outputs]
+            outputs = [None if value is None else _layout(value, kept, batch) for value in plan.proven.outputs]
             plan.sizes[key] = RunSizes(count, inputs, outputs)
         return plan.sizes[key]
 
@@ -190,6 +196,7 @@ class Planner:
         symbols = [symbol for symbol in candidates[0] if all(symbol in symbols for symbols in candidates)]
         if not symbols:
             return Plan(reason="it was compiled for one batch size only (dynamic=True compiles for all)")
+        assert self.graph is not None  # `plan` refuses where there is none
         proofs = [prove(self.graph, symbol, zeros) for symbol in symbols]
         proof = next((proof for proof in proofs if not proof.reason), proofs[0])
         return Plan(proof, proof.reason)

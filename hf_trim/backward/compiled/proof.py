@@ -256,10 +256,12 @@ class Propagation:
         fits = is_integral(outer) and is_integral(inner) and is_equal(outer * inner, value.outer * value.inner)
         if not (self._has_free_layout(value) and fits):
             raise RowsMixedError(reason)
+        assert value.origin is not None  # its layout is free
         self.constraints.setdefault(value.origin, (outer, inner))
 
     def use_as_row_index(self, value: Value) -> None:
         """An op uses an input as an index of rows: its numbers must be 0 … B − 1, which is checked in each call."""
+        assert value.source is not None  # the rule has looked
         self.row_index_inputs.add(value.source)
         self.row_index_uses.add(value.source)
 
@@ -271,8 +273,9 @@ class Propagation:
             if not isinstance(traced, Tensor):
                 raise RowsMixedError("a constant in the graph is not known")
             return Value(_shape(traced))
-        if node.target is getitem and isinstance(self.values.get(node.args[0]), tuple):
-            return self.values[node.args[0]][node.args[1]]
+        operands: tuple[Any, ...] = node.args
+        if node.target is getitem and isinstance(self.values.get(operands[0]), tuple):
+            return self.values[operands[0]][operands[1]]
         if not isinstance(traced, (Tensor, tuple, list)):
             return None  # a size
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._argument)
@@ -283,8 +286,8 @@ class Propagation:
                 self.row_index_uses.add(result.source)  # it is still the input: what uses it next decides
             return result
         finally:
-            sources = {value.source for value in values_in((args, kwargs))}
-            self.other_inputs |= sources - self.row_index_uses - {None}
+            sources = {value.source for value in values_in((args, kwargs)) if value.source is not None}
+            self.other_inputs |= sources - self.row_index_uses
 
     def _result_of(self, op: Any, traced: Any, args: tuple, kwargs: dict) -> Value | tuple:
         values = list(values_in((args, kwargs)))

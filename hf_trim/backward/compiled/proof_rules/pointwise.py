@@ -7,7 +7,7 @@ bias `[16]` has the same rows, but may be nonzero anywhere. `add(a, b)` of `[s0,
 is `[s0, s0]`, in which each row meets each row.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from hf_trim.backward.compiled.errors import RowsMixedError
 from hf_trim.backward.compiled.values import Value, Zeros, values_in, zeros_of
@@ -74,7 +74,8 @@ def pointwise(prop: "Propagation", name: str, shape: tuple, *args, **kwargs) -> 
     carriers = [value for value in values if value.dim is not None]
     if not carriers:
         return prop.result(shape, zeros=zeros)
-    dims = {value.dim - len(value.shape) for value in carriers}  # counted from the end, as in broadcasting
+    # Counted from the end, as in broadcasting.
+    dims = {cast(int, value.dim) - len(value.shape) for value in carriers}
     if len(dims) > 1:
         raise RowsMixedError("its operands carry rows in different dimensions")
     is_row_index = len(values) == 1 and values[0].is_row_index and name in ("clone", "alias", "detach")

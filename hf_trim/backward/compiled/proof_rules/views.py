@@ -176,7 +176,7 @@ def _scatter_into(prop, name, shape, x, source, dim=0, *place, **kwargs):
     if x.dim != row_dim:
         raise RowsMixedError("its operands carry rows in different dimensions")
     if row_dim == dim:
-        start, end, step = (*place, *(None, None, 1)[len(place) :])
+        start, end, step = place + (None, None, 1)[len(place) :]
         is_full = _is_full_slice(x, dim, kwargs.get("start", start), kwargs.get("end", end), kwargs.get("step", step))
         if name == "select_scatter" or not is_full:
             raise RowsMixedError("it writes to a part of the rows")
