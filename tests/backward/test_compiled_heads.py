@@ -22,7 +22,9 @@ def test_a_compiled_model_is_trimmed_by_its_logits(tmp_path):
     assert relative_difference(weights(compiled), weights(eager)) < 1e-6
 
 
-@pytest.mark.parametrize("head", ["llama", "gpt2", "masked-lm", "question-answering"])
+@pytest.mark.parametrize(
+    "head", ["llama", pytest.param("gpt2", marks=pytest.mark.extended), "masked-lm", "question-answering"]
+)
 def test_compiled_heads(head, tmp_path):
     rows = HEADS[head][1]()
     arguments = {"trim_keep_start": 0.3, "trim_keep_end": 0.3, "max_steps": 2, "gradient_accumulation_steps": 2}

@@ -12,17 +12,22 @@ from tests.support.models import TIMM_MODELS, TRANSFORMERS, build, sequence_loss
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
-@pytest.mark.parametrize("name", [*TRANSFORMERS, *TIMM_MODELS])
+# Much like another family in what is compiled: left to `python -m pytest -m extended`.
+ALIKE = {"roberta", "electra", "albert", "gpt_neox", "opt", "mistral", "qwen2", "gemma", "deit", "timm_vit", "deit3"}
+FAMILIES = [pytest.param(x, marks=[pytest.mark.extended] * (x in ALIKE)) for x in (*TRANSFORMERS, *TIMM_MODELS)]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 def test_models(name, runs):
     check(small(name), runs)
 
 
-@pytest.mark.parametrize("name", ["bert", "llama"])
+@pytest.mark.parametrize("name", ["bert", pytest.param("llama", marks=pytest.mark.extended)])
 def test_eager_attention(name, runs):
     check(small(name, "eager"), runs)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("name", ["gpt2", pytest.param("llama", marks=pytest.mark.extended)])
 def test_causal_language_models_with_tied_embeddings(name, runs):
     check(small(name, head=tf.AutoModelForCausalLM, tie_word_embeddings=True), runs, sequence_losses)
 

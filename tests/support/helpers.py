@@ -1,5 +1,7 @@
 """Tiny models and real data that the tests share."""
 
+from functools import cache
+
 import torch
 from sklearn.datasets import load_digits
 from transformers import (
@@ -18,9 +20,12 @@ from transformers import (
 from hf_trim import TrimmingArguments, TrimmingTrainer
 
 
+read_digits = cache(load_digits)  # a text file
+
+
 def digits(n=48, task="single"):
     """scikit-learn's digits as `pixel_values` [1, 8, 8] in [0, 1], with labels for one of the three problem types."""
-    data = load_digits()
+    data = read_digits()
     rows = []
     for image, digit in zip(data.images[:n], data.target[:n], strict=True):
         label = {
