@@ -45,41 +45,42 @@ def is_compiled(model: nn.Module) -> bool:
 
 
 def choose_backward(
-    asked: str, model: nn.Module, per_sample: bool, keep: float, chunked_head: bool = False, refused: str = ""
+    requested: str, model: nn.Module, per_sample: bool, keep: float, chunked_head: bool = False, refusal: str = ""
 ) -> tuple[str, str]:
     """
     The backward pass to run: the one asked for, or with `"auto"` the fastest exact one.
 
     Args:
-        asked (`str`): `"auto"`, `"dense"`, `"sparse"` or `"replay"`.
+        requested (`str`): `"auto"`, `"dense"`, `"sparse"` or `"replay"`.
         model (`torch.nn.Module`): The model, in training mode.
         per_sample (`bool`): Whether items are samples; if not, they are tokens.
         keep (`float`): Fraction p that is kept, below 1.
         chunked_head (`bool`, *optional*, defaults to `False`): Whether the last layer's gradient is computed for the
             kept tokens only.
-        refused (`str`, *optional*): Why a compiled graph of the model cannot run on the kept rows (`compiled/`), if
+        refusal (`str`, *optional*): Why a compiled graph of the model cannot run on the kept rows (`compiled/`), if
             one was met that cannot.
 
     Returns:
         `tuple[str, str]`: `"dense"`, `"sparse"` or `"replay"`, and the reason.
     """
-    if not per_sample and asked != "dense":
+    if not per_sample and requested != "dense":
         reason = "tokens of one sample depend on each other, so every token has a gradient"
         if chunked_head:
             reason += "; only the language-model head is computed for the kept tokens alone"
         return "dense", reason
-    mixing = [] if asked == "dense" else find_mixing_modules(model)
-    mixed = f"{len(mixing)} batch-norm modules ({', '.join(mixing[:1])}, ...) mix the samples of a batch"
-    if asked != "auto":
+    mixing = [] if requested == "dense" else find_mixing_modules(model)
+    names = ", ".join(mixing[:1]) + (", ..." if len(mixing) > 1 else "")
+    mixed = f"batch-norm modules ({names}) mix the samples of a batch"
+    if requested != "auto":
         effects = {
             "sparse": f"asked for, but {mixed}: below them every sample has a gradient, and nothing is saved",
             "replay": f"asked for, but {mixed}: they see kept samples only, so gradients differ from those of dense",
         }
-        return asked, effects[asked] if mixing else "asked for"
+        return requested, effects[requested] if mixing else "asked for"
     if mixing:
         return "dense", f"{mixed}, so every sample has a gradient"
-    if refused:
-        reason = f"a compiled graph cannot run on the kept rows: {refused}"
+    if refusal:
+        reason = f"a compiled graph cannot run on the kept rows: {refusal}"
         if keep < REPLAY_BELOW:
             return "replay", reason
         return "dense", f"{reason}; a second forward pass (replay) would cost more than it saves"

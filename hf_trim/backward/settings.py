@@ -67,9 +67,9 @@ def checked(enabled: bool = True) -> Iterator[None]:
 
 @contextmanager
 def _setting(name: str, value: bool) -> Iterator[None]:
-    before = getattr(Settings, name)
+    previous = getattr(Settings, name)
     setattr(Settings, name, value)
     try:
         yield
     finally:
-        setattr(Settings, name, before)
+        setattr(Settings, name, previous)

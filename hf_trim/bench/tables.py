@@ -6,7 +6,7 @@ from hf_trim.bench.arguments import BenchArguments
 from hf_trim.bench.steps import COMPILED
 
 
-HEADS = (
+COLUMNS = (
     "p", "k", "mode", "forward\nms", "backward\nms", "step\nms", "to\ndense", "bound", "of\nbound", "to un-\ntrimmed",
     "peak\nMB", "error",
 )  # fmt: skip
@@ -26,7 +26,7 @@ def make_table(name: str, result: dict, args: BenchArguments) -> Table:
     if args.gradient_checkpointing:
         title += ", gradient checkpointing"
     table = Table(title=title, caption=_make_caption(result, args))
-    for head in HEADS:
+    for head in COLUMNS:
         table.add_column(head, justify="left" if head == "mode" else "right", no_wrap=True)
     last_mode = result["steps"][-1]["mode"]
     for row in result["steps"]:

@@ -29,13 +29,13 @@ def check_settings(job: Job) -> None:
         write_json(path, settings)
         return
     try:
-        before = json.loads(path.read_text(encoding="utf-8"))
+        saved = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         raise RecipeError(f"{path} is not valid JSON: delete the folder, or choose another --output_dir.") from None
     changed = [
-        f"{name} was {before.get(name, 'not set')!r} and is {settings.get(name, 'not set')!r}"
-        for name in sorted(before.keys() | settings.keys())
-        if before.get(name) != settings.get(name)
+        f"{name} was {saved.get(name, 'not set')!r} and is {settings.get(name, 'not set')!r}"
+        for name in sorted(saved.keys() | settings.keys())
+        if saved.get(name) != settings.get(name)
     ]
     if changed:
         raise RecipeError(

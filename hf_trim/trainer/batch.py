@@ -276,17 +276,17 @@ class TrimmedBatch:
 
     def _finite(self, finite: Tensor) -> Tensor:
         """Which items may be kept: those of samples without NaN and infinity. Others are dropped, or refused."""
-        bad = int((~finite).sum())
-        if not bad:
+        num_nonfinite = int((~finite).sum())
+        if not num_nonfinite:
             return finite
         if self.config.trim_nonfinite == "error":
             raise ValueError(
-                f"{bad} of {finite.numel()} losses of this mini-batch are NaN or infinite, and ranking them means "
-                "nothing. Look at the data and the learning rate; trim_nonfinite='drop' leaves such samples out."
+                f"{num_nonfinite} of {finite.numel()} losses of this mini-batch are NaN or infinite, and ranking "
+                "them means nothing. Look at the data and the learning rate; trim_nonfinite='drop' leaves such samples out."
             )
-        good = self._by_sample(finite).all(1)
-        self.dropped += int((~good).sum())
-        return good.repeat_interleave(finite.numel() // self.batch_size)
+        finite_samples = self._by_sample(finite).all(1)
+        self.dropped += int((~finite_samples).sum())
+        return finite_samples.repeat_interleave(finite.numel() // self.batch_size)
 
     def _take(self, terms, kept: Tensor, elements: Tensor, samples: bool) -> Tensor:
         """The weighted sum of the kept losses, with the backward pass that was asked for."""
@@ -323,5 +323,5 @@ class TrimmedBatch:
         if self.logged is None:
             self.logged = [kept_count, count.to(scores), threshold, mean]
         else:  # a model with several kinds of items: the losses add up, the threshold is that of the first kind
-            before = self.logged
-            self.logged = [kept_count + before[0], count.to(scores) + before[1], before[2], mean + before[3]]
+            previous = self.logged
+            self.logged = [kept_count + previous[0], count.to(scores) + previous[1], previous[2], mean + previous[3]]

@@ -66,7 +66,7 @@ def check_parallelism(args: TrainingArguments, trim: TrimmingConfig, devices_per
 
 def check_cuda_graphs(args: TrainingArguments, trim: TrimmingConfig, model: nn.Module) -> None:
     """
-    Refuse CUDA graphs, whose shapes are fixed, where the backward pass shall run on the kept rows.
+    Refuse CUDA graphs with `trim_backward="sparse"`: their shapes are fixed, and the number of kept rows changes.
 
     Args:
         args ([`~transformers.TrainingArguments`]): The training arguments.

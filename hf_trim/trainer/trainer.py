@@ -73,7 +73,7 @@ class TrimmingMixin(PushMixin):
         self._user_loss = self.compute_loss_func
         check_parallelism(self.args, self.trim, max(self.get_cp_size(), self.get_sp_size()))
         check_cuda_graphs(self.args, self.trim, cast(nn.Module, self.model))
-        # What an item of the model's loss is; a loss function of the user's tells it at the first batch.
+        # What an item of the model's loss is; for a loss function of the user's, the labels of a batch tell it.
         self._item_unit = None if self._user_loss is not None else item_unit(self._inner_model())
         if self._item_unit is not None:
             config = cast(PreTrainedConfig, self._inner_model().config)

@@ -72,9 +72,9 @@ def test_choice():
     assert find_mixing_modules(resnet) == [] and choose_backward("auto", resnet, True, 0.5)[0] == "sparse"
     compiled = torch.compile(bert)
     assert choose_backward("auto", compiled, True, 0.5)[0] == "sparse"
-    assert choose_backward("auto", compiled, True, 0.5, refused="rows meet")[0] == "replay"
-    assert "rows meet" in choose_backward("auto", compiled, True, 0.5, refused="rows meet")[1]
-    assert choose_backward("auto", compiled, True, 0.8, refused="rows meet")[0] == "dense"
+    assert choose_backward("auto", compiled, True, 0.5, refusal="rows meet")[0] == "replay"
+    assert "rows meet" in choose_backward("auto", compiled, True, 0.5, refusal="rows meet")[1]
+    assert choose_backward("auto", compiled, True, 0.8, refusal="rows meet")[0] == "dense"
     assert choose_backward("auto", compiled, False, 0.5)[0] == "dense"
     assert not uses_cuda_graphs(compiled) and uses_cuda_graphs(torch.compile(bert, mode="reduce-overhead"))
     bert.bert.encoder.compile(options={"triton.cudagraphs": True})

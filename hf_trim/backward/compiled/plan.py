@@ -30,7 +30,7 @@ from hf_trim.backward._torch_internals import (
 )
 from hf_trim.backward.compiled.errors import GraphRefusedError
 from hf_trim.backward.compiled.proof import Proof, prove
-from hf_trim.backward.compiled.slices import Layout
+from hf_trim.backward.compiled.slices import RowLayout
 from hf_trim.backward.compiled.symbols import Values, evaluate, smallest_allowed_count, symbol_places
 from hf_trim.backward.compiled.values import Value, Zeros
 from hf_trim.backward.eager.tensor import Rows, RowSparseTensor
@@ -59,7 +59,7 @@ class InputSlice(NamedTuple):
         strides (`list[int]`): Their strides.
     """
 
-    layout: Layout
+    layout: RowLayout
     shape: list[int]
     strides: list[int]
 
@@ -229,7 +229,7 @@ def _input_slice(traced: Any, value: Value | None, values: Values) -> int | Inpu
     return InputSlice(layout, shape, [evaluate(size_expression(stride), values) for stride in traced.stride()])
 
 
-def _layout(value: Value, values: Values, batch: sympy.Symbol) -> Layout | None:
+def _layout(value: Value, values: Values, batch: sympy.Symbol) -> RowLayout | None:
     if value.dim is None:
         return None
     if value.outer is None:  # equal all along the dimension: the rows may be anywhere in it

@@ -54,7 +54,7 @@ from hf_trim.backward.eager.rules.pointwise import POINTWISE
 from hf_trim.backward.registry import PROOF
 
 
-Layout = tuple[sympy.Expr, sympy.Expr]  # what is merged in front of and behind the rows
+MergedSizes = tuple[sympy.Expr, sympy.Expr]  # what is merged in front of and behind the rows
 
 
 @dataclass
@@ -86,7 +86,7 @@ def prove(graph: fx.Graph, batch: sympy.Symbol, zeros: dict[fx.Node, Zeros]) -> 
     Returns:
         [`Proof`]: Where inputs and outputs carry rows, or the reason why there is no proof.
     """
-    assumed: dict[fx.Node, Layout] = {}
+    assumed: dict[fx.Node, MergedSizes] = {}
     while True:
         propagation = Propagation(batch, zeros, assumed)
         proof = propagation.run(graph)
@@ -107,9 +107,9 @@ class Propagation:
             `inner` for those that are not in it.
     """
 
-    def __init__(self, batch: sympy.Symbol, zeros: dict[fx.Node, Zeros], assumed: dict[fx.Node, Layout]):
+    def __init__(self, batch: sympy.Symbol, zeros: dict[fx.Node, Zeros], assumed: dict[fx.Node, MergedSizes]):
         self.batch, self.zeros, self.assumed = batch, zeros, assumed
-        self.constraints: dict[fx.Node, Layout] = {}  # what ops demand of the layouts of saved tensors
+        self.constraints: dict[fx.Node, MergedSizes] = {}  # what ops demand of the layouts of saved tensors
         self.values: dict[fx.Node, Any] = {}
         self.row_index_inputs: set[fx.Node] = set()  # inputs that are used as an index of rows
         self.other_inputs: set[fx.Node] = set()  # inputs that are used in another way
@@ -326,7 +326,7 @@ class Propagation:
     def _argument(self, node: fx.Node) -> Any:
         value = self.values.get(node)
         if value is None and not is_traced(node):
-            raise RowsMixedError("it is not known what an operand is")
+            raise RowsMixedError("the shape of an operand is unknown")
         return traced_value(node) if value is None else value
 
     def _has_rows(self, values: list[Value], args: tuple, kwargs: dict, shapes: Any) -> bool:

@@ -14,7 +14,7 @@ from hf_trim.backward.eager.tensor import Rows, RowSparseTensor
 
 _ALIGNMENT = 16  # bytes that inductor's kernels rely on
 
-Layout = tuple[int, int, int]  # the dimension that carries rows, and what is merged in front of and behind them
+RowLayout = tuple[int, int, int]  # the dimension that carries rows, and what is merged in front of and behind them
 
 
 def pad_rows(rows: Rows, count: int) -> Rows:
@@ -26,7 +26,7 @@ def pad_rows(rows: Rows, count: int) -> Rows:
     return padded
 
 
-def take_rows(x: Tensor, rows: Rows, layout: Layout, shape: list[int], strides: list[int], copy: bool) -> Tensor:
+def take_rows(x: Tensor, rows: Rows, layout: RowLayout, shape: list[int], strides: list[int], copy: bool) -> Tensor:
     """
     Args:
         x (`torch.Tensor`): An input for the whole batch.
@@ -40,7 +40,7 @@ def take_rows(x: Tensor, rows: Rows, layout: Layout, shape: list[int], strides: 
         `torch.Tensor`: These rows of `x`.
     """
     part = rows.take(x, *layout)
-    rows.forget_slice()  # the graph may reuse the memory of each of its inputs: no slice serves twice
+    rows.forget_slice()  # the graph may reuse the memory of its inputs: a slice must not serve twice
     fits = all(size == 1 or a == b for size, a, b in zip(shape, part.stride(), strides, strict=True))
     is_view = part.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
     if fits and not (is_view and (copy or part.storage_offset() * part.element_size() % _ALIGNMENT)):
@@ -48,14 +48,14 @@ def take_rows(x: Tensor, rows: Rows, layout: Layout, shape: list[int], strides: 
     return torch.empty_strided(shape, strides, dtype=x.dtype, device=x.device).copy_(part)
 
 
-def clear_padding(grad: Tensor, rows: Rows, count: int, layout: Layout) -> None:
+def clear_padding(grad: Tensor, rows: Rows, count: int, layout: RowLayout) -> None:
     """Sets the padded rows of an incoming gradient to zero, so that they add nothing to sums over rows."""
     dim, outer, inner = layout
     split = grad.unflatten(dim, (outer, count, inner))
     split.narrow(dim + 1, rows.count, count - rows.count).zero_()
 
 
-def to_row_sparse(grad: Tensor, rows: Rows, count: int, layout: Layout) -> RowSparseTensor:
+def to_row_sparse(grad: Tensor, rows: Rows, count: int, layout: RowLayout) -> RowSparseTensor:
     """A gradient that the graph returned for `count` rows, without the padded ones, as one for the whole batch."""
     dim, outer, inner = layout
     if count > rows.count:

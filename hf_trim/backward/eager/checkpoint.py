@@ -96,7 +96,7 @@ class _KeptRows:
                 stopped = True  # all that was saved is there
             check_recomputed(frame, backward_pass)
         except Exception:  # of whatever kind: a function may insist on ordinary tensors
-            self.rows.needs_all_rows = True  # layers are alike: the others need not try
+            self.rows.needs_all_rows = True  # the other layers would fail in the same way
             forget_recomputed(frame, backward_pass)
             return self.recompute(*args)
         for position, x in enumerate(recomputed_tensors(frame, backward_pass)):

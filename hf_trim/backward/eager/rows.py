@@ -37,7 +37,7 @@ class Rows:
     def __init__(self, index: Tensor, batch: int):
         self.index, self.batch, self.count = index, batch, index.numel()
         # A run of neighbours is a view, not a copy, but only in front: kernels take it for granted that what they
-        # saved (means, say) has no gaps. Asking a GPU for its ends would make the host wait.
+        # saved (means, say) has no gaps. On a GPU, to read its ends would make the host wait.
         is_run = index.device.type == "cpu" and int(index[-1]) - int(index[0]) == self.count - 1
         self.start = int(index[0]) if is_run else None
         self._last: tuple | None = None  # the slice that was taken last: its key, its source's storage, and the slice

@@ -101,19 +101,19 @@ def prepare_graph(nodes: Iterable[Node | None], rows: Rows, skip_leaves: Collect
         skip_leaves (collection of `torch.Tensor`): Leaves whose `grad` may become row-sparse.
     """
     skip = {id(x) for x in skip_leaves}
-    waiting = [node for node in nodes if node is not None]
-    seen = set(waiting)
-    while waiting:
-        node = waiting.pop()
-        kind = type(node)
-        if kind.__name__ == "AccumulateGrad":
+    stack = [node for node in nodes if node is not None]
+    seen = set(stack)
+    while stack:
+        node = stack.pop()
+        node_type = type(node)
+        if node_type.__name__ == "AccumulateGrad":
             if id(node.variable) not in skip:  # type: ignore[attr-defined]
                 _densify_gradients(node, counted=False)
-        elif kind.__name__.startswith("AsStrided"):  # its formula writes into zeros of the whole storage
+        elif node_type.__name__.startswith("AsStrided"):  # its formula writes into zeros of the whole storage
             _densify_gradients(node, counted=False)
         elif is_compiled_graph(node):
             accept_row_sparse_gradients(node)
-        elif kind.__module__ != "builtins" or not _ATEN_NODE.match(kind.__name__):
+        elif node_type.__module__ != "builtins" or not _ATEN_NODE.match(node_type.__name__):
             function = function_of(node)
             if function is CheckpointFunction:
                 replace_function(node, _SparseCheckpoint)
@@ -121,27 +121,27 @@ def prepare_graph(nodes: Iterable[Node | None], rows: Rows, skip_leaves: Collect
                 _densify_gradients(node)
         else:
             recompute_kept_rows(node, rows)
-            if kind.__name__ in COMPUTE_WITH_SAVED:
+            if node_type.__name__ in COMPUTE_WITH_SAVED:
                 keep_rows_of_saved(node)
-        for following, _ in node.next_functions:
-            if following is not None and following not in seen:
-                seen.add(following)
-                waiting.append(following)
+        for next_node, _ in node.next_functions:
+            if next_node is not None and next_node not in seen:
+                seen.add(next_node)
+                stack.append(next_node)
 
 
 def _densify_gradients(node: Node, counted: bool = True) -> None:
     """Gives a node ordinary gradients, and makes what it returns row-sparse again where it is zero elsewhere."""
-    marks: Any = node.metadata
-    if _DENSE in marks:  # the node lives longer than one backward pass
+    metadata: Any = node.metadata
+    if _DENSE in metadata:  # the node lives longer than one backward pass
         return
-    marks[_DENSE] = True
+    metadata[_DENSE] = True
     name = node.name()
-    arrived: list[RowSparseTensor] = []  # the row-sparse gradient that the prehook met, for the posthook
+    incoming: list[RowSparseTensor] = []  # the row-sparse gradient that the prehook met, for the posthook
 
     def prehook(grads):
         if not any(isinstance(grad, RowTensor) for grad in grads):
             return None
-        arrived[:] = [grad for grad in grads if isinstance(grad, RowSparseTensor)][:1]
+        incoming[:] = [grad for grad in grads if isinstance(grad, RowSparseTensor)][:1]
         if counted:
             if Settings.strict:
                 shapes = [tuple(grad.shape) for grad in grads if grad is not None]
@@ -150,9 +150,9 @@ def _densify_gradients(node: Node, counted: bool = True) -> None:
         return tuple(densify(grad) for grad in grads)
 
     def posthook(grads, _):
-        if not arrived:
+        if not incoming:
             return None
-        sparse = arrived.pop()
+        sparse = incoming.pop()
         return tuple(grad if grad is None else sparse.sparsify(grad) for grad in grads)
 
     node.register_prehook(prehook)

@@ -56,7 +56,7 @@ def require_activation(x):
 
 @implements("fill_.Scalar", "zero_", "masked_fill_.Scalar", "masked_fill_.Tensor", table=ACTIVATIONS)
 def in_place(func, x, *args, **kwargs):
-    require(not (require_activation(x).is_view or x.has_views), "it changes something else too")
+    require(not (require_activation(x).is_view or x.has_views), "it would also change a view of this tensor")
     func(*kept_payloads(x, (x, *args), kwargs), **kwargs)
     return x
 
@@ -111,7 +111,10 @@ def matmul(func, *args, **kwargs):
     if ref.row_dim < first:
         a, b = ref.kept_rows(a), ref.kept_rows(b)
     else:
-        require(not (isinstance(a, RowTensor) and isinstance(b, RowTensor)), "both operands carry rows apart")
+        require(
+            not (isinstance(a, RowTensor) and isinstance(b, RowTensor)),
+            "both operands carry rows, in different dimensions",
+        )
         require(ref.row_dim == first + (ref is b), "rows are summed")
         a, b = (ref.payload, b) if ref is a else (a, ref.payload)
     bias = [ref.kept_rows_or_broadcast(x, dim) for x in bias]

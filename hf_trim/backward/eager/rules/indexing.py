@@ -42,7 +42,7 @@ def unfold_backward(func, grad, size, dim, length, step):
 
 @implements("select_scatter", "slice_scatter")
 def scatter_slice(func, x, source, dim=0, *args, **kwargs):
-    # Zeros, where the gradient of what is overwritten is taken out; a GPU would make the host wait for the answer.
+    # Zeros, where autograd removes the gradient of what was overwritten. On a GPU the host would wait for the answer.
     zeros = isinstance(source, RowSparseTensor) or (source.device.type == "cpu" and not source.any())
     require(isinstance(x, RowSparseTensor) and zeros, "a dense tensor is joined")
     dim = require_other_dim(x, dim)
@@ -92,7 +92,7 @@ def index(func, x, indices):
 
 def add_to_table(func, table, indices, grad):
     """Backward of a lookup `table[indices]` where the indices carry the rows: what was not kept adds nothing."""
-    require(None not in indices, "it looks up in some dimensions of many")
+    require(None not in indices, "only some dimensions are indexed")
     common = max(i.ndim for i in indices)  # dimensions of the indices' common shape, which the gradient begins with
     dim = grad.row_dim - common
     require(dim < 0 and grad.ndim == table.ndim - len(indices) + common, "rows are not looked up")
@@ -103,7 +103,10 @@ def add_to_table(func, table, indices, grad):
 def index_put(func, x, indices, source, accumulate=False):
     """Backward of advanced indexing: `x[:, columns]`, or `x[arange(B), positions]` as decoder classifiers have it."""
     ref = find_reference((x, source))
-    require(all(i is None or i.dtype == torch.long for i in indices), "a mask is not counted by rows")
+    require(
+        all(i is None or i.dtype == torch.long for i in indices),
+        "a boolean mask selects an unknown number of entries of each row",
+    )
     if accumulate and not isinstance(x, RowSparseTensor):
         return add_to_table(func, x, indices, source)
     require(isinstance(x, RowSparseTensor) and isinstance(source, RowSparseTensor), "a dense tensor is joined")
@@ -112,7 +115,10 @@ def index_put(func, x, indices, source, accumulate=False):
         require(x.row_inner == source.row_inner and x.row_outer == source.row_outer, "operands carry different rows")
         return x.like(func(x.payload, indices, source.payload, accumulate))
     # The indices are broadcast to the leading dimensions of `source`, whose first one carries the rows.
-    require(None not in indices and source.ndim == x.ndim - len(indices) + max(i.ndim for i in indices), "mixed")
+    require(
+        None not in indices and source.ndim == x.ndim - len(indices) + max(i.ndim for i in indices),
+        "indices and slices are mixed",
+    )
     dim = -max(i.ndim for i in indices)
     kept = [ref.kept_rows_or_broadcast(i, dim) for i in indices]
     numbers, own = kept[0], x.rows.index

@@ -68,7 +68,7 @@ def dense_rule(func, *args, **kwargs):
 
 
 def decomposed(func, *args, **kwargs):
-    """The ops that `func` is made of have rules: autograd takes it apart as a rule, inference mode does not."""
+    """The ops that `func` is made of have rules: autograd usually decomposes it; inference mode does not."""
     return decompose(func, *args, **kwargs)
 
 

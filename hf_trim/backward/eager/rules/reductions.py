@@ -45,7 +45,7 @@ def any_(func, x):
 @implements("linalg_vector_norm")
 def vector_norm(func, x, ord=2, dim=None, keepdim=False, dtype=None):
     dims = _reduced_dims(x, dim)
-    # A norm of each row runs dense. Those of order 0 and below do not take zeros for nothing.
+    # A norm of each row runs dense. Zeros change those of order 0 and below.
     require(ord > 0 and x.row_dim in dims, "rows keep a norm of their own")
     return func(x.payload, ord, dims, keepdim, dtype=dtype)
 
@@ -68,7 +68,10 @@ def matmul(func, a, b):
     summed = first + 1 if ref is a else first
     if ref.row_dim == summed:  # the gradient of a weight: what the zero rows would add is zero
         return func(ref.kept_rows(a, first + 1), ref.kept_rows(b, first))
-    require(not (isinstance(a, RowSparseTensor) and isinstance(b, RowSparseTensor)), "both operands carry rows apart")
+    require(
+        not (isinstance(a, RowSparseTensor) and isinstance(b, RowSparseTensor)),
+        "both operands carry rows, in different dimensions",
+    )
     return ref.like(func(ref.payload, b) if ref is a else func(a, ref.payload))
 
 
