@@ -281,8 +281,9 @@ class TrimmedBatch:
             return finite
         if self.config.trim_nonfinite == "error":
             raise ValueError(
-                f"{num_nonfinite} of {finite.numel()} losses of this mini-batch are NaN or infinite, and ranking "
-                "them means nothing. Look at the data and the learning rate; trim_nonfinite='drop' leaves such samples out."
+                f"{num_nonfinite} of {finite.numel()} losses of this mini-batch are NaN or infinite, and ranking them "
+                "means nothing. Look at the data and the learning rate; trim_nonfinite='drop' leaves such samples "
+                "out."
             )
         finite_samples = self._by_sample(finite).all(1)
         self.dropped += int((~finite_samples).sum())
