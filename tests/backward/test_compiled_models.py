@@ -13,7 +13,8 @@ pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 # Much like another family in what is compiled: left to `python -m pytest -m extended`.
-ALIKE = {"roberta", "electra", "albert", "gpt_neox", "opt", "mistral", "qwen2", "gemma", "deit", "timm_vit", "deit3"}
+ALIKE = {"roberta", "electra", "albert", "gpt_neox", "opt", "mistral", "qwen2", "gemma", "deit", "timm_vit",
+         "deit3", "distilbert", "beit"}  # fmt: skip
 FAMILIES = [pytest.param(x, marks=[pytest.mark.extended] * (x in ALIKE)) for x in (*TRANSFORMERS, *TIMM_MODELS)]
 
 
@@ -22,7 +23,8 @@ def test_models(name, runs):
     check(small(name), runs)
 
 
-@pytest.mark.parametrize("name", ["bert", pytest.param("llama", marks=pytest.mark.extended)])
+@pytest.mark.extended
+@pytest.mark.parametrize("name", ["bert", "llama"])
 def test_eager_attention(name, runs):
     check(small(name, "eager"), runs)
 
@@ -32,10 +34,12 @@ def test_causal_language_models_with_tied_embeddings(name, runs):
     check(small(name, head=tf.AutoModelForCausalLM, tie_word_embeddings=True), runs, sequence_losses)
 
 
+@pytest.mark.extended
 def test_autocast(runs):
     check(small("bert"), runs, autocast=torch.bfloat16, tolerance=2e-2)
 
 
+@pytest.mark.extended
 def test_lora(runs):
     import peft
 

@@ -62,6 +62,7 @@ def test_a_model_that_comes_compiled(tmp_path, runs):
     assert len(runs) == 6 and not REFUSED_GRAPHS
 
 
+@pytest.mark.extended
 def test_auto_goes_on_with_replay_where_the_graph_is_refused(tmp_path, caplog):
     def model():
         bert = one_layer_bert(dropout=0.0)

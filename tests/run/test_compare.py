@@ -86,6 +86,7 @@ def test_a_grid_compares_its_recipes_with_each_setting(grid, tmp_path, capsys, n
     assert "| tiny, label_noise 0.5 | 1 |" in report and "input alone" in report
 
 
+@pytest.mark.extended
 def test_processes_of_a_launcher_share_the_runs_of_a_grid(grid, tmp_path):
     out = tmp_path / "out"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

@@ -39,6 +39,7 @@ def train_in_two_processes(recipe, out, kill):
     return False
 
 
+@pytest.mark.extended
 def test_killed_trainings_of_two_processes_end_as_if_nothing_had_been(tmp_path, capsys):
     assert kill_and_go_on(len(KILLS), train_in_two_processes, tmp_path) == 1
     # The third checkpoint before the half-written one is deleted.

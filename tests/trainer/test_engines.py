@@ -17,20 +17,24 @@ from tests.support.helpers import relative_difference
 CONFIGS = Path(__file__).parents[2] / "recipes" / "accelerate"
 ENGINES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 assert ENGINES == ["ddp", "fsdp2", "zero1", "zero2", "zero3"]
+# ZeRO 1 and 2 shard less than ZeRO 3, in the same code.
+PARAMS = [pytest.param(x, marks=[pytest.mark.extended] * (x in ("zero1", "zero2"))) for x in ENGINES]
 
 
 @pytest.fixture(scope="module")
-def launched(tmp_path_factory):
-    """The folder of what each engine trained."""
+def launched(request, tmp_path_factory):
+    """The folder of what each engine trained that a selected test asks for."""
     folder = tmp_path_factory.mktemp("engines")
-    configs = [str(CONFIGS / f"{name}.yaml") for name in ENGINES]
+    tests = [item for item in request.session.items if "engine" in getattr(item, "fixturenames", ())]
+    names = sorted({item.callspec.params["engine"] for item in tests})
+    configs = [str(CONFIGS / f"{name}.yaml") for name in names]
     command = [sys.executable, "-m", "tests.support.engines", str(folder), *configs]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-5000:]
     return folder
 
 
-@pytest.fixture(scope="module", params=ENGINES)
+@pytest.fixture(scope="module", params=PARAMS)
 def engine(request, launched):
     error = launched / request.param / "error.txt"
     assert not error.exists(), error.read_text()[-5000:]
