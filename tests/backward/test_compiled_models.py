@@ -29,7 +29,8 @@ def test_eager_attention(name, runs):
     check(small(name, "eager"), runs)
 
 
-@pytest.mark.parametrize("name", ["gpt2", pytest.param("llama", marks=pytest.mark.extended)])
+@pytest.mark.extended
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_causal_language_models_with_tied_embeddings(name, runs):
     check(small(name, head=tf.AutoModelForCausalLM, tie_word_embeddings=True), runs, sequence_losses)
 

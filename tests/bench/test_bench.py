@@ -40,6 +40,7 @@ def test_end_to_end(tmp_path, capsys, extra):
         assert len(steps["sparse", 0.34]["rounds"]) == 2
 
 
+@pytest.mark.extended
 def test_compiled_models(tmp_path, monkeypatch):
     # Inductor's graphs, run op by op: no C++ compiler is waited for. The other tests make their model with the backend
     # "hf_trim", and tests/backward compiles with it.
