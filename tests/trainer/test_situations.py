@@ -1,0 +1,182 @@
+"""Models and trainers of every kind against plain Trainer (p = 1) and against a loop in plain PyTorch (p < 1)."""
+
+import re
+
+import pytest
+import torch
+from transformers import Trainer, set_seed
+
+from hf_trim import TrimmingArguments, TrimmingMixin, TrimmingTrainer
+from tests.support.helpers import digits, grouped, relative_difference, tiny_vit, train, weights
+from tests.support.situations import REFUSED, SITUATIONS, classes, mse_dict, pixels
+
+
+FALLING = {"trim_keep_start": 1.0, "trim_keep_end": 0.3}  # in two epochs: p = 1, then 0.3
+UNTRIMMED = {"trim_keep_start": 1.0, "trim_keep_end": 1.0}
+
+
+def trained(situation, tmp_path, plain=False, **arguments):
+    settings = {**situation.settings(plain), **arguments}
+    return train(situation.make(), situation.rows(), tmp_path, **settings)
+
+
+def assert_same_way(trained_model, expected_model, start):
+    """Both went the same way from the start, and did go."""
+    way = weights(expected_model) - start
+    assert way.norm() > 1e-3
+    assert relative_difference(weights(trained_model), weights(expected_model)) < 1e-6
+    assert relative_difference(weights(trained_model) - start, way) < 3e-5
+
+
+def assert_follows_the_loop(situation, ours, accumulate, fractions):
+    reference = situation.make()
+    losses, full_losses = situation.descend(reference, grouped(ours.batches, 2, accumulate), fractions)
+    assert ours.losses == pytest.approx(losses, rel=1e-5)
+    assert_same_way(ours, reference, weights(situation.make()))
+    return full_losses
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("name", SITUATIONS)
+def test_without_trimming_equals_plain_trainer(name, accumulate, tmp_path):
+    situation = SITUATIONS[name]
+    plain = trained(situation, tmp_path, plain=True, gradient_accumulation_steps=accumulate)
+    assert_follows_the_loop(situation, plain, accumulate, [1.0, 1.0])  # so does the loop
+
+    ours = trained(situation, tmp_path, gradient_accumulation_steps=accumulate, **UNTRIMMED)
+    falling = trained(situation, tmp_path, gradient_accumulation_steps=accumulate, **FALLING)
+    first = len(plain.losses) // 2
+    if situation.exact:
+        assert ours.losses == plain.losses
+        assert torch.equal(weights(ours), weights(plain))
+        assert falling.losses[:first] == plain.losses[:first]  # through the trimming code this time
+    else:
+        assert ours.losses == pytest.approx(plain.losses, rel=1e-5)
+        assert_same_way(ours, plain, weights(situation.make()))
+        assert falling.losses[:first] == pytest.approx(plain.losses[:first], rel=1e-5)
+    assert falling.losses[first:] != pytest.approx(plain.losses[first:], rel=3e-3)
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("name", SITUATIONS)
+def test_trimming_follows_the_loop(name, accumulate, tmp_path):
+    situation = SITUATIONS[name]
+    ours = trained(situation, tmp_path, gradient_accumulation_steps=accumulate, trim_keep_start=0.6, trim_keep_end=0.3)
+    full_losses = assert_follows_the_loop(situation, ours, accumulate, [0.6, 0.3])
+    logs = [entry for entry in ours.state.log_history if "loss" in entry]
+    if situation.has_full_loss:
+        assert [entry["full_loss"] for entry in logs] == pytest.approx(full_losses, rel=1e-5)
+    assert {entry["keep_fraction"] for entry in logs} == {0.6, 0.3}
+    assert all("trim_threshold" in entry for entry in logs)
+
+
+@pytest.mark.parametrize("backward", ["dense", "sparse", "replay"])
+@pytest.mark.parametrize(
+    "name",
+    ["mse-dict", "two-label-columns", "no-labels", "head-that-counts", "labels-left-in-head", "labels-popped-subclass",
+     "two-passes", "missing-targets", "two-tasks-apart", "class-weights", "class-weights-counts-func", "marked-focal",
+     "marked-sample-weights", "tuple-batch"],
+)  # fmt: skip
+def test_every_backward_pass_follows_the_loop(name, backward, tmp_path):
+    situation = SITUATIONS[name]
+    ours = trained(situation, tmp_path, gradient_accumulation_steps=3, trim_backward=backward, **FALLING)
+    assert_follows_the_loop(situation, ours, 3, [1.0, 0.3])
+
+
+# ---- what cannot be trimmed -----------------------------------------------------------------------------------------
+
+
+def refused(name):
+    set_seed(0)
+    return pixels(REFUSED[name])()
+
+
+@pytest.mark.parametrize("arguments", [FALLING, {"trim_keep_start": 0.5, "trim_keep_end": 0.5}], ids=["p=1", "p=0.5"])
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_trimmed_is_refused_in_the_first_batch(name, arguments, tmp_path):
+    model = refused(name)
+    with pytest.raises(ValueError, match="loss"):
+        train(model, classes(), tmp_path, **arguments)
+    assert torch.equal(weights(model), weights(refused(name)))
+
+
+@pytest.mark.parametrize("arguments", [UNTRIMMED, {"trim_select": "none"}], ids=["p=1", "none"])
+@pytest.mark.parametrize("name", REFUSED)
+def test_without_trimming_nothing_is_refused(name, arguments, tmp_path):
+    plain = train(refused(name), classes(), tmp_path, trainer_cls=Trainer)
+    ours = train(refused(name), classes(), tmp_path, **arguments)
+    assert ours.losses == plain.losses
+    assert torch.equal(weights(ours), weights(plain))
+
+
+# ---- outputs, settings, warnings ------------------------------------------------------------------------------------
+
+
+class WithAccuracy(Trainer):
+    """Reads the training accuracy from the outputs."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        assert outputs.logits.shape == (len(inputs["labels"]), 10)
+        self.accuracies.append(float((outputs.logits.argmax(1) == inputs["labels"]).float().mean()))
+        return (loss, outputs) if return_outputs else loss
+
+
+def test_outputs_have_all_samples_under_replay(tmp_path):
+    def accuracies(backward):
+        class Ours(TrimmingMixin, WithAccuracy):
+            accuracies = []
+
+        train(tiny_vit(), digits(19), tmp_path, trainer_cls=Ours, trim_backward=backward, **FALLING)
+        return Ours.accuracies
+
+    dense = accuracies("dense")
+    assert len(dense) == 6
+    replayed = accuracies("replay")  # once for each time that `compute_loss` is called
+    assert len(replayed) > 6 and set(replayed) == set(dense)
+
+
+def trainer_with(tmp_path, **changes):
+    """A trainer the settings of which are changed after it was made, as a hyperparameter search does."""
+    args = TrimmingArguments(
+        str(tmp_path), num_train_epochs=1, learning_rate=0.1, optim="sgd", lr_scheduler_type="constant",
+        use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True, trim_keep_start=0.5, trim_keep_end=0.5,
+    )  # fmt: skip
+    trainer = TrimmingTrainer(tiny_vit(), args, train_dataset=digits(19))
+    for name, value in changes.items():
+        setattr(trainer.args, name, value)
+    return trainer
+
+
+@pytest.mark.parametrize("changes", [UNTRIMMED, {"trim_select": "none"}, {"trim_keep_start": 0.9}, {}], ids=str)
+def test_settings_changed_after_construction_count(changes, tmp_path):
+    changed = trainer_with(tmp_path, **changes)
+    changed.train()
+    set_as_given = {"trim_keep_start": 0.5, "trim_keep_end": 0.5, **changes}
+    expected = train(tiny_vit(), digits(19), tmp_path, num_train_epochs=1, seed=42, **set_as_given)
+    assert torch.equal(weights(changed), weights(expected))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"trim_keep_end": 2.0}, {"trim_keep_end": 0.6}, {"trim_select": "softest"}, {"trim_backward": "fast"}],
+    ids=str,
+)
+def test_settings_changed_after_construction_are_validated(changes, tmp_path):
+    trainer = trainer_with(tmp_path, **changes)
+    with pytest.raises(ValueError, match=next(iter(changes))):
+        trainer.train()
+
+
+def test_one_sample_a_micro_batch_warns_once(tmp_path, caplog):
+    def warnings(batch_size):
+        caplog.clear()
+        train(
+            pixels(mse_dict, 1)(), digits(19, "regression"), tmp_path, per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=8, trim_keep_start=0.5, trim_keep_end=0.5,
+        )  # fmt: skip
+        ours = [record.getMessage() for record in caplog.records if record.name.startswith("hf_trim")]
+        return [message for message in ours if re.search(r"\b(one|single|1) (sample|item)", message, re.IGNORECASE)]
+
+    assert len(warnings(1)) == 1
+    assert warnings(8) == []
