@@ -13,6 +13,7 @@ from torch import nn
 from transformers import (
     BertConfig,
     BertForQuestionAnswering,
+    BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -20,6 +21,8 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     Trainer,
+    ViTConfig,
+    ViTForImageClassification,
     default_data_collator,
     set_seed,
 )
@@ -27,7 +30,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from hf_trim import TrimmingMixin, TrimmingTrainer, mark_losses
 from tests.support.heads import BERT, GPT2, LLAMA, span, tokens_or_none, without
-from tests.support.helpers import digit_texts, digits, tiny_bert, tiny_vit
+from tests.support.helpers import digit_texts, digits
 
 
 ROWS = 35  # micro-batches of 8, 8, 8, 8 and 3
@@ -697,14 +700,23 @@ class Situation:
                 losses.append(0.0), full_losses.append(0.0)
                 for batch in step:
                     model.train()
-                    full_loss = self.loss(model, batch, hardest_mean(1.0))
-                    loss = self.loss(model, batch, hardest_mean(fraction)) * self.share(step, batch)
+                    share = self.share(step, batch)
+                    loss = self.loss(model, batch, hardest_mean(fraction)) * share
+                    full_loss = loss if fraction == 1 else self.loss(model, batch, hardest_mean(1.0)) * share
                     loss.backward()
                     losses[-1] += loss.item()
-                    full_losses[-1] += (full_loss * self.share(step, batch)).item()
+                    full_losses[-1] += full_loss.item()
                 nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step(), optimizer.zero_grad()
         return losses, full_losses
+
+
+def vit(dropout=0.0):
+    config = ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=8, patch_size=4,
+        num_channels=1, num_labels=10, hidden_dropout_prob=dropout,
+    )  # fmt: skip
+    return ViTForImageClassification(config)
 
 
 def llama():
@@ -720,7 +732,7 @@ def question_answering():
 
 
 def bert(**overrides):
-    return tiny_bert(dropout=0.0, **overrides)
+    return BertForSequenceClassification(BertConfig(**BERT, num_labels=10, **overrides))
 
 
 CLASSES = pixels(logits_only)
@@ -740,15 +752,15 @@ SITUATIONS = {
     ),
     "no-labels": Situation(pixels(autoencoder, 64), images, of_autoencoder),
     "return-dict-false": Situation(lambda: bert(return_dict=False), short_texts, classified_by_head, undivided),
-    "head-that-counts": Situation(tiny_vit, classes, classified_by_head, by_labels),
+    "head-that-counts": Situation(vit, classes, classified_by_head, by_labels),
     "head-that-does-not-count": Situation(bert, short_texts, classified_by_head, undivided),
     "eval-mode": Situation(
-        lambda: tiny_vit(dropout=0.3), classes, classified_in_eval_mode, by_labels, before=EvalMode
+        lambda: vit(dropout=0.3), classes, classified_in_eval_mode, by_labels, before=EvalMode
     ),
     # A loss in the trainer.
-    "labels-left-in-head": Situation(tiny_vit, classes, classified_by_weight, undivided, before=LabelsLeft),
+    "labels-left-in-head": Situation(vit, classes, classified_by_weight, undivided, before=LabelsLeft),
     "labels-left-subclass": Situation(
-        tiny_vit, classes, classified_by_weight, undivided, before=LabelsLeft, subclass=True
+        vit, classes, classified_by_weight, undivided, before=LabelsLeft, subclass=True
     ),
     "labels-popped": Situation(CLASSES, classes, classified_by_weight, before=LabelsPopped),
     "labels-popped-subclass": Situation(
@@ -807,7 +819,7 @@ SITUATIONS = {
         llama, tokens, of_next_tokens, by_next_labels, collator=some_prompts_masked, loss_func=losses_of_next_flat,
         plain_loss_func=losses_of_next_plainly, exact=False,
     ),
-    "label-smoothing": Situation(tiny_vit, classes, of_smoothing_by_head, by_labels, arguments=SMOOTHING),
+    "label-smoothing": Situation(vit, classes, of_smoothing_by_head, by_labels, arguments=SMOOTHING),
     "label-smoothing-own-model": Situation(
         lambda: OwnModel(OwnConfig()), classes, of_smoothing, arguments=SMOOTHING
     ),
