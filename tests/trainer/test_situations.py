@@ -6,18 +6,20 @@ import pytest
 import torch
 from transformers import Trainer, set_seed
 
-from hf_trim import TrimmingArguments, TrimmingMixin, TrimmingTrainer
+from hf_trim import TrimmingArguments, TrimmingMixin, TrimmingTrainer, mark_losses
 from tests.support.helpers import digits, grouped, relative_difference, tiny_vit, train, weights
-from tests.support.situations import REFUSED, SITUATIONS, classes, mse_dict, pixels
+from tests.support.situations import REFUSED, SITUATIONS, classes, lowest_kept, mse_dict, pixels
 
 
 FALLING = {"trim_keep_start": 1.0, "trim_keep_end": 0.3}  # in two epochs: p = 1, then 0.3
 UNTRIMMED = {"trim_keep_start": 1.0, "trim_keep_end": 1.0}
 
 
-def trained(situation, tmp_path, plain=False, **arguments):
-    settings = {**situation.settings(plain), **arguments}
-    return train(situation.make(), situation.rows(), tmp_path, **settings)
+def trained(situation, tmp_path, accumulate, plain=False, **arguments):
+    settings = {**situation.settings(plain), "gradient_accumulation_steps": accumulate, **arguments}
+    # Micro-batches of 8, 8 and 3, or two steps an epoch: of 8 + 8 + 8 and of 8 + 3.
+    rows = situation.rows()[:19] if accumulate == 1 else situation.rows()
+    return train(situation.make(), rows, tmp_path, **settings)
 
 
 def assert_same_way(trained_model, expected_model, start):
@@ -40,10 +42,10 @@ def assert_follows_the_loop(situation, ours, accumulate, fractions):
 @pytest.mark.parametrize("name", SITUATIONS)
 def test_without_trimming_equals_plain_trainer(name, accumulate, tmp_path):
     situation = SITUATIONS[name]
-    plain = trained(situation, tmp_path, plain=True, gradient_accumulation_steps=accumulate)
+    plain = trained(situation, tmp_path, accumulate, plain=True)
     assert_follows_the_loop(situation, plain, accumulate, [1.0, 1.0])  # so does the loop
 
-    ours = trained(situation, tmp_path, gradient_accumulation_steps=accumulate, **UNTRIMMED)
+    ours = trained(situation, tmp_path, accumulate, **UNTRIMMED)
     if situation.exact:
         assert ours.losses == plain.losses
         assert torch.equal(weights(ours), weights(plain))
@@ -51,7 +53,7 @@ def test_without_trimming_equals_plain_trainer(name, accumulate, tmp_path):
         assert ours.losses == pytest.approx(plain.losses, rel=1e-5)
         assert_same_way(ours, plain, weights(situation.make()))
 
-    ours = trained(situation, tmp_path, gradient_accumulation_steps=accumulate, **FALLING)
+    ours = trained(situation, tmp_path, accumulate, **FALLING)
     first = len(plain.losses) // 2
     if situation.exact:  # through the trimming code this time
         assert ours.losses[:first] == plain.losses[:first]
@@ -64,7 +66,7 @@ def test_without_trimming_equals_plain_trainer(name, accumulate, tmp_path):
 @pytest.mark.parametrize("name", SITUATIONS)
 def test_trimming_follows_the_loop(name, accumulate, tmp_path):
     situation = SITUATIONS[name]
-    ours = trained(situation, tmp_path, gradient_accumulation_steps=accumulate, trim_keep_start=0.6, trim_keep_end=0.3)
+    ours = trained(situation, tmp_path, accumulate, trim_keep_start=0.6, trim_keep_end=0.3)
     full_losses = assert_follows_the_loop(situation, ours, accumulate, [0.6, 0.3])
     logs = [entry for entry in ours.state.log_history if "loss" in entry]
     if situation.has_full_loss:
@@ -83,8 +85,40 @@ def test_trimming_follows_the_loop(name, accumulate, tmp_path):
 )  # fmt: skip
 def test_every_backward_pass_follows_the_loop(name, backward, tmp_path):
     situation = SITUATIONS[name]
-    ours = trained(situation, tmp_path, gradient_accumulation_steps=3, trim_backward=backward, **FALLING)
+    ours = trained(situation, tmp_path, 3, trim_backward=backward, **FALLING)
     assert_follows_the_loop(situation, ours, 3, [1.0, 0.3])
+
+
+@pytest.mark.parametrize(
+    "name", ["mse-dict", "no-labels", "head-that-counts", "chunks", "chunks-counted", "masked-prompts-llama", "margin",
+             "samples-func", "marked-focal", "marked-next-tokens"],
+)  # fmt: skip
+def test_the_threshold_is_the_loss_of_an_item(name, tmp_path):
+    situation = SITUATIONS[name]
+    ours = trained(situation, tmp_path, 1, trim_keep_start=0.3, trim_keep_end=0.3, max_steps=1)
+    expected = situation.loss(situation.make(), ours.batches[0], lowest_kept(0.3)).item()
+    assert ours.state.log_history[0]["trim_threshold"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name", ["labels-popped", "class-weights-counts-func", "class-weights-mean-func", "samples-func",
+             "next-tokens-func", "next-tokens-flat-func", "label-smoothing", "marked-sample-weights"],
+)  # fmt: skip
+def test_evaluation_is_never_trimmed(name, tmp_path):
+    situation = SITUATIONS[name]
+    arguments = {"max_steps": 1, "label_names": ["labels"]}
+    plain = trained(situation, tmp_path, 1, plain=True, **arguments)
+    ours = trained(situation, tmp_path, 1, trim_keep_start=0.3, trim_keep_end=0.3, **arguments)
+    ours.model.load_state_dict(plain.model.state_dict())
+    rows = situation.rows()[19:]
+    expected = plain.evaluate(rows)["eval_loss"]
+    assert ours.evaluate(rows)["eval_loss"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_marked_losses_are_as_they_were_outside_of_a_training_step():
+    losses = torch.rand(8)
+    assert mark_losses(losses) is losses
+    assert mark_losses(losses, counts=torch.ones(8)) is losses
 
 
 # ---- what cannot be trimmed -----------------------------------------------------------------------------------------
