@@ -277,6 +277,11 @@ def autoencoder(self, pixel_values):
     return {"loss": F.mse_loss(self.scores(pixel_values), pixel_values.flatten(1))}
 
 
+def autoencoder_summed(self, pixel_values):
+    squares = F.mse_loss(self.scores(pixel_values), pixel_values.flatten(1), reduction="sum")
+    return {"loss": squares / len(pixel_values)}
+
+
 def logits_only(self, pixel_values):
     return {"logits": self.scores(pixel_values)}
 
@@ -314,6 +319,13 @@ def in_chunks_counted(self, input_ids, labels, num_items_in_batch=None, **kwargs
 
 def token_means(self, input_ids, labels):
     return {"loss": F.cross_entropy(self.scores(input_ids).flatten(0, 1), labels.flatten())}
+
+
+def same_targets(self, input_ids, labels):
+    targets = labels.flatten()
+    early = self.output(self.embedding(input_ids))
+    loss = F.cross_entropy(self.scores(input_ids).flatten(0, 1), targets)
+    return {"loss": loss + 0.5 * F.cross_entropy(early.flatten(0, 1), targets)}
 
 
 def weighted_classes(self, pixel_values, labels):
@@ -475,6 +487,18 @@ class Adversarial:
         return super().training_step(model, inputs, num_items_in_batch)
 
 
+class SecondLoss:
+    """Adds the gradients of another view of the samples after the step."""
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        other = {**inputs, "pixel_values": inputs["pixel_values"].flip(-1)}
+        second = self.compute_loss(model, other, num_items_in_batch=num_items_in_batch)
+        second = second / self.current_gradient_accumulation_steps
+        self.accelerator.backward(second)
+        return loss + second.detach()
+
+
 class EvalMode:
     def compute_loss(self, model, *args, **kwargs):
         model.eval()  # without dropout
@@ -565,6 +589,11 @@ def classified_twice(model, batch, mean):
     return mean(sum(negative_likelihoods(model.scores(view), batch["labels"]) for view in views) / 2)
 
 
+def classified_one_after_the_other(model, batch, mean):
+    other = {**batch, "pixel_values": batch["pixel_values"].flip(-1)}
+    return classified(model, batch, mean) + classified(model, other, mean)
+
+
 def attacked(model, batch, mean):
     images = batch["pixel_values"].clone().requires_grad_()
     (gradient,) = torch.autograd.grad(classified(model, {**batch, "pixel_values": images}, mean), images)
@@ -591,6 +620,10 @@ def of_autoencoder(model, batch, mean):
     return mean(((model.scores(batch["pixel_values"]) - batch["pixel_values"].flatten(1)) ** 2).mean(1))
 
 
+def of_autoencoder_summed(model, batch, mean):
+    return mean(((model.scores(batch["pixel_values"]) - batch["pixel_values"].flatten(1)) ** 2).sum(1))
+
+
 def of_tasks_apart(model, batch, mean):
     scores, loss = model.scores(batch["pixel_values"]), 0.0
     for number in (0, 1):
@@ -607,6 +640,13 @@ def of_those_labelled(model, batch, mean):
 def of_tokens(model, batch, mean):
     valid = batch["labels"] != -100
     return mean(negative_likelihoods(model.scores(batch["input_ids"])[valid], batch["labels"][valid]))
+
+
+def of_same_targets(model, batch, mean):
+    valid, targets = batch["labels"] != -100, batch["labels"][batch["labels"] != -100]
+    early = model.output(model.embedding(batch["input_ids"]))[valid]
+    losses = negative_likelihoods(model.scores(batch["input_ids"])[valid], targets)
+    return mean(losses + 0.5 * negative_likelihoods(early, targets))
 
 
 def of_next_tokens(model, batch, mean):
@@ -681,7 +721,7 @@ class Situation:
         loss_func, plain_loss_func (`Callable`): `compute_loss_func`, and what plain `Trainer` needs in its place.
         arguments (`dict`): More training arguments.
         exact (`bool`): Whether plain `Trainer` computes the same in the same order, to the last bit.
-        has_full_loss (`bool`): Whether the loss at p = 1 does not depend on what p was before in the same batch.
+        has_full_loss (`bool`): Whether all of the batch's loss is what one `compute_loss` returned, at any p.
     """
 
     model: Callable
@@ -783,6 +823,7 @@ SITUATIONS = {
         arguments={"label_names": ["digit", "brightness"]},
     ),
     "no-labels": Situation(pixels(autoencoder, 64), images, of_autoencoder),
+    "no-labels-summed": Situation(pixels(autoencoder_summed, 64), images, of_autoencoder_summed),
     "return-dict-false": Situation(lambda: bert(return_dict=False), short_texts, classified_by_head, undivided),
     "head-that-counts": Situation(vit, classes, classified_by_head, by_labels),
     "head-that-does-not-count": Situation(bert, short_texts, classified_by_head, undivided),
@@ -809,10 +850,19 @@ SITUATIONS = {
     "adversarial-subclass": Situation(
         lambda: OwnModel(OwnConfig()), classes, attacked, before=Adversarial, subclass=True, has_full_loss=False
     ),
+    "second-loss": Situation(
+        lambda: OwnModel(OwnConfig()), classes, classified_one_after_the_other, before=SecondLoss,
+        has_full_loss=False,
+    ),
+    "second-loss-subclass": Situation(
+        lambda: OwnModel(OwnConfig()), classes, classified_one_after_the_other, before=SecondLoss, subclass=True,
+        has_full_loss=False,
+    ),
     "marked-in-trainer": Situation(CLASSES, classes, of_focal, before=MarkedLoss),
     # What the items are.
     "chunks": Situation(texts(in_chunks), tokens, of_tokens),
     "chunks-counted": Situation(texts(in_chunks_counted), tokens, of_tokens, by_labels),
+    "same-targets": Situation(texts(same_targets), tokens, of_same_targets),
     "two-tasks-apart": Situation(
         pixels(tasks_apart), classes, of_tasks_apart, collator=either_task
     ),
