@@ -55,13 +55,7 @@ def test_without_trimming_equals_plain_trainer(name, accumulate, tmp_path):
         assert ours.losses == pytest.approx(plain.losses, rel=1e-5)
         assert_same_way(ours, plain, weights(situation.make()))
 
-
-@pytest.mark.parametrize("accumulate", [1, 3])
-@pytest.mark.parametrize("name", SITUATIONS)
-def test_first_epoch_of_a_trimmed_run_equals_plain_trainer(name, accumulate, tmp_path):
-    # p = 1 through the trimming code this time.
-    situation = SITUATIONS[name]
-    plain = trained(situation, tmp_path, accumulate, plain=True)
+    # p = 1 in the first epoch, through the trimming code this time.
     ours = trained(situation, tmp_path, accumulate, **FALLING)
     first = len(plain.losses) // 2
     if situation.exact:
