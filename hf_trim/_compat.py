@@ -14,7 +14,6 @@ try:
     from accelerate.utils import gather
     from huggingface_hub.errors import HfHubHTTPError
     from transformers.modelcard import TASK_MAPPING, extract_hyperparameters_from_trainer
-    from transformers.models.auto import modeling_auto
     from transformers.trainer_pt_utils import find_batch_size, safe_globals
     from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, unwrap_peft_model
 except ImportError as error:
@@ -34,22 +33,6 @@ __all__ = [
 # The Hub's client raises it when there is no answer at all. It comes from the HTTP library below the client (requests,
 # httpx, ...), which has changed between versions; an error for an answer is always derived from it.
 HubConnectionError = cast(type[Exception], HfHubHTTPError.__bases__[0])
-
-
-def auto_class_names(task: str) -> set[str]:
-    """
-    The model classes behind one of transformers' auto classes.
-
-    Args:
-        task (`str`): The task as in the mapping's name, e.g. `"CAUSAL_LM"`.
-
-    Returns:
-        `set[str]`: Names of classes, e.g. `"LlamaForCausalLM"`.
-    """
-    names: set[str] = set()
-    for value in getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES").values():
-        names.update((value,) if isinstance(value, str) else value)
-    return names
 
 
 class Need(NamedTuple):
@@ -82,9 +65,7 @@ NEEDED = (
     Need("transformers.trainer_utils", "PREFIX_CHECKPOINT_DIR", None, "finding the newest checkpoint"),
     Need("transformers.trainer_utils", "unwrap_peft_model", ("model",), "finding a model's head"),
     # Overridden by TrimmingMixin.
-    Need(TRAINER, "compute_loss", ("model", "inputs", "return_outputs", "num_items_in_batch"), "trimming the loss"),
-    Need(TRAINER, "training_step", ("model", "inputs", "num_items_in_batch"), "trim_strict and trim_check"),
-    Need(TRAINER, "get_batch_samples", ("epoch_iterator", "num_batches", "device"), "counting the items of a step"),
+    Need(TRAINER, "training_step", ("model", "inputs", "num_items_in_batch"), "trim_strict, trim_check and the logs"),
     Need(TRAINER, "log", ("logs", "start_time"), "logging keep_fraction and what goes with it"),
     Need(TRAINER, "_load_from_checkpoint", ("resume_from_checkpoint", "model"), "loading converted weights"),
     Need(TRAINER, "_load_best_model", (), "loading converted weights"),
@@ -102,15 +83,15 @@ NEEDED = (
     Need(TRAINER, "get_cp_size", (), "refusing context parallelism"),
     Need(TRAINER, "get_sp_size", (), "refusing sequence parallelism"),
     Need("transformers.PreTrainedModel", "_from_config", ("config",), "the benchmark's models"),
-    # Set.
-    Need(TRAINER, "loss_is_scaled_for_ga", None, "weighting accumulated mini-batches"),
+    # Set, on the object.
+    Need(TRAINER, "compute_loss", ("model", "inputs", "return_outputs", "num_items_in_batch"), "trimming the loss"),
 )
 # Fields that a trainer has once it is made → what hf_trim needs them for.
 TRAINER_FIELDS = {
     "compute_loss_func": "trimming the losses of the user's function",
     "label_smoother": "trimming smoothed losses",
-    "label_names": "refusing a batch without labels",
-    "model_accepts_loss_kwargs": "weighting a mini-batch of several processes",
+    "label_names": "counting the samples of a batch",
+    "is_in_train": "telling training from other uses of compute_loss",
     "is_fsdp_enabled": "loading converted weights, and choosing the chunked head",
     "is_deepspeed_enabled": "loading converted weights",
     "hub_model_id": "the model card",

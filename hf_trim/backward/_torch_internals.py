@@ -18,10 +18,10 @@ from torch.autograd.graph import Node
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.utils import checkpoint as torch_checkpoint
-from torch.utils._pytree import tree_iter, tree_map_only
+from torch.utils._pytree import tree_iter, tree_map, tree_map_only
 
 
-__all__ = ["BatchNorm", "StorageWeakRef", "tree_iter", "tree_map_only"]
+__all__ = ["BatchNorm", "StorageWeakRef", "tree_iter", "tree_map", "tree_map_only"]
 
 # ---- ops ----------------------------------------------------------------------------------------------------------
 
@@ -203,6 +203,34 @@ def is_recomputation_shared() -> bool:
 def is_compiled_module(module: nn.Module) -> bool:
     """Whether a module itself was compiled, with `torch.compile(module)` or `module.compile()`."""
     return isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None
+
+
+def compiled_modules(model: nn.Module) -> list[nn.Module]:
+    """The parts of a model, and the model itself, that were compiled."""
+    return [module for module in model.modules() if is_compiled_module(module)]
+
+
+def without_compilation(model: nn.Module) -> nn.Module:
+    """The module that `torch.compile` was given."""
+    return model._orig_mod if isinstance(model, torch._dynamo.OptimizedModule) else model
+
+
+@contextmanager
+def around_call(module: nn.Module, wrapper: Callable[..., Any]) -> Iterator[None]:
+    """
+    In this context, `module(...)` runs `wrapper(forward, ...)`, outside of what is compiled. A forward hook would be
+    compiled with a module on which `compile()` was called.
+    """
+    name = "forward" if module._compiled_call_impl is None else "_compiled_call_impl"
+    original, is_own = getattr(module, name), name in vars(module)
+    setattr(module, name, partial(wrapper, original))
+    try:
+        yield
+    finally:
+        if is_own:
+            setattr(module, name, original)
+        else:
+            delattr(module, name)
 
 
 # ---- benchmarks ---------------------------------------------------------------------------------------------------

@@ -5,13 +5,14 @@ e.g. images `[B, 3, H, W]`, B = 4: a forward pass under [`scoring`] gives the lo
 [`rows_of`] makes `[2, 3, H, W]` of the images, and the model is trained on these as on any batch.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hf_trim.backward._torch_internals import BatchNorm
+from hf_trim.backward._torch_internals import BatchNorm, tree_map_only
 
 
 @contextmanager
@@ -40,21 +41,22 @@ def scoring(model: nn.Module) -> Iterator[None]:
             buffer.copy_(value)
 
 
-def rows_of(inputs: Mapping, kept: Tensor, batch_size: int) -> dict:
+def rows_of(inputs: Any, kept: Tensor, batch_size: int) -> Any:
     """
     The kept samples of a batch.
 
     Args:
-        inputs (`Mapping`): The model's inputs; tensors whose first dimension is the batch, and whatever else.
+        inputs: The model's inputs: tensors whose first dimension is the batch and whatever else, also in dictionaries,
+            lists and tuples.
         kept (`torch.Tensor`): `[k]` indices of samples.
         batch_size (`int`): Size B of that dimension.
 
     Returns:
-        `dict`: The same inputs with `[k, ...]` in place of `[B, ...]`.
+        The same inputs with `[k, ...]` in place of `[B, ...]`.
     """
-    return {
-        name: value.index_select(0, kept.to(value.device))
-        if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == batch_size
-        else value
-        for name, value in inputs.items()
-    }
+
+    def take(value: Tensor) -> Tensor:
+        has_rows = value.dim() > 0 and value.shape[0] == batch_size
+        return value.index_select(0, kept.to(value.device)) if has_rows else value
+
+    return tree_map_only(Tensor, take, inputs)

@@ -109,7 +109,9 @@ def time_selection(items: int, repeats: int, keep: float = 0.5) -> dict[str, flo
 
     def select_globally() -> None:
         # The same communication as in a step of `TrimmingTrainer`.
-        process_group = ProcessGroup(lambda values: gather(values[None]), state.process_index)
+        process_group = ProcessGroup(
+            lambda values: gather(values[None]), state.process_index, state.num_processes, state.device
+        )
         process_group.sum([scores.sum()])
         all_scores, _ = process_group.union(scores)
         select_items(all_scores, keep)

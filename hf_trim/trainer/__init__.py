@@ -12,6 +12,7 @@ The trainer: batch → per-item losses → keep decision → trimmed backward �
 
 from hf_trim.trainer.arguments import TrimmingArguments, TrimmingConfig
 from hf_trim.trainer.functional import trimmed_linear_cross_entropy, trimmed_mean
+from hf_trim.trainer.losses import mark_losses
 from hf_trim.trainer.schedule import linear_fraction
 from hf_trim.trainer.selection import select_items
 from hf_trim.trainer.trainer import TrimmingMixin, TrimmingTrainer
@@ -23,6 +24,7 @@ __all__ = [
     "TrimmingMixin",
     "TrimmingTrainer",
     "linear_fraction",
+    "mark_losses",
     "select_items",
     "trimmed_linear_cross_entropy",
     "trimmed_mean",

@@ -1,6 +1,6 @@
 """The `trim_*` fields: what is trimmed, how far, and how the backward pass is run."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from transformers import TrainingArguments
@@ -112,6 +112,38 @@ class TrimmingConfig:
     )
 
     def __post_init__(self) -> None:
+        self.check()
+        following: Any = super()  # the training arguments, where a class inherits from both
+        if hasattr(following, "__post_init__"):
+            following.__post_init__()
+
+    @classmethod
+    def of(cls, args: TrainingArguments) -> "TrimmingConfig":
+        """
+        The `trim_*` fields of any training arguments.
+
+        Args:
+            args ([`~transformers.TrainingArguments`]): The arguments; fields that they lack have their defaults.
+
+        Returns:
+            [`TrimmingConfig`]: The arguments themselves if they are one.
+
+        Raises:
+            `ValueError`: If a field has a wrong value.
+        """
+        if isinstance(args, TrimmingConfig):
+            return args
+        return cls(**{x.name: getattr(args, x.name) for x in fields(cls) if hasattr(args, x.name)})
+
+    def values(self) -> tuple:
+        """The values of the `trim_*` fields."""
+        return tuple(getattr(self, x.name) for x in fields(TrimmingConfig))
+
+    def check(self) -> None:
+        """
+        Raises:
+            `ValueError`: If a field has a wrong value.
+        """
         for name in ("trim_keep_start", "trim_keep_end"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
@@ -133,9 +165,6 @@ class TrimmingConfig:
             )
         check_choice("trim_nonfinite", self.trim_nonfinite, NONFINITE_CHOICES)
         check_choice("trim_scope", self.trim_scope, SCOPE_CHOICES)
-        following: Any = super()  # the training arguments, where a class inherits from both
-        if hasattr(following, "__post_init__"):
-            following.__post_init__()
 
     @property
     def trims(self) -> bool:

@@ -1,70 +1,47 @@
 """
 Step 3 (keep decision) of: batch → per-item losses → keep decision → trimmed backward → logs.
 
-The losses of one mini-batch become the scalar loss of the items to keep. For example, B = 4 texts of T = 3 tokens,
-with losses `[12]` of the tokens and p = 0.5: 6 tokens are kept, `elements` are their `[6]` indices into the losses.
-With `trim_unit="sample"` the losses are averaged over each text, `[4]`, 2 texts are kept, and `elements` are the `[6]`
-indices of all their tokens. The loss that the model computed is then corrected: the mean over the kept losses comes in
-the place of the mean over all.
+Which of a mini-batch's losses are kept. For example, B = 4 texts of T = 3 tokens, with losses `[4, 3]` of the tokens
+and p = 0.5: 6 tokens are kept, `elements` are their `[6]` indices into the 12 losses. With `trim_unit="sample"` the
+losses are averaged over each text, `[4]`, 2 texts are kept, and `elements` are the `[6]` indices of all their tokens.
+
+A batch may have several calls of loss functions. What they are over decides which items are ranked together:
+
+- losses that are one for each sample (start and end of an answer), or that have the same targets (a main and an
+  auxiliary label map), belong to the same items. These are ranked by the sum, weighted as in the batch's loss;
+- sums by the same function over different targets are pieces of one loss (a long text in chunks): one ranking;
+- any others (tokens and pairs of sentences, two tasks of which each sample has one) are ranked separately.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from hf_trim.backward import take_kept
-from hf_trim.backward.eager.sparse import take_rows_sparse
+from hf_trim.backward.eager.rows import Rows
+from hf_trim.backward.eager.sparse import DENSE_ABOVE, prepare_rows
 from hf_trim.trainer.arguments import TrimmingConfig
-from hf_trim.trainer.heads import PASS_A_LOSS
-from hf_trim.trainer.losses import LossCall
+from hf_trim.trainer.losses import MARK_LOSSES, Kept, LossCall, PlainCall
 from hf_trim.trainer.process_group import ProcessGroup
-from hf_trim.trainer.selection import num_kept, select_items
-from hf_trim.trainer.step_share import StepShare
+from hf_trim.trainer.selection import select_items
 
 
-@dataclass
-class Selection:
-    """
-    What is kept of some losses over the same items, and what that counts for.
-
-    Args:
-        kept (`torch.Tensor`): `[k]` indices of the kept items of this process.
-        elements (`torch.Tensor`): Indices of their losses: those of the items, or of all tokens of the kept samples.
-        counts (`list[torch.Tensor]`): For each call of a loss function, the sum of its counts over all items, of all
-            processes among whose items the hardest were chosen.
-        kept_counts (`list[torch.Tensor]`): The same sum over the kept items.
-        share ([`~hf_trim.trainer.step_share.StepShare`]): What the mini-batch counts for in its optimizer step.
-    """
-
-    kept: Tensor
-    elements: Tensor
-    counts: list[Tensor]
-    kept_counts: list[Tensor]
-    share: StepShare
+Track = list[tuple[LossCall, Tensor]]  # calls over the same items, and the weight of each
 
 
 @dataclass
 class TrimmedBatch:
     """
-    Turns the loss of a whole mini-batch into that of the items to keep.
-
-    Losses over the same items (start and end of an answer, a main and an auxiliary label map) are ranked by their sum,
-    weighted as in the model's loss. Losses over different items (tokens and pairs of sentences) are ranked separately.
-    Other terms of the model's loss, such as the load balance of a mixture of experts, stay as they are.
+    The calls of loss functions in a mini-batch, and the choice among their items.
 
     Args:
         config ([`~hf_trim.trainer.arguments.TrimmingConfig`]): What is trimmed, and how.
         keep (`float`): Fraction p to keep.
-        backward (`str`): `"dense"`, `"sparse"` or `"replay"`.
         batch_size (`int`): Number B of samples.
-        share (`Callable`): `f(call, per_token)` → the [`~hf_trim.trainer.step_share.StepShare`] of this mini-batch.
-        zero (`Callable`): Returns a zero whose gradient is zero for each parameter, for a mini-batch without items.
+        sparse (`bool`): Whether the backward pass is row-sparse where samples are kept.
+        inspects (`bool`): Whether to look at the losses although everything is kept, so that what cannot be trimmed is
+            refused before it is.
         generator (`torch.Generator`, *optional*): Source of random subsets.
-        num_items (`torch.Tensor` or `int`, *optional*): Number of labels that the model divides by, if it does.
-        mean_scale (`float`, *optional*, defaults to 1.0): Factor of losses that are means.
         labels (`torch.Tensor`, *optional*): `[B, ...]` labels, to verify which losses belong to which sample.
         process_group ([`~hf_trim.trainer.process_group.ProcessGroup`], *optional*): The processes that choose the
             hardest items together; without, this process chooses among its own.
@@ -72,199 +49,322 @@ class TrimmedBatch:
 
     config: TrimmingConfig
     keep: float
-    backward: str
     batch_size: int
-    share: Callable[[LossCall, bool], StepShare]
-    zero: Callable[[], Tensor]
+    sparse: bool
+    inspects: bool = False
     generator: torch.Generator | None = None
-    num_items: Tensor | int | None = None
-    mean_scale: float = 1.0
     labels: Tensor | None = None
     process_group: ProcessGroup | None = None
 
     def __post_init__(self) -> None:
-        self.samples: Tensor | None = None  # `[k]` indices of the kept samples, once chosen, if items are samples
+        self.calls: list[LossCall | PlainCall] = []
+        self.scored: list[LossCall] | None = None  # in the second pass of a replay: the calls of the first one
+        self.is_scoring = False  # whether that pass is under way, which has no graph
+        self.samples: Tensor | None = None  # `[k]` indices of the kept samples, if items are samples
+        self.per_sample: bool | None = None  # whether they are
         self.dropped = 0  # number of samples left out because their losses are not finite
-        self.logged: list[Tensor] | None = None  # numbers of kept and valid items, threshold, mean over all
-        self._selections: list[Selection] | None = None  # made in the first forward pass, one for each kind of item
-        self._is_replay = False  # whether the second forward pass, on the kept samples alone, is under way
-
-    def __call__(self, loss: Tensor, calls: list[LossCall]) -> Tensor:
-        """
-        Trim the loss of the mini-batch.
-
-        Args:
-            loss (`torch.Tensor`): The model's scalar loss, computed from the values of the calls.
-            calls (`list` of [`~hf_trim.trainer.losses.LossCall`]): The calls of loss functions in the forward pass.
-
-        Returns:
-            `torch.Tensor`: The scalar loss to train with. If the loss is a mean, it is this mini-batch's share of the
-            mean over its optimizer step; if it is a sum, the sum over the kept items, scaled up to all items.
-
-        Raises:
-            `ValueError`: If the loss depends on no call, or not linearly.
-        """
-        weights: Sequence[Tensor | None]
-        if loss.requires_grad:
-            calls = [call for call in calls if call.value.requires_grad]  # the other calls computed metrics
-            # The weight of each mean in the model's loss, 0.5 for the start and the end of an answer.
-            values = [call.value for call in calls]
-            weights = torch.autograd.grad(loss, values, create_graph=True, allow_unused=True)
-            if any(weight is not None and weight.requires_grad for weight in weights):
-                raise ValueError(
-                    "The model's loss is no linear function of the means that torch's loss functions gave it, and "
-                    f"cannot be trimmed by itself. {PASS_A_LOSS}"
-                )
-        else:  # the forward pass only scores the items
-            weights = [torch.ones_like(call.value) for call in calls]
-        used = [(call, weight.detach()) for call, weight in zip(calls, weights, strict=True) if weight is not None]
-        if not used:
-            raise ValueError(
-                f"The model's loss does not depend on any call of a loss function of torch. {PASS_A_LOSS}"
-            )
-        groups: dict[int, list[tuple[LossCall, Tensor]]] = {}
-        for call, weight in used:
-            groups.setdefault(call.losses.numel(), []).append((call, weight))
-        self._selections = self._selections or []
-        for index, group in enumerate(groups.values()):
-            if not self._is_replay:
-                self._selections.append(self._select(group))
-            untrimmed = sum(weight * call.value.detach() for call, weight in group)
-            loss = loss + (self._trimmed_sum(group, self._selections[index]) - untrimmed).to(loss.dtype)
-        if all(call.reduction == "sum" for call, _ in used):
-            return loss
-        # If a mean over tokens is trimmed by samples, the number of tokens that the step keeps is not known before all
-        # its mini-batches are run. The share of all tokens stands in for it.
-        share = self._selections[0].share
-        return loss * self.mean_scale * (share.kept if self._has_loss_per_item(used[0][0]) else share.valid)
+        self.most_items = 0  # among how many items the choice was, at most
+        self.logged: list[Tensor] | None = None  # numbers of kept and of valid items, threshold
+        self.weight: Tensor | None = None  # of the batch's loss, as the backward pass found it
+        self._values: list[Tensor] = []  # what the calls returned, until the choice is made
+        self._joined: list[int] = []  # of each choice together with other processes, the number of calls
 
     @property
-    def is_done(self) -> bool:
-        """Whether there was a loss to trim."""
-        return self._selections is not None
+    def keeps_all(self) -> bool:
+        """Whether nothing is left out."""
+        return self.keep == 1
 
-    def begin_replay(self) -> Tensor:
+    # ---- calls ----------------------------------------------------------------------------------------------------
+
+    def add(self, call: LossCall) -> Tensor:
+        """
+        Args:
+            call ([`~hf_trim.trainer.losses.LossCall`]): A call of a loss function.
+
+        Returns:
+            `torch.Tensor`: What it returns to the caller.
+        """
+        if self.scored is not None:
+            self._adopt(call, self.scored)
+        value = call.value(self)
+        self.calls.append(call)
+        self._values.append(value)
+        return value
+
+    def add_plain(self, plain: Tensor) -> Tensor:
+        """The same for a call of which everything is kept, with what its function returned."""
+        call = PlainCall(plain)
+        self.calls.append(call)
+        return call.value()
+
+    def mark(self, losses: Tensor, counts: Tensor, scores: Tensor | None) -> Tensor:
+        """The same for losses that [`~hf_trim.trainer.losses.mark_losses`] was given."""
+        is_plain = self.keeps_all and bool(losses.isfinite().all())
+        if is_plain and not self.inspects:
+            return self.add_plain(losses)
+        call = LossCall(losses, counts, "none", self.batch_size, scores=scores, plain=losses if is_plain else None)
+        return self.add(call).view(losses.shape)
+
+    @property
+    def num_calls(self) -> int:
+        """Number of calls so far."""
+        return len(self.calls)
+
+    def forget_calls(self, number: int) -> None:
+        """Take back the calls after the first `number`."""
+        del self.calls[number:]
+        del self._values[sum(isinstance(call, LossCall) for call in self.calls) :]
+
+    def begin_replay(self) -> Tensor | None:
         """
         Begin the second forward pass of a replay. The first, without gradients, has chosen the samples.
 
         Returns:
-            `torch.Tensor`: `[k]` indices of the samples to run.
+            `torch.Tensor`: `[k]` indices of the samples to run; `None` if items are not samples, so that all are to be
+            run.
         """
-        assert self.samples is not None  # the first forward pass has chosen them
+        scored = [call for call in self.calls if isinstance(call, LossCall)]
+        self.calls, self.is_scoring = [], False
+        if not self.per_sample or self.samples is None:
+            self.logged, self.dropped = None, 0  # all is done again
+            return None
+        self.scored = scored
         # Without a valid item the first sample is run, so that there is a graph.
-        kept = self.samples if self.samples.numel() else self.samples.new_zeros(1)
-        self.batch_size, self._is_replay = len(kept), True
-        return kept
+        return self.samples if self.samples.numel() else self.samples.new_zeros(1)
 
-    def join_without_items(self) -> None:
-        """Take part in the selection of processes that have one mini-batch more; needs `process_group`."""
-        assert self._selections is not None and self.process_group is not None
-        for selection in self._selections:
-            self.process_group.join_without_items(len(selection.counts), selection.counts[0])
+    @staticmethod
+    def _adopt(call: LossCall, calls: list[LossCall]) -> None:
+        """In the second pass of a replay: what the first one has chosen of the same call."""
+        while calls and (calls[0].kind, calls[0].reduction) != (call.kind, call.reduction):
+            del calls[0]
+        if not calls:
+            raise ValueError(
+                "compute_loss calls other loss functions when it is run a second time: set trim_backward='dense'."
+            )
+        scored = calls.pop(0)
+        assert scored.kept is not None  # the first pass ends with the choice
+        elements, factor, _ = scored.kept
+        if call.losses.numel() != scored.losses.numel():  # the model has run the kept samples alone
+            if call.reduction == "none":
+                raise ValueError("mark_losses in a model's forward pass cannot go with trim_backward='replay'.")
+            count = call.losses.numel() if elements.numel() else 0
+            elements, call.full = torch.arange(count, device=elements.device), scored.full
+        call.kept = Kept(elements, factor, None)
 
-    def _has_loss_per_item(self, call: LossCall) -> bool:
-        """Whether the loss function has one loss for each item; if not, items are samples of several tokens."""
-        return call.losses.numel() == self.batch_size or self.config.trim_unit != "sample"
+    # ---- the loss -------------------------------------------------------------------------------------------------
 
-    def _items_are_samples(self, call: LossCall) -> bool:
-        return call.losses.numel() == self.batch_size or self.config.trim_unit == "sample"
+    def watch(self, loss: Tensor) -> None:
+        """
+        Note the weight with which the batch's loss is trained, a factor of the accelerator's or of the accumulation.
 
-    def _select(self, group) -> Selection:
-        """Choose among the items of some losses, together with the other processes if there is a process group."""
-        calls = [call for call, _ in group]
-        total, samples = calls[0].losses.numel(), self._items_are_samples(calls[0])
-        share = self.share(calls[0], total != self.batch_size)
-        counts = [call.counts.where(call.finite, 0).sum() for call in calls]
-        if self.process_group is not None:
-            counts = self.process_group.sum(counts)
-        scores, labelled, finite = self._scores(group, counts, samples)
-        valid = labelled & finite
-        num_own, start = len(scores), 0  # this process has the items from `start` to `start + num_own`
+        Args:
+            loss (`torch.Tensor`): The scalar loss.
+        """
+
+        def note(weight: Tensor) -> None:
+            self.weight = weight.detach()
+
+        self._loss = loss.detach()
+        if loss.requires_grad:
+            loss.register_hook(note)
+
+    def trimmed_loss(self, loss: Tensor) -> Tensor:
+        """
+        Args:
+            loss (`torch.Tensor`): The batch's scalar loss after the backward pass, in the size in which it is logged.
+
+        Returns:
+            `torch.Tensor`: The trimmed loss in that size.
+
+        Raises:
+            `ValueError`: If no call of a loss function had a part in the loss.
+        """
+        if self.weight is None or self.has_no_graph:
+            return loss
+        if not any(call.used for call in self.calls):
+            raise ValueError(f"The loss does not depend on any call of a loss function of torch. {MARK_LOSSES}")
+        if self.keeps_all:
+            return loss
+        difference = sum(call.difference for call in self.calls) / self.weight
+        size = torch.where(self._loss != 0, loss / self._loss, 1)
+        return (loss + difference * size).to(loss.dtype)
+
+    # ---- the choice -----------------------------------------------------------------------------------------------
+
+    def select(self, loss: Tensor | None = None) -> None:
+        """
+        Choose what is kept of the calls so far.
+
+        Args:
+            loss (`torch.Tensor`, *optional*): The batch's scalar loss, made of what the calls returned.
+
+        Raises:
+            `ValueError`: If the loss depends on no call, or an item cannot be ranked.
+        """
+        calls = [call for call in self.calls if isinstance(call, LossCall)]
+        pending = [(call, value) for call, value in zip(calls, self._values, strict=True) if call.kept is None]
+        if not self.is_scoring:
+            pending = [(call, value) for call, value in pending if value.requires_grad]
+        weights: list[Tensor | None] = [value.new_ones(()) for _, value in pending]
+        if len(pending) > 1 and loss is not None and loss.requires_grad and loss.dim() == 0:
+            values = [value for _, value in pending]
+            weights = list(torch.autograd.grad(loss, values, retain_graph=True, allow_unused=True))
+        # Calls without a weight computed metrics.
+        used = [
+            (call, self._total_weight(call, weight.detach()))
+            for (call, _), weight in zip(pending, weights, strict=True)
+            if weight is not None
+        ]
+        if pending and not used:
+            raise ValueError(f"The loss does not depend on any call of a loss function of torch. {MARK_LOSSES}")
+        for tracks in self._groups(used) if used else ():
+            self._select(tracks)
+        if loss is not None or self.is_scoring:
+            self._values = []  # they hold the graph
+            self.calls = [call for call in self.calls if call.kept is not None]
+
+    @staticmethod
+    def _total_weight(call: LossCall, weight: Tensor) -> Tensor:
+        """The weight of all losses of a call together, from that of its value."""
+        if call.reduction == "mean" or weight.dim():
+            return weight.sum()
+        return weight * call.scale * call.losses.numel()
+
+    def _is_per_sample(self, call: LossCall) -> bool:
+        rows, length = call.losses.shape
+        if self.config.trim_unit == "sample" and rows != self.batch_size and rows > self.batch_size:
+            raise self._unknown_samples(rows)
+        return rows == self.batch_size and (length == 1 or self.config.trim_unit == "sample")
+
+    def _groups(self, calls: Track) -> list[list[Track]]:
+        """The calls, sorted by what they are over: groups that are ranked together, of calls over the same items."""
+        tracks: dict[tuple, Track] = {}
+        for number, (call, weight) in enumerate(calls):
+            target = call.target
+            if self._is_per_sample(call):
+                key: tuple = ("samples",)
+            elif target is None:
+                key = (number,)
+            else:
+                key = (target.data_ptr(), target.shape, target.stride(), call.losses.numel())
+            tracks.setdefault(key, []).append((call, weight))
+        self.per_sample = all(key == ("samples",) for key in tracks)
+        has_label_per_sample = self.labels is None or self.labels.numel() == self.batch_size
+        if self.config.trim_unit == "token" and self.per_sample and tracks and has_label_per_sample:
+            raise ValueError(
+                "trim_unit='token' needs a loss per token, and this model has one per sample: use trim_unit='auto' or "
+                "'sample'."
+            )
+        groups: dict[tuple, list[Track]] = {}
+        for key, track in tracks.items():
+            is_piece = len(track) == 1 and track[0][0].reduction == "sum" and key != ("samples",)
+            groups.setdefault(track[0][0].kind if is_piece else (key,), []).append(track)
+        return list(groups.values())
+
+    def _select(self, tracks: list[Track]) -> None:
+        """Choose among the items of some calls, together with the other processes if there is a process group."""
+        ranked = [self._scores(track) for track in tracks]
+        sizes = [len(scores) for scores, _ in ranked]
+        scores, valid = (torch.cat(x) for x in zip(*ranked, strict=True))
+        start = 0  # the items of this process begin here
         if self.process_group is not None:
             scores, start = self.process_group.union(scores.where(valid, -torch.inf))
             valid = scores > -torch.inf
+        self.most_items = max(self.most_items, len(scores))
         chosen = select_items(scores, self.keep, valid=valid, select=self.config.trim_select, generator=self.generator)
         self._note_for_logs(scores, valid, chosen)
-        kept = chosen if self.process_group is None else chosen[(chosen >= start) & (chosen < start + num_own)] - start
-        if samples:
-            self.samples = kept
-        tokens = total // num_own  # 1 where items are tokens, or samples with one loss
-        elements = kept
-        if tokens > 1:  # samples 0 and 2 of 3 tokens each: [0, 1, 2, 6, 7, 8]
-            elements = (kept[:, None] * tokens + torch.arange(tokens, device=kept.device)).flatten()
-        kept_counts = [call.counts[elements].sum() for call in calls]
-        num_labelled = labelled.sum()
-        dropped: Tensor | int = self.dropped
+        kept: list[tuple[LossCall, Tensor, Tensor]] = []
+        for track, size in zip(tracks, sizes, strict=True):
+            items = chosen[(chosen >= start) & (chosen < start + size)] - start
+            start += size
+            kept += [(call, items, self._elements(call, items)) for call, _ in track]
+        self._keep(kept, is_pooled=len(tracks) > 1)
+
+    def _elements(self, call: LossCall, items: Tensor) -> Tensor:
+        """The losses of the kept items: samples 0 and 2 of 3 tokens each have [0, 1, 2, 6, 7, 8]."""
+        length = call.losses.shape[1]
+        if not self._is_per_sample(call) or length == 1:
+            return items
+        return (items[:, None] * length + torch.arange(length, device=items.device)).flatten()
+
+    def _keep(self, kept: list[tuple[LossCall, Tensor, Tensor]], is_pooled: bool) -> None:
+        """Note what is kept of the calls in a group, and what each kept loss counts for."""
+        counts = [call.counts.sum() for call, _, _ in kept]
+        kept_counts = [call.counts.flatten()[elements].sum() for call, _, elements in kept]
+        processes = 1
         if self.process_group is not None:
-            own = [*kept_counts, num_labelled.to(scores), scores.new_tensor(float(dropped))]
-            *kept_counts, num_labelled, dropped = self.process_group.sum(own)
-        if dropped and chosen.numel():
-            # Fewer items are kept than the labels promised: each counts for more, as in a mean over fewer items.
-            planned = num_kept(self.keep, int(num_labelled))
-            share = replace(share, items_per_kept=share.items_per_kept * planned / len(chosen))
-        return Selection(kept, elements, counts, kept_counts, share)
+            self._joined.append(len(kept))
+            processes = self.process_group.size
+            sums = self.process_group.sum(counts + kept_counts)
+            counts, kept_counts = sums[: len(kept)], sums[len(kept) :]
+        if is_pooled:
+            counts, kept_counts = [sum(counts)] * len(kept), [sum(kept_counts)] * len(kept)  # type: ignore[list-item]
+        rows = self._rows(kept)
+        for (call, _, elements), count, kept_count in zip(kept, counts, kept_counts, strict=True):
+            # The engines average over the processes; a mean is over the items of all.
+            whole = processes if call.reduction == "mean" else count * call.scale
+            factor = torch.where(kept_count > 0, whole / kept_count, 0)
+            call.kept = Kept(elements, factor, rows)
 
-    def _trimmed_sum(self, group, selection: Selection) -> Tensor:
-        """The weighted sum of the trimmed means (or sums) over the same items."""
-        first, _ = group[0]
-        if not selection.kept.numel():
-            return self._zero_with_gradients(first)
-        kept, elements = selection.kept, selection.elements
-        if self._is_replay:  # this forward pass has the kept samples alone
-            kept = elements = torch.arange(first.losses.numel(), device=kept.device)
-        terms = []
-        for (call, weight), counts, kept_counts in zip(group, selection.counts, selection.kept_counts, strict=True):
-            if call.reduction == "mean":
-                factor = weight
-            elif self._has_loss_per_item(call):
-                factor = weight * selection.share.items_per_kept * kept_counts
-            else:
-                factor = weight * counts
-            terms.append((call, torch.where(kept_counts > 0, factor / kept_counts, 0)))
-        return self._take(terms, kept, elements, self._items_are_samples(first))
+    def _rows(self, kept: list[tuple[LossCall, Tensor, Tensor]]) -> Rows | None:
+        """The kept samples of a group, if its backward pass is row-sparse."""
+        call, items, elements = kept[0]
+        is_per_sample = self._is_per_sample(call)
+        if is_per_sample:
+            self.samples = items
+        if self.is_scoring or call.plain is not None:
+            return None
+        dense_above = DENSE_ABOVE
+        if self.dropped:
+            # A dropped sample must not get a gradient of zero either, since 0 · NaN = NaN. So the backward pass is
+            # row-sparse, however many samples are kept.
+            dense_above = 1.0
+            items = items if is_per_sample else (elements // call.losses.shape[1]).unique()
+        elif not (is_per_sample and self.sparse):
+            return None
+        sources = [call.losses if call.logits is None else call.logits.hidden for call, _, _ in kept]
+        return prepare_rows(sources, items, self.batch_size, dense_above)
 
-    def _zero_with_gradients(self, call: LossCall) -> Tensor:
+    @property
+    def has_no_graph(self) -> bool:
+        """Whether nothing is kept and something was dropped: not even a gradient of zero may go into the model."""
+        kept = [call.kept for call in self.calls if isinstance(call, LossCall) and call.kept is not None]
+        return bool(self.dropped) and not any(part.elements.numel() for part in kept)
+
+    def join_without_items(self) -> None:
+        """Take part in the choice of processes that have one mini-batch more; needs `process_group`."""
+        assert self.process_group is not None
+        for num_calls in self._joined:
+            self.process_group.join_without_items(num_calls)
+
+    # ---- scores ---------------------------------------------------------------------------------------------------
+
+    def _scores(self, track: Track) -> tuple[Tensor, Tensor]:
+        """For each item: what it is ranked by (its loss, weighted over the calls), and whether it may be kept."""
+        total = torch.stack([weight for _, weight in track]).sum()
+        scores, labelled, finite = [], [], []
+        for call, weight in track:
+            share = torch.where(total != 0, weight / total, 1 / len(track))
+            rank, is_labelled, is_finite = call.scores, call.labelled, call.finite | ~call.labelled
+            if self._is_per_sample(call) and call.losses.shape[1] > 1:
+                self._check_samples(call)
+                counts = call.counts.sum(1)
+                rank = rank.where(is_labelled, 0).sum(1) / counts.where(counts != 0, 1)
+                is_labelled, is_finite = is_labelled.any(1), is_finite.all(1)
+            scores.append(share * rank.flatten())
+            labelled.append(is_labelled.flatten())
+            finite.append(is_finite.flatten())
+        may_be_kept: Tensor = self._finite(torch.stack(finite).all(0), track[0][0])
+        return torch.stack(scores).sum(0), torch.stack(labelled).any(0) & may_be_kept
+
+    def _check_samples(self, call: LossCall) -> None:
         """
-        Zero, with a gradient of zero for each parameter. Engines such as DDP wait for the gradient of each parameter,
-        so one item takes the ordinary way with the factor 0.
+        Check that each sample has as many losses as labels. Some models leave out what has no label, so that losses
+        are not in the places of their labels.
         """
-        usable = (call.finite & (call.counts > 0)).nonzero().flatten()[:1]
-        if self.dropped or not usable.numel():
-            return self.zero()
-        sample = usable // max(1, call.losses.numel() // self.batch_size)
-        return self._take([(call, call.losses.new_zeros(()))], sample, usable, self._items_are_samples(call))
-
-    def _scores(self, group, all_counts, samples: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """For each item: what it is ranked by, whether it has a label, and whether its losses are finite."""
-        ranks: tuple[Any, Any, Any] = 0, False, True  # neutral in a sum, an or, an and of tensors
-        scores, valid, finite = ranks
-        for (call, weight), counts in zip(group, all_counts, strict=True):
-            losses, labelled, is_finite = call.losses.detach(), call.counts > 0, call.finite | (call.counts == 0)
-            if samples and losses.numel() != self.batch_size:
-                losses, labelled, is_finite = (self._by_sample(x) for x in (losses, labelled, is_finite))
-                self._check_samples(labelled.sum(1), call.ignore_index)
-                sample_counts = call.counts.view(labelled.shape).sum(1)
-                losses = losses.where(labelled, 0).sum(1) / sample_counts.where(sample_counts > 0, 1)
-                labelled, is_finite = labelled.any(1), is_finite.all(1)
-            if call.reduction == "sum":
-                weight = weight * (counts if self.num_items is None else self.num_items)
-            scores, valid, finite = scores + weight * losses, valid | labelled, finite & is_finite
-        return scores, valid, self._finite(finite)
-
-    def _by_sample(self, values: Tensor) -> Tensor:
-        """`[B·T]` values → `[B, T]`."""
-        if values.numel() % self.batch_size:
-            raise self._unknown_samples(values.numel())
-        return values.view(self.batch_size, -1)
-
-    def _check_samples(self, num_losses: Tensor, ignore_index: int) -> None:
-        """
-        Check that each sample has as many losses `[B]` as labels. Some models leave out what has no label, so that
-        losses are not in the places of their labels.
-        """
-        if self.labels is None:
+        if self.labels is None or self.labels.dim() < 2:
             return
-        labelled = self.labels.to(num_losses.device) != ignore_index
+        num_losses, labelled = call.labelled.sum(1), self.labels.to(call.losses.device) != call.ignore_index
         if not any(torch.equal(num_losses, x.flatten(1).sum(1)) for x in (labelled, labelled[..., 1:])):
             raise self._unknown_samples(int(num_losses.sum()))
 
@@ -274,7 +374,7 @@ class TrimmedBatch:
             "trim_unit='token' and trim_nonfinite='error'."
         )
 
-    def _finite(self, finite: Tensor) -> Tensor:
+    def _finite(self, finite: Tensor, call: LossCall) -> Tensor:
         """Which items may be kept: those of samples without NaN and infinity. Others are dropped, or refused."""
         num_nonfinite = int((~finite).sum())
         if not num_nonfinite:
@@ -285,44 +385,17 @@ class TrimmedBatch:
                 "means nothing. Look at the data and the learning rate; trim_nonfinite='drop' leaves such samples "
                 "out."
             )
-        finite_samples = self._by_sample(finite).all(1)
+        if len(call.losses) != self.batch_size:
+            raise self._unknown_samples(finite.numel())
+        finite_samples = finite.view(self.batch_size, -1).all(1)
         self.dropped += int((~finite_samples).sum())
         return finite_samples.repeat_interleave(finite.numel() // self.batch_size)
 
-    def _take(self, terms, kept: Tensor, elements: Tensor, samples: bool) -> Tensor:
-        """The weighted sum of the kept losses, with the backward pass that was asked for."""
-        rows, dense_above = kept if samples else None, {}
-        if self.dropped:
-            # A dropped sample must not get a gradient of zero either, since 0 · NaN = NaN. So the backward pass is
-            # row-sparse, however many samples are kept.
-            dense_above = {"dense_above": 1.0}
-            if rows is None:
-                rows = (elements // (terms[0][0].losses.numel() // self.batch_size)).unique()
-        elif self.backward != "sparse":
-            rows = None
-        lazy = [(call, factor) for call, factor in terms if call.logits is not None]
-        total = sum(
-            factor * call.logits.sum_of(elements, rows, self.batch_size, **dense_above) for call, factor in lazy
-        )
-        weighted = [factor * call.losses for call, factor in terms if call.logits is None]
-        if not weighted:
-            return total
-        losses = sum(weighted)
-        if rows is None:
-            return total + take_kept(losses, elements, "dense").sum()
-        taken = take_rows_sparse(losses.view(self.batch_size, -1), rows, **dense_above)
-        if not samples:
-            taken = taken[torch.searchsorted(rows, elements // taken.shape[1]), elements % taken.shape[1]]
-        return total + taken.sum()
-
     def _note_for_logs(self, scores: Tensor, valid: Tensor, kept: Tensor) -> None:
-        count = valid.sum()
-        mean = scores.where(valid, 0).sum() / count
         if not kept.numel():
             return
-        kept_count, threshold = scores.new_tensor(float(kept.numel())), scores[kept].min()
+        numbers = [scores.new_tensor(float(kept.numel())), valid.sum().to(scores)]
         if self.logged is None:
-            self.logged = [kept_count, count.to(scores), threshold, mean]
-        else:  # a model with several kinds of items: the losses add up, the threshold is that of the first kind
-            previous = self.logged
-            self.logged = [kept_count + previous[0], count.to(scores) + previous[1], previous[2], mean + previous[3]]
+            self.logged = [*numbers, scores[kept].min()]
+        else:  # several kinds of items: the threshold is that of the first kind
+            self.logged[:2] = [x + y for x, y in zip(self.logged, numbers, strict=False)]

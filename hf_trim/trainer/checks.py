@@ -5,25 +5,27 @@ What `TrimmingTrainer` refuses before training starts: settings with which the w
 be ranked. Each message says what to set instead.
 """
 
+from typing import Any
+
 from torch import nn
-from transformers import PreTrainedConfig, TrainingArguments
+from transformers import TrainingArguments
 
 from hf_trim.backward.compiled.backend import CUDA_GRAPHS, uses_cuda_graphs
 from hf_trim.trainer.arguments import TrimmingConfig
-from hf_trim.trainer.heads import PASS_A_LOSS
 
 
-def check_liger_kernel(args: TrainingArguments) -> None:
+def check_liger_kernel(args: TrainingArguments, trim: TrimmingConfig) -> None:
     """
     Refuse Liger's fused losses. They are put into the model when `Trainer` is made, so this comes before.
 
     Args:
         args ([`~transformers.TrainingArguments`]): The training arguments.
+        trim ([`~hf_trim.trainer.arguments.TrimmingConfig`]): What is trimmed, and how.
 
     Raises:
         `ValueError`: If the loss would be replaced by a fused one.
     """
-    if not args.use_liger_kernel:
+    if not (args.use_liger_kernel and trim.trims):
         return
     config = args.liger_kernel_config or {}
     if any(config.get(name, True) for name in ("fused_linear_cross_entropy", "cross_entropy")):
@@ -31,6 +33,33 @@ def check_liger_kernel(args: TrainingArguments) -> None:
             "use_liger_kernel=True replaces the loss by a fused one that has no losses per item to rank. Leave it "
             "out (trimming computes large language-model heads in chunks, too), or keep Liger's other kernels: "
             "liger_kernel_config={'fused_linear_cross_entropy': False, 'cross_entropy': False}."
+        )
+
+
+def check_settings(args: TrainingArguments, trim: TrimmingConfig, devices_per_sample: int, model: nn.Module) -> None:
+    """
+    Check the settings, and refuse what would trim wrongly. Nothing is refused where nothing is trimmed.
+
+    Args:
+        args ([`~transformers.TrainingArguments`]): The training arguments.
+        trim ([`~hf_trim.trainer.arguments.TrimmingConfig`]): What is trimmed, and how.
+        devices_per_sample (`int`): Number of devices over which a sample is split.
+        model (`torch.nn.Module`): The model.
+
+    Raises:
+        `ValueError`: If a field has a wrong value, or does not go with the others.
+    """
+    trim.check()
+    if not trim.trims:
+        return
+    check_parallelism(args, trim, devices_per_sample)
+    check_cuda_graphs(args, trim, model)
+    config: Any = getattr(model, "config", None)
+    is_regression = getattr(config, "problem_type", None) == "regression" or getattr(config, "num_labels", 2) == 1
+    if args.label_smoothing_factor and is_regression:
+        raise ValueError(
+            f"label_smoothing_factor={args.label_smoothing_factor} has no meaning for regression: set it to 0, or give "
+            "the model more than one label."
         )
 
 
@@ -81,30 +110,4 @@ def check_cuda_graphs(args: TrainingArguments, trim: TrimmingConfig, model: nn.M
         raise ValueError(
             f"trim_backward='sparse' cannot go with CUDA graphs: {CUDA_GRAPHS}. Compile in another mode, or set "
             "trim_backward='auto'."
-        )
-
-
-def check_head(args: TrainingArguments, trim: TrimmingConfig, unit: str, config: PreTrainedConfig) -> None:
-    """
-    Refuse settings that have no meaning for a model's head.
-
-    Args:
-        args ([`~transformers.TrainingArguments`]): The training arguments.
-        trim ([`~hf_trim.trainer.arguments.TrimmingConfig`]): What is trimmed, and how.
-        unit (`str`): What an item of the head's loss is: `"sample"` or `"token"`.
-        config ([`~transformers.PreTrainedConfig`]): The model's configuration.
-
-    Raises:
-        `ValueError`: If tokens are to be trimmed where losses are per sample, or regression labels to be smoothed.
-    """
-    if unit == "sample" and trim.trim_unit == "token":
-        raise ValueError(
-            "trim_unit='token' needs a loss per token, and this head has one per sample: use trim_unit='auto' "
-            f"or 'sample'. {PASS_A_LOSS}"
-        )
-    smoothing = args.label_smoothing_factor
-    if smoothing and (getattr(config, "problem_type", None) == "regression" or config.num_labels == 1):
-        raise ValueError(
-            f"label_smoothing_factor={smoothing} has no meaning for regression: set it to 0, or give the "
-            "model more than one label."
         )

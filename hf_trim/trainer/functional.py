@@ -149,7 +149,7 @@ def trimmed_linear_cross_entropy(
 
     Returns:
         `torch.Tensor`: The scalar loss in float32 at least; zero if there is no target. Its backward pass can be run
-            once.
+            more than once.
 
     Raises:
         `ValueError`: If an argument is out of its range, shapes do not match, or a loss is not finite.
@@ -168,4 +168,6 @@ def trimmed_linear_cross_entropy(
     if not (finite := losses.isfinite()).all():
         raise ValueError(f"{int((~finite).sum())} of {losses.numel()} losses are NaN or infinite: see trimmed_mean.")
     kept = select_items(losses, keep, valid=valid, select=select, generator=generator)
-    return logits.sum_of(kept) / kept.numel() if kept.numel() else hidden.sum() * 0
+    if not kept.numel():
+        return hidden.sum() * 0
+    return logits.attach(losses[kept].mean(), lambda grad: (kept, None, grad / kept.numel()))

@@ -2,25 +2,26 @@
 Steps 2 to 4 (per-item losses, keep decision, trimmed backward) for the head of a language model.
 
 The logits `[tokens, vocabulary]` are by far the largest tensor of a language model. Here they are computed in chunks,
-so that never all of them are in memory. First all tokens are scored without a graph. Then, in chunks again, the losses
-of the kept tokens are computed together with the gradients of the layer and of its input. For example, hidden states
+so that never all of them are in memory. First all tokens are scored without a graph. In the backward pass, in chunks
+again, the gradients of the layer and of its input are computed for the kept tokens. For example, hidden states
 `[8192, 768]` and a weight `[50257, 768]`: the logits `[8192, 50257]` would take 1.6 GB in float32; a chunk of 333
 tokens takes 67 MB.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import prod
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from hf_trim.backward._torch_internals import current_backward_pass, make_wrapper_subclass, tree_map_only
+from hf_trim.backward._torch_internals import make_wrapper_subclass, tree_map_only
 from hf_trim.backward.eager.rows import Rows
-from hf_trim.backward.eager.sparse import DENSE_ABOVE, prepare_graph
-from hf_trim.backward.eager.tensor import RowSparseTensor
+from hf_trim.backward.eager.sparse import row_gradient
 
 
 MIN_VOCABULARY = 4096  # with a smaller one, all logits at once cost little
@@ -96,7 +97,7 @@ class LazyLogits(Tensor):
     casting, scaling) are remembered. Any other operation computes the ordinary tensor first.
     """
 
-    __slots__ = ("hidden", "weight", "bias", "steps", "keep_all", "computed", "options", "gradients")
+    __slots__ = ("hidden", "weight", "bias", "steps", "keep_all", "autocast", "computed", "options", "gradients")
 
     @staticmethod
     def __new__(cls, hidden: Tensor, weight: Tensor, bias: Tensor | None = None, **kwargs):
@@ -106,6 +107,8 @@ class LazyLogits(Tensor):
 
     def __init__(self, hidden, weight, bias=None, *, keep_all, steps=(), dtype=None):
         self.hidden, self.weight, self.bias, self.steps, self.keep_all = hidden, weight, bias, steps, keep_all
+        # The backward pass computes logits again, and must do so as the forward pass did.
+        self.autocast = torch.get_autocast_dtype(hidden.device.type) if _autocast(hidden) else None
         self.computed = self.gradients = self.options = None
 
     def like(self, hidden: Tensor | None = None, step: tuple | None = None, dtype=None) -> LazyLogits:
@@ -176,45 +179,42 @@ class LazyLogits(Tensor):
         labelled = (target != ignore_index).nonzero().flatten()
         if self.keep_all and torch.is_grad_enabled():
             losses, *gradients = self._compute(labelled, True)
-            self.gradients = (labelled, losses.sum(), *gradients)
+            self.gradients = (labelled, *gradients)
         else:
             losses, *_ = self._compute(labelled, False)
         return losses.new_zeros(len(target)).index_copy(0, labelled, losses)
 
-    def sum_of(
-        self, kept: Tensor, samples: Tensor | None = None, batch_size: int = 1, dense_above: float = DENSE_ABOVE
-    ) -> Tensor:
+    def attach(self, value: Tensor, choose: Callable[[Tensor], tuple[Tensor, Rows | None, Tensor]]) -> Tensor:
         """
-        The sum of the losses of the kept tokens. Only their gradients are computed.
+        Give a graph to a value that was computed from the losses. Only the gradients of the kept tokens are computed,
+        in the backward pass.
 
         Args:
-            kept (`torch.Tensor`): `[k]` indices of tokens.
-            samples (`torch.Tensor`, *optional*): `[s]` indices of the samples that these tokens belong to. If given,
-                the gradient of the hidden states is row-sparse.
-            batch_size (`int`, *optional*, defaults to 1): Number B of samples.
-            dense_above (`float`, *optional*, defaults to 0.8): Share of samples above which it is dense all the same.
+            value (`torch.Tensor`): A scalar.
+            choose (`Callable`): Called in the backward pass with the gradient of the value. It returns `[k]` indices of
+                the kept tokens, the prepared rows of the samples that they belong to (or `None`), and the gradient of
+                each of their losses, a scalar.
 
         Returns:
-            `torch.Tensor`: A scalar.
+            `torch.Tensor`: The scalar, with the layer and its input as its graph.
         """
+        return _KeptLosses.apply(self.hidden, self.weight, self.bias, value, self, choose)
+
+    def kept_gradients(self, kept: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+        """The labelled ones of the kept tokens; the gradients of the sum of their losses for input, weight, bias."""
         kept = kept[self.options["target"][kept] != self.options["ignore_index"]]
-        if self.gradients is None or len(self.gradients[0]) != len(kept):
-            losses, *gradients = self._compute(kept, True)
-            self.gradients = (kept, losses.sum(), *gradients)
-        rows, hidden = None, self.hidden
-        if samples is not None and len(samples) <= dense_above * batch_size and hidden.grad_fn is not None:
-            rows = Rows(samples, batch_size)
-            prepare_graph([hidden.grad_fn], rows)
-        gradients, self.gradients = self.gradients, None
-        return _SumOfLosses.apply(hidden, self.weight, self.bias, gradients, rows)
+        ready, self.gradients = self.gradients, None  # they will be scaled in place
+        if ready is None or len(ready[0]) != len(kept):
+            _, *gradients = self._compute(kept, True)
+            return kept, gradients
+        return kept, list(ready[1:])
 
     @torch.no_grad()
     def _compute(self, tokens: Tensor, with_gradients: bool):
         """The losses of some tokens, and the gradients of their sum for the hidden states, the weight and the bias."""
         hidden, target = self.hidden.detach(), self.options["target"]
         weight, bias = self.weight.detach(), None if self.bias is None else self.bias.detach()
-        if _autocast(hidden):
-            dtype = torch.get_autocast_dtype(hidden.device.type)
+        if (dtype := self.autocast) is not None:
             hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
         losses = torch.zeros(len(tokens), device=hidden.device, dtype=torch.promote_types(hidden.dtype, torch.float32))
         d_hidden = d_weight = d_bias = None
@@ -262,40 +262,33 @@ class LazyLogits(Tensor):
             return losses.detach(), torch.autograd.grad(losses.sum(), logits)[0] if with_gradients else None
 
 
-class _SumOfLosses(torch.autograd.Function):
-    """Gives out a sum of losses whose gradients are known already; the backward pass only scales them."""
+class _KeptLosses(torch.autograd.Function):
+    """The graph of a value computed from the losses: its backward pass computes the gradients of the kept tokens."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, gradients, rows):
-        tokens, total, *ctx.gradients = gradients
-        ctx.tokens, ctx.rows, ctx.shape = tokens, rows, hidden.shape
-        return total.clone()
+    def forward(ctx, hidden, weight, bias, value, logits, choose):
+        ctx.logits, ctx.choose, ctx.shape = logits, choose, hidden.shape
+        return value.clone()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
-        if ctx.gradients is None:
-            raise RuntimeError(
-                "A second backward pass through the chunked head of a language model: its gradients are gone. Use "
-                "trim_backward='dense' for such losses."
-            )
-        d_hidden, d_weight, d_bias = ctx.gradients
-        ctx.gradients = None  # they are scaled in place
-        d_hidden, d_weight, d_bias = (None if x is None else x.mul_(grad) for x in (d_hidden, d_weight, d_bias))
-        if ctx.needs_input_grad[0]:
-            d_hidden = _scatter(d_hidden, ctx.tokens, ctx.rows, ctx.shape)
-        return d_hidden, d_weight, d_bias, None, None
+        tokens, rows, factor = ctx.choose(grad)
+        tokens, gradients = ctx.logits.kept_gradients(tokens)
+        d_hidden, d_weight, d_bias = (None if x is None else x.mul_(factor) for x in gradients)
+        d_hidden = _scatter(d_hidden, tokens, rows, ctx.shape) if ctx.needs_input_grad[0] else None
+        return d_hidden, d_weight, d_bias, None, None, None
 
 
 def _scatter(values: Tensor, tokens: Tensor, rows: Rows | None, shape: torch.Size) -> Tensor:
     """`[k, H]` gradients of some tokens → the gradient `[N, H]` of all tokens, row-sparse if `rows` are given."""
-    if rows is None or torch.is_anomaly_enabled():
+    if rows is None:
         return values.new_zeros(shape).index_copy(0, tokens, values)
     length = shape[0] // rows.batch
     # The index of a token among the tokens of the kept samples: with samples 0 and 2 of 3 tokens each, 7 becomes 4.
     index = torch.searchsorted(rows.index, tokens // length) * length + tokens % length
     payload = values.new_zeros(rows.count * length, shape[1]).index_copy(0, index, values)
-    rows.backward_pass = current_backward_pass()
-    return RowSparseTensor(payload, rows, 0, 1, length)
+    return row_gradient(payload, rows, length)
 
 
 def _autocast(tensor: Tensor) -> bool:

@@ -1,15 +1,19 @@
 """
 Step 2 (per-item losses) of: batch → per-item losses → keep decision → trimmed backward → logs.
 
-The loss functions of torch that a model calls in its forward pass are intercepted: the model gets the mean that it
-asked for, and the unreduced losses are recorded. For example, logits `[B·T, C]` and targets `[B·T]`, of which −100 are
-not labelled: the losses `[B·T]`, their counts `[B·T]` (1, or 0 without a label), and a scalar mean for the model.
+The loss functions of torch that are called while the loss of a batch is computed are intercepted, in the model's
+forward pass or after it. The caller gets the mean that it asked for, of the whole batch. It is a node of the graph: in
+the backward pass the weight that the mean has in the loss arrives there, and goes on to the kept items only.
+
+For example, logits `[B·T, C]` and targets `[B·T]`, of which −100 are not labelled: the losses `[B·T]`, their counts
+`[B·T]` (1, or 0 without a label), and the scalar mean. In the backward pass its gradient w arrives, and each of k kept
+losses gets w/k.
 """
 
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Collection, Iterable
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,71 +21,215 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from hf_trim.trainer.heads import PASS_A_LOSS
+from hf_trim.backward.eager.rows import Rows
+from hf_trim.backward.eager.sparse import row_gradient
 from hf_trim.trainer.lm_head import LazyLogits, LMHead
 
 
+if TYPE_CHECKING:
+    from hf_trim.trainer.batch import TrimmedBatch
+
 IGNORE_INDEX = -100
+MARK_LOSSES = (
+    "Take the mean with a loss function of torch (reduction='mean' or 'sum'); or, for a loss by hand, wrap the unreduced "
+    "losses, one per sample or per token, in hf_trim.mark_losses(losses) before their mean is taken; or pass "
+    "compute_loss_func=f, where f(outputs, labels, num_items_in_batch=None) returns them unreduced."
+)
 
 
-@dataclass
-class LossCall:
+class Kept(NamedTuple):
     """
-    One call of a loss function.
+    What is kept of a call's losses.
 
     Args:
-        losses (`torch.Tensor`): `[n]` unreduced losses in float32 at least; n is the batch size, or a multiple of it.
-        counts (`torch.Tensor`): `[n]`, what each loss counts for in the mean: 1, a class weight, or 0 without a label.
-        reduction (`str`): `"mean"` (the sum of the losses divided by the sum of the counts) or `"sum"`.
-        ignore_index (`int`, *optional*, defaults to -100): The label that means "no label".
-        logits ([`~hf_trim.trainer.lm_head.LazyLogits`], *optional*): If given, the losses have no graph. The kept ones
-            are computed again, with their gradients.
+        elements (`torch.Tensor`): `[k]` indices of the kept losses.
+        factor (`torch.Tensor`): The gradient of each of them for a weight of 1: 1/k where the call takes a mean.
+        rows ([`~hf_trim.backward.eager.rows.Rows`], *optional*): The kept samples, if the backward pass is row-sparse.
     """
 
-    losses: Tensor
-    counts: Tensor
-    reduction: str
-    ignore_index: int = IGNORE_INDEX
-    logits: LazyLogits | None = None
+    elements: Tensor
+    factor: Tensor
+    rows: Rows | None
 
-    def __post_init__(self):
+
+class LossCall:
+    """
+    One call of a loss function, or of [`mark_losses`].
+
+    Args:
+        losses (`torch.Tensor`): `[n]` losses, one for each item.
+        counts (`torch.Tensor`): `[n]`, what each loss counts for in the mean: 1, a class weight, or 0 without a label.
+        reduction (`str`): `"mean"` (the sum of the losses divided by the sum of the counts), `"sum"`, or `"none"`.
+        batch_size (`int`): Number B of samples.
+        scale (`float`, *optional*, defaults to 1.0): Factor of a sum, the size of an item where losses are means over
+            it.
+        kind (`tuple`, *optional*): The function and its number of classes: pieces of one loss have the same.
+        target (`torch.Tensor`, *optional*): The targets: losses over the same items have the same.
+        ignore_index (`int`, *optional*, defaults to -100): The label that means "no label".
+        logits ([`~hf_trim.trainer.lm_head.LazyLogits`], *optional*): If given, the losses have no graph. The gradients
+            of the kept ones are computed from the logits.
+        scores (`torch.Tensor`, *optional*): `[n]`, what items are ranked by, if not by their losses.
+        plain (`torch.Tensor`, *optional*): The function's own result, if everything is kept.
+    """
+
+    def __init__(
+        self,
+        losses: Tensor,
+        counts: Tensor,
+        reduction: str,
+        batch_size: int,
+        *,
+        scale: float = 1.0,
+        kind: tuple = (),
+        target: Tensor | None = None,
+        ignore_index: int | None = IGNORE_INDEX,
+        logits: LazyLogits | None = None,
+        scores: Tensor | None = None,
+        plain: Tensor | None = None,
+    ):
+        # One row for each sample, if there are as many losses for each: [B·T] tokens are [B, T].
+        rows = batch_size if losses.numel() % batch_size == 0 else losses.numel()
+        shape, dtype = (rows, losses.numel() // max(rows, 1)), losses.dtype
         # Half precision has too few steps to rank losses by, and to average them in.
-        self.losses = self.losses.flatten().to(torch.promote_types(self.losses.dtype, torch.float32))
-        self.counts = self.counts.flatten().to(self.losses)
+        self.losses = losses.reshape(shape).to(torch.promote_types(dtype, torch.float32))
+        self.counts = counts.detach().reshape(shape).to(self.losses)
+        self.scores = self.losses.detach() if scores is None else scores.detach().reshape(shape).to(self.losses)
+        self.reduction, self.scale, self.kind, self.target = reduction, scale, kind, target
+        self.ignore_index, self.logits, self.plain = ignore_index, logits, plain
+        self.labelled = self.counts != 0
         self.finite = self.losses.detach().isfinite()
-        # The mean that the model gets. It is a leaf, so that its gradient tells its weight in the model's loss.
-        with torch.no_grad():
-            total = self.losses.where(self.finite, 0).sum()
-            count = self.counts.where(self.finite, 0).sum()
-            self.value = total if self.reduction == "sum" else torch.where(count > 0, total / count, 0)
-        self.value.requires_grad_(torch.is_grad_enabled())
+        self.kept: Kept | None = None  # once the items to keep are chosen
+        self.used = False  # whether the backward pass has come here
+        self.difference: Tensor | float = (
+            0.0  # of the trimmed loss and the whole one, as the backward pass weighs them
+        )
+        detached, counted = self.losses.detach().where(self.finite, 0), self.counts.where(self.finite, 0)
+        count = counted.sum()
+        mean = torch.where(count != 0, detached.sum() / count, 0)
+        self.full: Tensor = {"mean": mean, "sum": mean * self.counts.sum() * scale, "none": detached}[reduction]
+        self._dtype = dtype
+
+    def value(self, batch: "TrimmedBatch") -> Tensor:
+        """
+        What the caller gets: the value of the whole batch, as a node of the graph.
+
+        Args:
+            batch ([`~hf_trim.trainer.batch.TrimmedBatch`]): Chooses the items, at the latest when the backward pass
+                comes here.
+
+        Returns:
+            `torch.Tensor`: A scalar; `[B, T]` losses if there is no reduction.
+        """
+        self._batch = batch
+        full = (self.losses.detach() if self.reduction == "none" else self.full).to(self._dtype)
+        if self.logits is not None:
+            return self.logits.attach(full, self._choose)
+        return _Node.apply(self.losses if self.plain is None else self.plain, full, self)
+
+    def _choose(self, grad: Tensor) -> tuple[Tensor, Rows | None, Tensor]:
+        """The kept losses, their samples, and the gradient of each, from the weight of the mean."""
+        if self.kept is None:  # a backward pass before the loss is complete
+            self._batch.select()
+        self.used = True
+        elements, factor, rows = self.kept or Kept(grad.new_zeros(0, dtype=torch.long), grad.new_zeros(()), None)
+        weights = grad.detach().to(self.losses) * factor
+        losses = self.losses.detach().flatten()[elements]
+        if self.reduction == "none":
+            weights, whole = weights.flatten()[elements], (grad.detach() * self.full).sum()
+        else:
+            whole = grad.detach() * self.full
+        self.difference = self.difference + ((weights * losses).sum() - whole)
+        return elements, rows, grad.to(self.losses) * factor
+
+    def gradient(self, grad: Tensor) -> Tensor:
+        """
+        Args:
+            grad (`torch.Tensor`): The gradient of [`value`]: the weight of the mean in the loss.
+
+        Returns:
+            `torch.Tensor`: The gradient of the losses, zero for all but the kept ones.
+        """
+        if self.plain is not None:
+            self.used = True
+            return grad
+        elements, rows, weights = self._choose(grad)
+        weights = weights.flatten()[elements] if self.reduction == "none" else weights.expand(len(elements))
+        dense = torch.zeros_like(self.losses).flatten().index_copy(0, elements, weights).view(self.losses.shape)
+        return dense if rows is None else row_gradient(dense.index_select(0, rows.index), rows)
 
 
-def _class_losses(func: Callable, arguments: dict[str, Any], batch_size: int, reduction: str) -> dict[str, Any]:
+class PlainCall:
+    """
+    A call of which everything is kept: the function's own result, and its own gradient.
+
+    Args:
+        plain (`torch.Tensor`): The result.
+    """
+
+    kept, difference = (), 0.0
+
+    def __init__(self, plain: Tensor):
+        self.plain, self.used = plain, False
+
+    def value(self) -> Tensor:
+        """The result, which notes whether the backward pass comes there."""
+        return _Node.apply(self.plain, self.plain, self)
+
+    def gradient(self, grad: Tensor) -> Tensor:
+        """The gradient as it comes."""
+        self.used = True
+        return grad
+
+
+class _Node(torch.autograd.Function):
+    """The place of a call's value in the graph."""
+
+    @staticmethod
+    def forward(ctx, source, value, call):
+        ctx.call = call
+        return (source if call.plain is not None else value).clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ctx.call.gradient(grad), None, None
+
+
+# ---- the losses of torch's functions ------------------------------------------------------------------------------
+
+
+def _class_losses(func: Callable, arguments: dict[str, Any], reduction: str) -> dict[str, Any]:
     """From `[N, C, ...]` logits or log-probabilities: one loss for each target `[N, ...]`."""
     logits, target, weight = arguments["input"], arguments["target"], arguments["weight"]
-    if isinstance(logits, LazyLogits) and logits.can_score(target):
-        losses = logits.score(**arguments)
-    else:
-        losses, logits = func(**arguments), None
-    if target.is_floating_point():
+    ignore_index = arguments["ignore_index"]
+    is_lazy = isinstance(logits, LazyLogits) and logits.can_score(target)
+    losses = logits.score(**arguments) if is_lazy else func(**arguments)
+    if target.is_floating_point():  # probabilities of the classes
         counts = torch.ones_like(losses, requires_grad=False)
     else:
-        valid = target != arguments["ignore_index"]
+        valid = torch.ones_like(target, dtype=torch.bool) if ignore_index is None else target != ignore_index
         counts = valid if weight is None else weight[target.where(valid, 0)] * valid
-    return {"losses": losses, "counts": counts, "ignore_index": arguments["ignore_index"], "logits": logits}
+    classes = arguments.get("linear_weight", logits).shape[-1 if logits.dim() == 1 else 1]
+    return {
+        "losses": losses, "counts": counts, "reduction": reduction, "ignore_index": ignore_index, "target": target,
+        "kind": (func, classes), "logits": logits if is_lazy else None,
+    }  # fmt: skip
 
 
-def _sample_losses(func: Callable, arguments: dict[str, Any], batch_size: int, reduction: str) -> dict[str, Any]:
-    """From `[B, ...]` predictions, each with a target: one loss for each sample, the mean (or sum) over it."""
-    losses = func(**arguments).reshape(batch_size, -1)
-    counts = losses.new_ones(batch_size, requires_grad=False)
-    if reduction == "sum":
-        return {"losses": losses.sum(1), "counts": counts * losses.shape[1]}
-    return {"losses": losses.mean(1), "counts": counts}
+def _row_losses(func: Callable, arguments: dict[str, Any], reduction: str) -> dict[str, Any]:
+    """From `[n, ...]` predictions, each with a target: one loss for each row, the mean over it."""
+    losses = torch.atleast_1d(func(**arguments))
+    losses = losses.flatten(1) if losses.dim() > 1 else losses[:, None]
+    fields: dict[str, Any] = {"target": arguments.get("target"), "kind": (func, losses.shape[1])}
+    if func in (F.mse_loss, F.l1_loss) and arguments["weight"] is not None:  # their mean is divided by the weights
+        counts = arguments["weight"].reshape(losses.shape).sum(1)
+        return {**fields, "losses": losses.sum(1), "counts": counts, "reduction": reduction}
+    fields["counts"] = losses.new_ones(losses.shape[0], requires_grad=False)
+    if reduction == "batchmean":  # a sum, divided by the number of rows
+        return {**fields, "losses": losses.sum(1), "reduction": "mean"}
+    return {**fields, "losses": losses.mean(1), "scale": losses.shape[1], "reduction": reduction}
 
 
-def _ctc_losses(func: Callable, arguments: dict[str, Any], batch_size: int, reduction: str) -> dict[str, Any]:
+def _ctc_losses(func: Callable, arguments: dict[str, Any], reduction: str) -> dict[str, Any]:
     """
     From `[T, B, C]` log-probabilities: one loss for each sequence. In a mean, torch divides it by the length of its
     target first.
@@ -89,153 +237,159 @@ def _ctc_losses(func: Callable, arguments: dict[str, Any], batch_size: int, redu
     losses = func(**arguments)
     if reduction == "mean":
         losses = losses / torch.as_tensor(arguments["target_lengths"], device=losses.device).clamp(min=1)
-    return {"losses": losses, "counts": torch.ones_like(losses, requires_grad=False)}
+    return {"losses": losses, "counts": torch.ones_like(losses, requires_grad=False), "reduction": reduction}
 
 
 # Loss function → a function that computes its unreduced losses, from its arguments with reduction="none".
 UNREDUCED: dict[Callable, Callable] = {
     F.cross_entropy: _class_losses,
     F.nll_loss: _class_losses,
-    F.binary_cross_entropy: _sample_losses,
-    F.binary_cross_entropy_with_logits: _sample_losses,
-    F.mse_loss: _sample_losses,
-    F.l1_loss: _sample_losses,
-    F.smooth_l1_loss: _sample_losses,
-    F.huber_loss: _sample_losses,
     F.ctc_loss: _ctc_losses,
-}
+    **dict.fromkeys(
+        (
+            F.binary_cross_entropy, F.binary_cross_entropy_with_logits, F.mse_loss, F.l1_loss, F.smooth_l1_loss,
+            F.huber_loss, F.kl_div, F.gaussian_nll_loss, F.poisson_nll_loss, F.soft_margin_loss, F.multi_margin_loss,
+            F.multilabel_margin_loss, F.multilabel_soft_margin_loss, F.hinge_embedding_loss, F.cosine_embedding_loss,
+            F.margin_ranking_loss, F.triplet_margin_loss, F.triplet_margin_with_distance_loss,
+        ),
+        _row_losses,
+    ),
+}  # fmt: skip
+if hasattr(F, "linear_cross_entropy"):  # new in torch 2.13
+    UNREDUCED[F.linear_cross_entropy] = _class_losses
 _SIGNATURES = {func: inspect.signature(func) for func in UNREDUCED}
+_ACTIVE: ContextVar["LossCalls | None"] = ContextVar("_ACTIVE", default=None)
 
 
 class LossCalls(TorchFunctionMode):
     """
-    In this context, torch's loss functions return a leaf tensor with their ordinary value, and what they averaged (or
-    summed) is recorded in `calls`.
+    In this context, calls of torch's loss functions become [`LossCall`]s of a mini-batch.
 
     Args:
-        batch_size (`int`): Number B of samples.
+        batch ([`~hf_trim.trainer.batch.TrimmedBatch`]): The mini-batch.
         head ([`~hf_trim.trainer.lm_head.LMHead`], *optional*): The layer whose logits are computed in chunks.
-        base_model (`torch.nn.Module`, *optional*): The model without its head.
-        skip_base_model (`bool`, *optional*, defaults to `False`): Whether to let the base model's functions alone,
-            because it is known to call no loss function. To look at each function takes some microseconds.
+        parts (`Iterable[torch.nn.Module]`, *optional*): The parts of the model.
+        quiet (`Collection[torch.nn.Module]`, *optional*): Those that are known to call no loss function. Their
+            functions are let alone, since to look at each takes some microseconds.
     """
 
     def __init__(
         self,
-        batch_size: int,
+        batch: "TrimmedBatch",
         head: LMHead | None = None,
-        base_model: nn.Module | None = None,
-        skip_base_model: bool = False,
+        parts: Iterable[nn.Module] = (),
+        quiet: Collection[nn.Module] = (),
     ):
         super().__init__()
-        self.batch_size = batch_size
-        self.head = head
-        self.calls: list[LossCall] = []
-        self.called_in_base_model = False
-        self._base_model, self._skip_base_model = base_model, skip_base_model
-        self._in_base_model = False
+        self.batch, self.head, self.quiet = batch, head, quiet
+        self.entered: set[nn.Module] = set()  # the parts that were run
+        self.loud: set[nn.Module] = set()  # those that called a function of interest
+        self._parts = parts
+        self._inside: list[nn.Module] = []
         self._hooks: list[RemovableHandle] = []
 
     def __enter__(self):
-        if self._base_model is not None:
-            self._hooks = [
-                self._base_model.register_forward_pre_hook(lambda *_: self._enter_base_model()),
-                self._base_model.register_forward_hook(lambda *_: self._leave_base_model(), always_call=True),
-            ]
+        for part in self._parts:
+            self._hooks.append(part.register_forward_pre_hook(self._enter_part))
+            self._hooks.append(part.register_forward_hook(self._leave_part, always_call=True))
+        self._token = _ACTIVE.set(self)
         return super().__enter__()
 
     def __exit__(self, *error):
         for hook in self._hooks:
             hook.remove()
+        _ACTIVE.reset(self._token)
         return super().__exit__(*error)
 
-    def _enter_base_model(self) -> None:
-        self._in_base_model = True
-        if self._skip_base_model:
-            super().__exit__(None, None, None)
+    def pause(self) -> None:
+        """Let all functions alone until [`resume`]."""
+        super().__exit__(None, None, None)
 
-    def _leave_base_model(self) -> None:
-        self._in_base_model = False
-        if self._skip_base_model:
-            super().__enter__()
+    def resume(self) -> None:
+        """Go on to intercept."""
+        super().__enter__()
+
+    def _enter_part(self, part: nn.Module, *_: Any) -> None:
+        self._inside.append(part)
+        self.entered.add(part)
+        if part in self.quiet and not any(outer in self.quiet for outer in self._inside[:-1]):
+            self.pause()
+
+    def _leave_part(self, *_: Any) -> None:
+        if not self._inside:  # it was called before the context began
+            return
+        part = self._inside.pop()
+        if part in self.quiet and not any(outer in self.quiet for outer in self._inside):
+            self.resume()
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func in UNREDUCED:
+        if func in UNREDUCED and (torch.is_grad_enabled() or self.batch.is_scoring):
             bound = _SIGNATURES[func].bind(*args, **kwargs)
             bound.apply_defaults()
-            if bound.arguments["reduction"] in ("mean", "sum"):
-                return self._record(func, bound.arguments)
+            arguments = bound.arguments
+            is_legacy = arguments.get("size_average") is not None or arguments.get("reduce") is not None
+            if arguments["reduction"] in ("mean", "sum", "batchmean") and not is_legacy:
+                return self._record(func, arguments)
         elif func is F.linear and self.head is not None and self.head.computes(*args, **kwargs):
+            self.loud.update(self._inside)
             return LazyLogits(*args, **kwargs, keep_all=self.head.keep_all)
         return func(*args, **kwargs)
 
     def _record(self, func: Callable, arguments: dict[str, Any]) -> Tensor:
-        reduction = arguments["reduction"]
-        self.called_in_base_model |= self._in_base_model
-        fields = UNREDUCED[func](func, {**arguments, "reduction": "none"}, self.batch_size, reduction)
-        self.calls.append(LossCall(reduction=reduction, **fields))
-        return self.calls[-1].value
+        self.loud.update(self._inside)
+        batch, reduction = self.batch, arguments["reduction"]
+        unreduced, plain = {**arguments, "reduction": "none"}, None
+        if batch.keeps_all and not isinstance(arguments.get("input"), LazyLogits):
+            plain = func(**arguments)
+            if not plain.isfinite():  # no label at all, or a NaN, on which the settings have a say
+                plain = None
+            elif not batch.inspects:
+                return batch.add_plain(plain)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and plain is None):
+            fields = UNREDUCED[func](func, unreduced, reduction)
+        return batch.add(LossCall(**fields, batch_size=batch.batch_size, plain=plain))
 
 
-def labelled_losses(losses: Any, labels: Tensor) -> LossCall:
+def mark_losses(losses: Tensor, counts: Tensor | None = None, *, scores: Tensor | None = None) -> Tensor:
     """
-    The unreduced losses that a user's loss function returned.
+    Marks unreduced losses whose mean is taken by hand, so that the mean is over the kept ones. To be called in a
+    model's forward pass, or in the `compute_loss` of a trainer:
+
+    ```python
+    losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    focal = mark_losses((1 - torch.exp(-losses)) ** 2 * losses)
+    loss = focal.mean()
+    ```
+
+    While [`TrimmingTrainer`] trains, only the kept losses get a gradient, multiplied by `counts.sum()` and divided by
+    the sum of the kept counts. A mean over all becomes a mean over the kept by that, and a sum one that is scaled up to
+    all. Everywhere else the function does nothing. It must be called outside of what is compiled.
 
     Args:
-        losses (`torch.Tensor`): Losses `[B]`, or in the shape of the labels.
-        labels (`torch.Tensor`): The labels; the first dimension is the batch.
+        losses (`torch.Tensor`): Losses of any shape, e.g. `[B]`, `[B, T]`, or `[B·T]`.
+        counts (`torch.Tensor`, *optional*): In the shape of the losses, what each counts for in the mean: the weight
+            of its sample if the mean is divided by the sum of the weights, and 0 if it is no item (no label). The
+            default is 1 for each.
+        scores (`torch.Tensor`, *optional*): In the shape of the losses, what items are ranked by, if not by the losses.
 
     Returns:
-        [`LossCall`]: The losses; those without a label (integer −100) count for nothing.
+        `torch.Tensor`: The same losses.
 
     Raises:
-        `ValueError`: If the losses have another shape.
+        `ValueError`: If the shapes differ.
     """
-    shape = list(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
-    if not isinstance(losses, Tensor) or losses.shape not in (labels.shape, labels.shape[:1]):
-        raise ValueError(
-            f"The loss function returned {shape}, where TrimmingTrainer needs one loss per sample "
-            f"{list(labels.shape[:1])} or per label {list(labels.shape)}. {PASS_A_LOSS}"
-        )
-    return LossCall(losses, valid_items(labels, losses.shape).to(losses.device), "mean")
-
-
-def valid_items(labels: Tensor, shape: torch.Size) -> Tensor:
-    """
-    Which items of a batch have a label.
-
-    Args:
-        labels (`torch.Tensor`): Labels of any shape whose first dimension is the batch.
-        shape (`torch.Size`): Shape of the losses: that of the labels, or `[B]`.
-
-    Returns:
-        `torch.Tensor`: Boolean mask of that shape, false for integer labels of −100. A sample with several labels is
-        valid if one of them is.
-    """
-    if labels.is_floating_point():
-        return torch.ones(shape, dtype=torch.bool, device=labels.device)
-    valid = labels != IGNORE_INDEX
-    return valid if valid.shape == shape else valid.reshape(shape[0], -1).any(dim=1)
-
-
-def smoothed_losses(outputs: Any, labels: Tensor, epsilon: float, shift_labels: bool) -> LossCall:
-    """
-    The unreduced losses of transformers' label smoothing.
-
-    Args:
-        outputs (`ModelOutput`, `dict` or `tuple`): The model's outputs, with logits `[B, ..., C]`.
-        labels (`torch.Tensor`): `[B, ...]` class indices; −100 means "no label".
-        epsilon (`float`): Label smoothing factor.
-        shift_labels (`bool`): Whether position t predicts label t + 1.
-
-    Returns:
-        [`LossCall`]: The losses.
-    """
-    logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
-    if shift_labels:
-        logits, labels = logits[..., :-1, :], labels[..., 1:]
-    losses = F.cross_entropy(
-        logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="none", label_smoothing=epsilon
+    for name, value in (("counts", counts), ("scores", scores)):
+        if value is not None and value.shape != losses.shape:
+            raise ValueError(
+                f"{name} must have the shape {list(losses.shape)} of the losses, and has {list(value.shape)}."
+            )
+    active = _ACTIVE.get()
+    if active is None or torch.compiler.is_compiling():
+        return losses
+    if not (losses.requires_grad or active.batch.is_scoring):
+        return losses
+    active.loud.update(active._inside)
+    return active.batch.mark(
+        losses, torch.ones_like(losses, requires_grad=False) if counts is None else counts, scores
     )
-    return LossCall(losses, labels.flatten() != IGNORE_INDEX, "mean")

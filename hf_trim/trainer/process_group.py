@@ -21,10 +21,14 @@ class ProcessGroup:
     Args:
         gather (`Callable`): Collective operation, `[m]` of each process → `[processes, m]` on all of them.
         rank (`int`): Index of this process.
+        size (`int`): Number of processes.
+        device (`torch.device`): Where the losses of this process are.
     """
 
     gather: Callable[[Tensor], Tensor]
     rank: int
+    size: int
+    device: torch.device
 
     def sum(self, values: list[Tensor]) -> list[Tensor]:
         """
@@ -54,15 +58,13 @@ class ProcessGroup:
         padded = self.gather(torch.nn.functional.pad(scores, (0, max(sizes) - len(scores))))
         return torch.cat([x[:size] for x, size in zip(padded, sizes, strict=True)]), sum(sizes[: self.rank])
 
-    def join_without_items(self, num_calls: int, like: Tensor) -> None:
+    def join_without_items(self, num_calls: int) -> None:
         """
-        Take part in a selection without any item, because other processes have one mini-batch more. Without this the
+        Take part in a choice without any item, because other processes have one mini-batch more. Without this the
         collectives of those processes would wait for ever. The calls are those of `TrimmedBatch`, in the same order.
 
         Args:
-            num_calls (`int`): Number of calls of loss functions over the same items.
-            like (`torch.Tensor`): A tensor with the data type and device of the losses.
+            num_calls (`int`): Number of calls of loss functions.
         """
-        self.sum([like.new_zeros(())] * num_calls)
-        self.union(like.new_zeros(0))
-        self.sum([like.new_zeros(())] * (num_calls + 2))
+        self.union(torch.zeros(0, device=self.device))
+        self.sum([torch.zeros((), device=self.device)] * (2 * num_calls))

@@ -3,43 +3,44 @@ The whole way: batch → per-item losses → keep decision → trimmed backward 
 
 Where to find each step, e.g. of B = 8 samples of which p = 0.25 are kept:
 
-1. batch: `Trainer` gives it to [`TrimmingMixin.compute_loss`]; what cannot be trimmed was refused before
-   (`checks.py`).
-2. per-item losses `[8]`: caught where the model calls torch's loss functions (`losses.py`).
-3. keep decision `[2]`: p comes from [`TrimmingMixin.keep_fraction`] (`schedule.py`), the indices of the kept items
-   from [`~hf_trim.trainer.selection.select_items`]; `batch.py` makes of them the scalar loss of the kept items.
+1. batch: `Trainer` gives it to `compute_loss`, its own or that of a subclass, around which stands
+   [`TrimmingMixin._compute_trimmed_loss`].
+2. per-item losses `[8]`: caught where torch's loss functions are called (`losses.py`).
+3. keep decision `[2]`: p comes from [`TrimmingMixin.keep_fraction`] (`schedule.py`); what is kept of each loss is
+   decided at the end of `compute_loss` (`batch.py`, `selection.py`).
 4. trimmed backward: the way is chosen in [`TrimmingMixin._choose_backward`] (`hf_trim/backward`).
 5. logs: [`TrimmingMixin.log`] (`logs.py`).
 """
 
+import copy
 import logging
 import random
-from collections.abc import Iterator
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
-from hf_trim._compat import unwrap_peft_model
-from hf_trim.backward.choice import choose_backward, is_compiled
+from hf_trim._compat import find_batch_size, unwrap_peft_model
+from hf_trim.backward._torch_internals import around_call, compiled_modules, without_compilation
+from hf_trim.backward.choice import choose_backward
 from hf_trim.backward.compiled.backend import CUDA_GRAPHS, keep_backward_graphs, mark_batch_dynamic, uses_cuda_graphs
-from hf_trim.backward.replay import rows_of, scoring
+from hf_trim.backward.replay import scoring
 from hf_trim.backward.settings import REFUSED_GRAPHS, checked, fallback_report, reset_fallbacks, strict
 from hf_trim.hub.push import PushMixin
 from hf_trim.trainer.arguments import TrimmingConfig
 from hf_trim.trainer.batch import TrimmedBatch
 from hf_trim.trainer.checkpoints import load_converted_weights
-from hf_trim.trainer.checks import check_cuda_graphs, check_head, check_liger_kernel, check_parallelism
-from hf_trim.trainer.compiled_loss import recompute_loss
-from hf_trim.trainer.heads import PASS_A_LOSS, item_unit
+from hf_trim.trainer.checks import check_liger_kernel, check_settings
 from hf_trim.trainer.lm_head import LMHead, find_lm_head
 from hf_trim.trainer.logs import TrimmingLogs
-from hf_trim.trainer.losses import LossCall, LossCalls, labelled_losses, smoothed_losses
+from hf_trim.trainer.loss_functions import mean_of_user_losses, smoothed_loss
+from hf_trim.trainer.losses import IGNORE_INDEX, MARK_LOSSES, LossCalls
+from hf_trim.trainer.model_call import ModelCall
 from hf_trim.trainer.process_group import ProcessGroup
 from hf_trim.trainer.schedule import keep_fraction, schedule_unit
-from hf_trim.trainer.step_share import BatchLabels, OptimizerStep, StepShare
 
 
 logger = logging.getLogger(__name__)
@@ -56,91 +57,110 @@ class TrimmingMixin(PushMixin):
 
     It takes the trainer's arguments. To set the `trim_*` fields, let the training arguments inherit from
     [`~hf_trim.trainer.arguments.TrimmingConfig`] as well: `@dataclass class Args(TrimmingConfig,
-    Seq2SeqTrainingArguments)`. What is trimmed are the means that torch's loss functions take in the model's forward
-    pass ([`TrimmingTrainer`]).
+    Seq2SeqTrainingArguments)`. What is trimmed are the means that torch's loss functions take while the trainer's
+    `compute_loss` runs ([`TrimmingTrainer`]).
 
     Raises:
-        `ValueError`: If the model's head, or the way of training, is not supported.
+        `ValueError`: If the way of training is not supported.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         for value in (*args, *kwargs.values()):
             if isinstance(value, TrainingArguments):
-                check_liger_kernel(value)
-        self._unwrapped_cache: tuple[nn.Module, nn.Module] | None = None  # the model, with and without wrappers
+                check_liger_kernel(value, TrimmingConfig.of(value))
+        self._inner_cache: tuple[nn.Module | None, nn.Module | None] = (
+            None,
+            None,
+        )  # the model, with and without wrappers
         super().__init__(*args, **kwargs)
-        self.trim: TrimmingConfig = self.args if isinstance(self.args, TrimmingConfig) else TrimmingConfig()
-        self._user_loss = self.compute_loss_func
-        check_parallelism(self.args, self.trim, max(self.get_cp_size(), self.get_sp_size()))
-        check_cuda_graphs(self.args, self.trim, cast(nn.Module, self.model))
-        # What an item of the model's loss is; for a loss function of the user's, the labels of a batch tell it.
-        self._item_unit = None if self._user_loss is not None else item_unit(self._inner_model())
-        if self._item_unit is not None:
-            config = cast(PreTrainedConfig, self._inner_model().config)
-            check_head(self.args, self.trim, self._item_unit, config)
-        # Whether we compute the loss. It then is this mini-batch's part of the mean over all kept items of the step,
-        # and `Trainer` must not divide it by the number of mini-batches.
-        self._computes_step_mean = self.trim.trims or self._user_loss is not None
-        if self._computes_step_mean:
-            self.loss_is_scaled_for_ga = True
-        if self._user_loss is not None:
+        self._checked_settings: tuple = ()
+        self._current_settings()
+        if self.compute_loss_func is not None:
+            self._user_loss = self.compute_loss_func
             self.compute_loss_func = self._reduced_user_loss
         if self.label_smoother is not None:
             self._label_smoother: Any = self.label_smoother
-            self.label_smoother = cast(Any, self._reduced_smoothed_loss)  # it is called in the same way
+            self.label_smoother = cast(Any, self._smoothed_loss)  # it is called in the same way
+        # A subclass may have a `compute_loss` that does not call `super()`, so ours stands around it, whatever it is.
+        self._own_compute_loss = self.compute_loss
+        self.compute_loss = self._compute_trimmed_loss  # type: ignore[method-assign]
         self._batch: TrimmedBatch | None = None  # the mini-batch whose loss is being computed
-        self._step = OptimizerStep()
-        self._skip_base_model = False  # until a forward pass has shown that the base model calls no loss function
+        self._batches: list[TrimmedBatch] | None = None  # those of the training step under way
+        self._place = (-1, 0)  # its optimizer step, and which of its mini-batches it is
+        self._num_batches = 1  # of the optimizer step, at most, over the processes that choose together
+        self._parts: list[nn.Module] = []  # the parts of the model; of those that call loss functions, their parts
+        self._quiet: set[nn.Module] = set()  # those that are known to call none
+        self._per_sample: bool | None = None  # whether items are samples, as the last mini-batch showed
         self._warned: set[str | tuple[str, str]] = set()  # what need not be logged again
         self._trimming_logs = TrimmingLogs()
         reset_fallbacks()
 
-    def _unwrapped(self) -> nn.Module:
-        """The model without accelerate's wrappers. To find it takes a millisecond, so it is remembered."""
-        assert self.model is not None
-        if self._unwrapped_cache is None or self._unwrapped_cache[0] is not self.model:
-            self._unwrapped_cache = (self.model, self.accelerator.unwrap_model(self.model))
-        return self._unwrapped_cache[1]
+    @property
+    def trim(self) -> TrimmingConfig:
+        """What is trimmed, and how: the `trim_*` fields of `args` as they are now."""
+        return TrimmingConfig.of(self.args)
+
+    def _current_settings(self) -> TrimmingConfig:
+        """The same, checked if they have changed."""
+        trim = self.trim
+        settings = trim.values()
+        if settings != self._checked_settings:
+            check_settings(self.args, trim, max(self.get_cp_size(), self.get_sp_size()), cast(nn.Module, self.model))
+            self._checked_settings = settings
+        return trim
 
     def _inner_model(self) -> nn.Module:
-        """The model without accelerate's and PEFT's wrappers."""
-        return unwrap_peft_model(self._unwrapped())
+        """The model without accelerate's, the compiler's and PEFT's wrappers. To find it takes a millisecond."""
+        assert self.model is not None
+        if self._inner_cache[0] is not self.model:
+            inner = unwrap_peft_model(without_compilation(self.accelerator.unwrap_model(self.model)))
+            self._inner_cache = (self.model, inner)
+            self._parts, self._quiet = list(inner.children()), set()
+        return cast(nn.Module, self._inner_cache[1])
 
     # ---- the trainer's state --------------------------------------------------------------------------------------
 
     @property
     def keep_fraction(self) -> float:
         """The fraction p of the next mini-batch that shall be kept; how p falls is in `schedule.py`."""
-        if not self.trim.trims:
+        args, state, trim = self.args, self.state, self.trim
+        if not trim.trims:
             return 1.0
-        args, state = self.args, self.state
         return keep_fraction(
-            self.trim.trim_keep_start,
-            self.trim.trim_keep_end,
-            schedule_unit(self.trim.trim_schedule, args.num_train_epochs, args.max_steps),
+            trim.trim_keep_start,
+            trim.trim_keep_end,
+            schedule_unit(trim.trim_schedule, args.num_train_epochs, args.max_steps),
             epoch=state.epoch or 0.0,
             num_epochs=args.num_train_epochs,
             step=state.global_step,
             num_steps=state.max_steps,
         )
 
-    def _generator(self) -> torch.Generator | None:
+    def _generator(self, trim: TrimmingConfig) -> torch.Generator | None:
         """For a random choice: seeded by the trainer's state alone, so that a resumed training repeats the choice."""
-        if self.trim.trim_select != "random":
+        if trim.trim_select != "random":
             return None
-        state = (self.args.seed, self.state.global_step)
-        seed: tuple[int, ...]
-        if self.trim.trim_scope == "global":
+        seed: tuple[int, ...] = (self.args.seed, self.state.global_step)
+        if trim.trim_scope == "global":
             # All processes must make the same choice, however many mini-batches each of them has.
-            seed = (*state, self._step.position)
+            seed = (*seed, self._place[1])
         else:
-            seed = (*state, self._step.remaining, self.args.process_index)
+            seed = (*seed, self._own_num_batches - self._place[1], self.args.process_index)
         return torch.Generator().manual_seed(random.Random(str(seed)).getrandbits(63))
 
-    def _process_group(self, keep: float) -> ProcessGroup | None:
-        if self.trim.trim_scope == "local" or keep == 1 or self.accelerator.num_processes == 1:
+    def _process_group(self, trim: TrimmingConfig, keep: float) -> ProcessGroup | None:
+        processes = self.accelerator.num_processes
+        if trim.trim_scope == "local" or keep == 1 or processes == 1:
             return None
-        return ProcessGroup(lambda values: self.accelerator.gather(values[None]), self.args.process_index)
+        gather = self.accelerator.gather
+        return ProcessGroup(
+            lambda values: gather(values[None]), self.args.process_index, processes, self.accelerator.device
+        )
+
+    @property
+    def _own_num_batches(self) -> int:
+        """Number of mini-batches of the optimizer step; a `training_step` outside of `train()` has one."""
+        return getattr(self, "current_gradient_accumulation_steps", 1)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -155,222 +175,198 @@ class TrimmingMixin(PushMixin):
 
     # ---- a training step ------------------------------------------------------------------------------------------
 
-    def get_batch_samples(
-        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
-    ) -> tuple[list, Tensor | int | None]:
-        batch_samples, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._step.begin(batch_samples)
-        return batch_samples, num_items_in_batch
-
-    def training_step(self, *args, **kwargs) -> Tensor:
-        with strict(self.trim.trim_strict), checked(self.trim.trim_check):
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        trim = self._current_settings()
+        if not trim.trims:
             return super().training_step(*args, **kwargs)
+        step, number = self.state.global_step, self._place[1] + 1
+        self._place = (step, number if self._place[0] == step and number < self._own_num_batches else 0)
+        if self._place[1] == 0 and self._process_group(trim, self.keep_fraction) is not None:
+            own = torch.tensor([self._own_num_batches], device=self.accelerator.device)
+            self._num_batches = int(self.accelerator.gather(own).max())
+        self._batches = []
+        try:
+            with strict(trim.trim_strict), checked(trim.trim_check):
+                loss = super().training_step(*args, **kwargs)
+            self._trimming_logs.add_loss(loss, step)
+            return self._batches[0].trimmed_loss(loss) if self._batches else loss
+        finally:
+            self._batches = None
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Tensor | tuple[Tensor, Any]:
+    def _compute_trimmed_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """
-        The trimmed loss while training, the loss of the whole batch otherwise.
-
-        Args:
-            model (`torch.nn.Module`): The model, possibly wrapped.
-            inputs (`dict[str, torch.Tensor]`): The batch, with `labels`.
-            return_outputs (`bool`, *optional*, defaults to `False`): Whether to return the outputs as well.
-            num_items_in_batch (`torch.Tensor` or `int`, *optional*): Number of labels in the optimizer step.
-
-        Returns:
-            `torch.Tensor` or `tuple`: The scalar loss, or loss and outputs.
+        In the place of `compute_loss`: the same loss, whose gradient is that of the trimmed one while training.
 
         Raises:
-            `ValueError`: If the batch has no labels, or the model calls no loss function of torch.
+            `ValueError`: If nothing could be trimmed, because no loss function of torch was called.
         """
-        if not (model.training and self._computes_step_mean):
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if all(inputs.get(name) is None for name in (*self.label_names, "labels", "shift_labels")):
-            raise ValueError(
-                f"The batch has no 'labels', only {sorted(inputs)}: TrimmingTrainer ranks samples by their loss. Name "
-                "the label column 'labels', or let the data collator do so."
-            )
-        keep = self.keep_fraction
-        labels = BatchLabels.of(inputs)
-        has_graphs = is_compiled(model)
-        is_loss_compiled = self._user_loss is None and has_graphs
-        head = None if is_loss_compiled else self._chunked_head(keep)
-        graphs_on_rows = has_graphs and self.trim.trim_backward in ("auto", "sparse")
-        backward = self._choose_backward(model, labels, keep, head is not None, graphs_on_rows)
-        if graphs_on_rows:
-            mark_batch_dynamic(inputs, labels.size)
-        self._batch = self._trimmed_batch(model, labels, keep, backward, num_items_in_batch)
+        trim = self.trim
+        is_training = torch.is_grad_enabled() and (self.is_in_train or self._batches is not None)
+        if not (trim.trims and is_training) or self._batch is not None:
+            return self._own_compute_loss(model, inputs, *args, **kwargs)
+        keep, inner, size = self.keep_fraction, self._inner_model(), self._batch_size(inputs)
+        compiled = compiled_modules(model)
+        graphs_on_rows = bool(compiled) and trim.trim_backward in ("auto", "sparse")
+        if graphs_on_rows and isinstance(inputs, Mapping):
+            mark_batch_dynamic(inputs, size)
+        is_compiled = any(inner in set(module.modules()) for module in compiled)
+        head = None if is_compiled else self._chunked_head(trim, inner, keep)
+        per_sample = self._per_sample is not False
+        choice = self._choose_backward(trim, model, keep, per_sample, head is not None, graphs_on_rows)
+        self._batch = batch = TrimmedBatch(
+            trim,
+            keep,
+            size,
+            sparse=choice[0] == "sparse",
+            inspects=self._per_sample is None,
+            generator=self._generator(trim),
+            labels=inputs.get("shift_labels", inputs.get("labels")) if isinstance(inputs, Mapping) else None,
+            process_group=self._process_group(trim, keep),
+        )
+        is_plain = getattr(self._own_compute_loss, "__func__", None) is Trainer.compute_loss
+        is_outside = not is_plain or self.compute_loss_func is not None or self.label_smoother is not None
+        around = ModelCall(inner, is_compiled, self._fused_loss(), is_outside or bool(args) or len(kwargs) > 1)
+        self._quiet.update(part for part in self._parts if compiled_modules(part))
         try:
-            if backward == "replay":
+            if choice[0] == "replay":
+                batch.is_scoring = True
                 with scoring(model):
-                    self._run(model, inputs, None, is_loss_compiled, True, num_items_in_batch)
-                inputs = rows_of(inputs, self._batch.begin_replay(), labels.size)
+                    self._run(batch, around, head, model, copy.copy(inputs), *args, **kwargs)
+                batch.select()
+                around.kept = batch.begin_replay()
             with keep_backward_graphs() if graphs_on_rows else nullcontext():
-                loss, outputs = self._run(model, inputs, head, is_loss_compiled, return_outputs, num_items_in_batch)
-            if not self._batch.is_done:
-                raise ValueError(
-                    f"{type(self._inner_model()).__name__} called none of torch's loss functions in its forward pass: "
-                    f"there is nothing to rank. {PASS_A_LOSS}"
-                )
-            self._warn_of_dropped(self._batch.dropped)
-            self._trimming_logs.add(keep, self._batch)
-            if self._step.remaining <= 1:
-                for _ in range(self._step.missing_batches):
-                    self._batch.join_without_items()
-                self._step.missing_batches = 0
+                result = self._run(batch, around, head, model, inputs, *args, **kwargs)
+            loss = result[0] if isinstance(result, tuple) else result
+            batch.select(loss)
         finally:
             self._batch = None
-        self._step.advance()
-        return (loss, outputs) if return_outputs else loss
+        if not batch.calls:
+            raise ValueError(
+                f"{type(self).__name__} found nothing to rank: no loss function of torch took a mean or a sum while "
+                f"the loss of {type(inner).__name__} was computed. {MARK_LOSSES} trim_select='none' trains without "
+                "trimming."
+            )
+        self._note(trim, batch, choice, per_sample, model, keep, head is not None, graphs_on_rows)
+        if self._place[1] + 1 == self._own_num_batches:  # others may have more mini-batches in this optimizer step
+            for _ in range(self._num_batches - self._own_num_batches):
+                batch.join_without_items()
+        if batch.has_no_graph:
+            loss = cast(Tensor, sum(p.sum() * 0 for p in model.parameters() if p.requires_grad))
+        batch.watch(loss)
+        return (loss, *result[1:]) if isinstance(result, tuple) else loss
 
-    def _trimmed_batch(
-        self, model: nn.Module, labels: BatchLabels, keep: float, backward: str, num_items: Tensor | int | None
-    ) -> TrimmedBatch:
-        process_group = self._process_group(keep)
+    def _run(
+        self, batch: TrimmedBatch, around: ModelCall, head: LMHead | None, model: nn.Module, *args, **kwargs
+    ) -> Any:
+        """`compute_loss`, with all that is intercepted in it."""
+        parts = [] if around.is_compiled else self._parts  # hooks would be compiled
+        with around_call(model, around), LossCalls(batch, head, parts, self._quiet) as around.calls:
+            result = self._own_compute_loss(model, *args, **kwargs)
+        loud = around.calls.loud
+        self._quiet.update(around.calls.entered - loud)
+        if loud:  # next time, look which of their parts call loss functions
+            self._parts = [x for part in self._parts for x in (part.children() if part in loud else (part,))]
+        return result
 
-        def share(call: LossCall, per_token: bool) -> StepShare:
-            # A head with a loss per token may by chance have as many losses as samples.
-            per_token = per_token or self._item_unit == "token"
-            is_global = process_group is not None
-            return self._step.share(keep, call, per_token, labels, is_global, self.accelerator, self.args)
+    def _batch_size(self, inputs: Any) -> int:
+        """Number B of samples: that of the labels, since a sample may have several images."""
+        if isinstance(inputs, Mapping):
+            for name in (*self.label_names, "labels"):
+                if isinstance(inputs.get(name), Tensor) and inputs[name].dim():
+                    return len(inputs[name])
+        return find_batch_size(inputs) or 1
 
-        # The engines average gradients over the processes, but our means are over the items of all processes.
-        # `Trainer` multiplies by the number of processes itself where it believes that the model has divided the loss
-        # by the number of labels.
-        processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-        trainer_scales = num_items is not None and bool(self.model_accepts_loss_kwargs or self.compute_loss_func)
-        return TrimmedBatch(
-            self.trim,
-            keep,
-            backward,
-            labels.size,
-            share=share,
-            zero=lambda: cast(Tensor, sum(p.sum() * 0 for p in model.parameters() if p.requires_grad)),
-            generator=self._generator(),
-            num_items=num_items,
-            mean_scale=1.0 if trainer_scales else float(processes),
-            labels=labels.tensors.get("shift_labels", labels.tensors.get("labels")),
-            process_group=process_group,
-        )
-
-    def _chunked_head(self, keep: float) -> LMHead | None:
+    def _chunked_head(self, trim: TrimmingConfig, inner: nn.Module, keep: float) -> LMHead | None:
         """The language-model head whose logits are computed in chunks, if the model has one that can be."""
-        if self.trim.trim_backward not in ("auto", "sparse") or self._user_loss is not None:
+        if trim.trim_backward not in ("auto", "sparse") or self.compute_loss_func is not None:
             return None
         if self.label_smoother is not None or self.is_fsdp_enabled:
             return None
-        module = find_lm_head(self._inner_model())
+        module = find_lm_head(inner)
         return None if module is None else LMHead(module, keep_all=keep == 1)
 
+    def _fused_loss(self) -> str | None:
+        """The `loss_type` of TRL's `SFTTrainer`, whose models return log-probabilities of the labels."""
+        is_sft = any(x.__name__ == "SFTTrainer" and x.__module__.startswith("trl.") for x in type(self).__mro__)
+        return getattr(self.args, "loss_type", None) if is_sft else None
+
     def _choose_backward(
-        self, model: nn.Module, labels: BatchLabels, keep: float, has_chunked_head: bool, graphs_on_rows: bool
-    ) -> str:
-        """The backward pass of this mini-batch; the log tells each choice and its reason once."""
+        self,
+        trim: TrimmingConfig,
+        model: nn.Module,
+        keep: float,
+        per_sample: bool,
+        has_head: bool,
+        graphs_on_rows: bool,
+    ) -> tuple[str, str]:
+        """The backward pass of this mini-batch, and the reason for it."""
         if keep == 1:
-            return "dense"  # nothing is left out
-        unit = self._item_unit
-        if unit is None:
-            target = labels.tensors.get("labels")
-            unit = "sample" if target is None or target.dim() == 1 else "token"
-        per_sample = "sample" in (unit, self.trim.trim_unit)
+            return "dense", "asked for"  # nothing is left out
         refused = CUDA_GRAPHS if graphs_on_rows and uses_cuda_graphs(model) else next(iter(REFUSED_GRAPHS), "")
-        mode, reason = choose_backward(self.trim.trim_backward, model, per_sample, keep, has_chunked_head, refused)
-        if (mode, reason) not in self._warned and reason != "asked for":
+        return choose_backward(trim.trim_backward, model, per_sample, keep, has_head, refused)
+
+    def _note(
+        self, trim: TrimmingConfig, batch: TrimmedBatch, choice: tuple[str, str], per_sample: bool, *state
+    ) -> None:
+        """What the mini-batch has shown: log each choice and its reason once, and what the user should know."""
+        assert batch.calls
+        if self._batches is not None:
+            self._batches.append(batch)
+        self._trimming_logs.add(batch)
+        if batch.per_sample is None:
+            return
+        self._per_sample = batch.per_sample
+        if batch.keeps_all:
+            return
+        if self._per_sample != per_sample:
+            model, keep, has_head, graphs_on_rows = state
+            choice = self._choose_backward(trim, model, keep, self._per_sample, has_head, graphs_on_rows)
+        mode, reason = choice
+        if trim.trim_strict and mode != "sparse":
+            raise ValueError(f"trim_strict=True, and the backward pass would be {mode}: {reason}. Set it to False.")
+        if choice not in self._warned and reason != "asked for":
             logger.warning("Trimmed batches use the %s backward pass: %s.", mode, reason)
-        self._warned.add((mode, reason))
-        return mode
-
-    # ---- running the model's loss ---------------------------------------------------------------------------------
-
-    def _run(
-        self, model, inputs, head: LMHead | None, is_loss_compiled: bool, return_outputs: bool, num_items_in_batch
-    ) -> tuple[Tensor, Any]:
-        """`Trainer`'s own way to the loss, in which the model's loss is replaced by the trimmed one."""
-        if is_loss_compiled:
-            _, outputs = super().compute_loss(model, inputs.copy(), True, num_items_in_batch)
-            return self._compiled_loss(outputs, inputs, num_items_in_batch), outputs
-        assert self._batch is not None
-        inner = self._inner_model()
-        base_model = getattr(inner, "base_model", None)
-        if not isinstance(base_model, nn.Module) or base_model is inner:
-            base_model = None
-        with LossCalls(self._batch.batch_size, head, base_model, self._skip_base_model) as losses:
-            # Inside of the wrappers: DDP and FSDP look for the loss's graph in what the wrapped model returns.
-            hook = self._unwrapped().register_forward_hook(
-                lambda module, args, outputs: self._trim_outputs(outputs, losses), prepend=True
-            )
-            try:
-                result: Any = super().compute_loss(model, inputs.copy(), return_outputs, num_items_in_batch)
-            finally:
-                hook.remove()
-        self._skip_base_model = base_model is not None and not losses.called_in_base_model
-        return result if return_outputs else (result, None)
-
-    def _trim_outputs(self, outputs: Any, losses: LossCalls) -> Any:
-        """Put the trimmed loss in the place of the model's loss."""
-        if getattr(outputs, "log_probs", None) is not None and getattr(outputs, "label_mask", None) is not None:
-            self._weigh_log_probs(outputs)
-        if not losses.calls:
-            return None
-        has_names = isinstance(outputs, dict)
-        loss = outputs.get("loss") if has_names else outputs[0]
-        if loss is None:
-            return None
-        assert self._batch is not None
-        loss = self._batch(loss, losses.calls)
-        losses.calls = []
-        if not has_names:
-            return (loss, *outputs[1:])
-        outputs["loss"] = loss
-        return outputs
-
-    def _weigh_log_probs(self, outputs: Any) -> None:
-        """TRL's models return log-probabilities of tokens, which `SFTTrainer` sums up and divides by their number."""
-        assert self._batch is not None
-        losses = -outputs.log_probs.detach().float()
-        losses.requires_grad_()
-        call = LossCall(losses, outputs.label_mask.to(losses), "sum")
-        (weights,) = torch.autograd.grad(self._batch(call.value.clone(), [call]), losses)
-        outputs.log_probs = outputs.log_probs * weights
-
-    def _reduced_user_loss(self, outputs, labels, num_items_in_batch=None) -> Tensor:
-        """In the place of `compute_loss_func`, whose losses are unreduced: their trimmed mean, or their mean."""
-        assert self._user_loss is not None
-        call = labelled_losses(self._user_loss(outputs, labels, num_items_in_batch=num_items_in_batch), labels)
-        return self._batch(call.value.clone(), [call]) if self._batch is not None else call.value
-
-    def _reduced_smoothed_loss(self, outputs, labels, shift_labels=False, num_items_in_batch=None) -> Tensor:
-        """In the place of `label_smoother`: the trimmed mean of the smoothed losses, or their mean."""
-        if self._batch is None:
-            return self._label_smoother(
-                outputs, labels, shift_labels=shift_labels, num_items_in_batch=num_items_in_batch
-            )
-        call = smoothed_losses(outputs, labels, self.args.label_smoothing_factor, shift_labels)
-        return self._batch(call.value.clone(), [call])
-
-    def _compiled_loss(self, outputs, inputs, num_items_in_batch) -> Tensor:
-        assert self._batch is not None
-        # With a scale of 1 it is `Trainer` that has multiplied the model's loss by the number of processes.
-        scale = self.accelerator.num_processes if self._batch.mean_scale == 1 else 1
-        returned_loss = outputs["loss"].mean().item() / scale
-        size = self._batch.batch_size
-        loss, calls = recompute_loss(self._inner_model(), inputs, outputs, returned_loss, size, num_items_in_batch)
-        return self._batch(loss, calls) * scale
-
-    # ---- logs -----------------------------------------------------------------------------------------------------
-
-    def _warn_of_dropped(self, count: int) -> None:
-        if count and "dropped" not in self._warned:
+        self._warned.add(choice)
+        if batch.dropped and "dropped" not in self._warned:
             self._warned.add("dropped")
             logger.warning(
                 "%d samples of a mini-batch have losses that are NaN or infinite, and were dropped. Later samples of "
-                "this kind are dropped without a message.", count,
+                "this kind are dropped without a message.", batch.dropped,
             )  # fmt: skip
+        if batch.most_items <= 1 and "one item" not in self._warned:
+            self._warned.add("one item")
+            logger.warning(
+                "A mini-batch has a single item to choose from, which is kept whatever p is: nothing is trimmed. Raise "
+                "per_device_train_batch_size (and lower gradient_accumulation_steps), choose among the processes "
+                "with trim_scope='global', or use trim_unit='token' where there is a loss per token.",
+            )  # fmt: skip
+
+    # ---- losses outside of the model ------------------------------------------------------------------------------
+
+    def _reduced_user_loss(self, outputs: Any, labels: Any, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        """In the place of `compute_loss_func`, whose losses may be unreduced: their mean, for its share of the step."""
+        returned = self._user_loss(outputs, labels, num_items_in_batch=num_items_in_batch)
+        mean = mean_of_user_losses(returned, labels)
+        if mean is returned or not torch.is_grad_enabled():
+            return mean
+        if num_items_in_batch is None:
+            return mean / self._own_num_batches
+        # As `Trainer` counts: the first label of a text predicts nothing.
+        labels = labels[..., 1:] if getattr(self, "_loss_shifts_labels", False) else labels
+        return mean * labels.ne(IGNORE_INDEX).sum() / num_items_in_batch
+
+    def _smoothed_loss(
+        self, outputs: Any, labels: Tensor, shift_labels: bool = False, num_items_in_batch=None
+    ) -> Tensor:
+        """In the place of `label_smoother`: the same loss, by a loss function that can be intercepted."""
+        if self._batch is None or self._batch.keeps_all and not self._batch.inspects:
+            plain = self._label_smoother(
+                outputs, labels, shift_labels=shift_labels, num_items_in_batch=num_items_in_batch
+            )
+            return plain if self._batch is None else self._batch.add_plain(plain)
+        return smoothed_loss(outputs, labels, self.args.label_smoothing_factor, shift_labels, num_items_in_batch)
+
+    # ---- logs -----------------------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """
@@ -380,14 +376,14 @@ class TrimmingMixin(PushMixin):
             logs (`dict[str, float]`): The values to log.
             start_time (`float`, *optional*): The start of training.
         """
-        if "loss" in logs and not self._computes_step_mean:
+        if "loss" in logs and not self.trim.trims:
             logs.update({"keep_fraction": 1.0, "kept_fraction": 1.0, "full_loss": logs["loss"]})
         elif "loss" in logs:
             if (fallbacks := fallback_report()) and "fallbacks" not in self._warned:
                 counts = ", ".join(f"{name} {count}×" for name, count in fallbacks.items())
                 self._warned.add("fallbacks")
                 logger.warning("Operations without a row-sparse rule ran dense: %s. Gradients are the same.", counts)
-            logs.update(self._trimming_logs.take(self.accelerator, self.args.device))
+            logs.update(self._trimming_logs.take(self.accelerator, self.args.device, self.state.global_step))
         super().log(logs, start_time)
 
 
@@ -397,30 +393,34 @@ class TrimmingTrainer(TrimmingMixin, Trainer):
     the highest loss counts, and p falls linearly during training. Evaluation and prediction are never trimmed. With
     `trim_keep_start=trim_keep_end=1` or `trim_select="none"` it is the plain `Trainer`.
 
-    An item is what the head's loss is a mean over: a sample for classification, regression, question answering,
-    multiple choice, next-sentence prediction and CTC; a token (or pixel) for causal, masked and sequence-to-sequence
-    language modelling, token classification and semantic segmentation. With `trim_unit="sample"` the latter heads are
-    trimmed by samples, too: these are ranked by the mean over their tokens, and all tokens of a kept sample count.
-    Labels of −100 (or what else the head ignores) are no items.
+    It takes any model that `Trainer` takes, and a subclass may have a `compute_loss` of its own. What is trimmed are
+    the means and sums that torch's loss functions take while `compute_loss` runs, in the model's forward pass or
+    outside of it: the mean over the kept items comes in the place of the mean over all. An item is what the loss is
+    over: a sample for classification, regression (the mean over its outputs), question answering and CTC; a token (or
+    pixel) for language modelling, token classification and semantic segmentation. With `trim_unit="sample"` tokens are
+    trimmed by samples: these are ranked by the mean over their tokens, and all tokens of a kept sample count. Labels of
+    −100 (or what else the loss ignores) are no items. Losses by hand are marked with
+    [`~hf_trim.trainer.losses.mark_losses`]. A model whose loss cannot be trimmed is refused in its first mini-batch.
 
-    Each training log has, averaged over the mini-batches since the last log: `keep_fraction` (p, the fraction that was
-    asked for), `kept_fraction` (the fraction that was really kept, which differs from p by rounding), `trim_threshold`
-    (the lowest loss that was kept) and `full_loss` (the mean loss of the whole mini-batch, comparable with the `loss`
-    of plain training). `loss` is the trimmed one.
+    A mini-batch counts for what it counts in the plain `Trainer`, with gradient accumulation and in several processes,
+    too. `compute_loss` returns the loss of the whole mini-batch; its gradient is that of the trimmed loss.
 
-    With gradient accumulation the loss is the mean over all items that the mini-batches of a step keep, whatever their
-    sizes. (Plain `Trainer` forgets to divide by the number of mini-batches for heads that take `num_items_in_batch`
-    and ignore it, such as `BertForSequenceClassification`.)
+    Each training log has: `keep_fraction` (p, the fraction that was asked for), `kept_fraction` (the fraction that was
+    really kept, which differs from p by rounding), `trim_threshold` (the lowest loss that was kept, where something
+    was left out) and `full_loss` (what the plain `Trainer` would log as `loss`). `loss` is the trimmed one.
 
     Args:
         args ([`TrimmingArguments`] or [`~transformers.TrainingArguments`], *optional*):
-            Training arguments; without `trim_*` fields the defaults of [`TrimmingArguments`] hold.
+            Training arguments; without `trim_*` fields the defaults of [`TrimmingArguments`] hold. Fields that are
+            changed later count from the next training step.
         compute_loss_func (`Callable`, *optional*):
-            `f(outputs, labels, num_items_in_batch=None)` that returns an *unreduced* loss: one value per sample
-            `[B]`, or one per label in the shape of the labels, of which those of −100 are no items. Needed for other
-            heads, and for losses of your own (class weights, focal loss). Evaluation reports its mean.
+            `f(outputs, labels, num_items_in_batch=None)`. As for the plain `Trainer`, it may return a scalar that torch's
+            loss functions have computed. It may also return *unreduced* losses: one per sample `[B]`, or one per
+            label, of which those of −100 are no items; or a tuple of losses of any shape and of what each counts
+            for in the mean, a weight, or 0 for no item. The training loss then is the sum of the losses, divided by
+            the sum of the counts, for the mini-batch's share of the labels of the step. Evaluation reports the mean.
         kwargs: All other arguments of [`~transformers.Trainer`].
 
     Raises:
-        `ValueError`: If the model's head, or the way of training, is not supported.
+        `ValueError`: If the way of training is not supported; in the first mini-batch, if the loss cannot be trimmed.
     """

@@ -1,5 +1,7 @@
 """A tiny model of each kind of head, with real data and the losses of its items; and a plain loop that trims them."""
 
+import inspect
+
 import torch
 import torch.nn.functional as F
 from transformers import (
@@ -238,7 +240,7 @@ HEADS = {
     "segmentation": (segformer, label_maps, pixels),
     "ctc": (wav2vec2, speech, ctc),
 }
-# Heads that divide by the number of labels of the whole optimizer step, as Trainer expects.
+# Heads that divide by the number of labels of the whole optimizer step.
 COUNTING = {"llama", "gpt2", "shift-labels", "mixtral", "masked-lm-sparse"}
 
 
@@ -247,28 +249,43 @@ def make(head):
     return HEADS[head][0]()
 
 
-def hardest_mean(micro_batches, fraction):
-    """The mean over all that the micro-batches keep: in each the hardest, among the items of each kind."""
-    total = 0.0
-    for kind in zip(*micro_batches, strict=True):
-        total = total + torch.cat([x.topk(max(1, round(fraction * len(x)))).values for x in kind]).mean()
-    return total
+def hardest_mean(losses, fraction):
+    kept = losses.sort(descending=True, stable=True).indices  # of equal losses the first are kept
+    return losses[kept[: max(1, round(fraction * len(losses)))]].mean()
+
+
+def is_believed_to_count(model, batch):
+    """Of heads that take the number of labels, `Trainer` believes that they divide by it."""
+    takes_count = any(x.kind == x.VAR_KEYWORD for x in inspect.signature(model.forward).parameters.values())
+    return takes_count and "labels" in batch
+
+
+def share(head, model, batch, step):
+    """What plain `Trainer` lets a mini-batch count for in its optimizer step."""
+    if head in COUNTING:
+
+        def num_labels(batch, first):
+            return int(
+                ((batch["shift_labels"] if "shift_labels" in batch else batch["labels"])[:, first:] != -100).sum()
+            )
+
+        # The first label of a text predicts nothing. (Trainer counts it in models whose name does not tell it.)
+        counted = head in ("llama", "mixtral")
+        return num_labels(batch, counted or head == "gpt2") / sum(num_labels(x, counted) for x in step)
+    return 1 if is_believed_to_count(model, batch) else 1 / len(step)
 
 
 def reference_loop(head, batches, accumulate, fraction):
     model, item_losses = make(head), HEADS[head][2]
 
     def loss_of(step):
-        losses, auxiliary_loss = [], 0.0
+        loss = 0.0
         for batch in step:
             outputs = model(**batch)
-            losses.append(item_losses(outputs, batch))
+            trimmed = sum(hardest_mean(losses, fraction) for losses in item_losses(outputs, batch))
+            loss = loss + trimmed * share(head, model, batch, step)
             if "aux_loss" in outputs:
-                auxiliary_loss = auxiliary_loss + 0.1 * outputs.aux_loss
-        loss = hardest_mean(losses, fraction) + auxiliary_loss
-        if head == "gpt2":  # Trainer counts the first label of each text as well, which predicts nothing
-            labels = torch.cat([batch["labels"] for batch in step])
-            loss = loss * (labels[:, 1:] != -100).sum() / (labels != -100).sum()
+                loss = loss + 0.1 * outputs.aux_loss
         return loss
 
     steps = [batches[start : start + accumulate] for start in range(0, len(batches), accumulate)]

@@ -89,6 +89,16 @@ class InOrder(TrimmingTrainer):
         return torch.utils.data.SequentialSampler(self.train_dataset)
 
 
+class InOrderAndLarger(InOrder):
+    """Multiplies the loss by 2, as `Trainer` does in two processes if it believes that the head counts the labels."""
+
+    processes = 2
+
+    def compute_loss(self, *args, **kwargs):
+        result = super().compute_loss(*args, **kwargs)
+        return (result[0] * self.processes, *result[1:]) if isinstance(result, tuple) else result * self.processes
+
+
 class Losses(TrainerCallback):
     """Records the logged training losses, in full precision."""
 
@@ -120,7 +130,7 @@ def train(
     defaults = {
         "num_train_epochs": 2, "per_device_train_batch_size": 8, "learning_rate": 0.1, "optim": "sgd",
         "lr_scheduler_type": "constant", "logging_steps": 1, "save_strategy": "no", "use_cpu": True, "seed": 3,
-        "disable_tqdm": True, "report_to": "none",
+        "disable_tqdm": True, "report_to": "none", "remove_unused_columns": False,
     }  # fmt: skip
     if trainer_cls is Trainer:
         args = {name: value for name, value in args.items() if not name.startswith("trim_")}
@@ -163,17 +173,22 @@ def grouped(batches, epochs, accumulate):
     return [[epoch[i : i + accumulate] for i in range(0, per_epoch, accumulate)] for epoch in epochs]
 
 
-def reference_loop(model, batches, fractions, loss_func):
-    """Mini-batch trimming as the paper has it, in plain PyTorch: `batches[epoch][step]` is a list of mini-batches."""
+def reference_loop(model, batches, fractions, loss_func, share=lambda batch, step: 1.0):
+    """
+    Mini-batch trimming as the paper has it, in plain PyTorch: `batches[epoch][step]` is a list of mini-batches, each of
+    which counts for its share. (Plain `Trainer` adds up the mini-batches of a step for heads that take the number of
+    labels, as if they had divided by it.)
+    """
 
     def loss_of(step):
         fraction, batches = step
-        kept = []
+        loss = 0.0
         for batch in batches:
             losses = loss_func(model(**{k: v for k, v in batch.items() if k != "labels"}).logits, batch["labels"])
             losses = losses[batch["labels"] != -100] if batch["labels"].dtype == torch.long else losses
-            kept.append(torch.topk(losses, max(1, round(fraction * len(losses)))).values)
-        return torch.cat(kept).mean()
+            kept = torch.topk(losses, max(1, round(fraction * len(losses)))).values
+            loss = loss + kept.mean() * share(batch, batches)
+        return loss
 
     steps = [(fraction, step) for epoch, fraction in zip(batches, fractions, strict=True) for step in epoch]
     return descend(model, steps, loss_of)

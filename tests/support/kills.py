@@ -40,7 +40,7 @@ def read_result(out: Path) -> tuple:
     """Weights, and what was logged at each step; a step that was repeated has one entry."""
     logs = json.loads((out / "trainer_state.json").read_text())["log_history"]
     names = ("step", "loss", "full_loss", "keep_fraction", "trim_threshold", "learning_rate")
-    steps = [tuple(log[name] for name in names) for log in logs if "loss" in log]
+    steps = [tuple(log.get(name) for name in names) for log in logs if "loss" in log]
     return (out / "model.safetensors").read_bytes(), steps
 
 

@@ -6,9 +6,10 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import Gemma2Config, Gemma2ForCausalLM, set_seed
 
-from hf_trim import trimmed_linear_cross_entropy, trimmed_mean
+from hf_trim import TrimmingConfig, trimmed_linear_cross_entropy, trimmed_mean
 from hf_trim.backward.settings import fallback_report, reset_fallbacks
 from hf_trim.trainer import lm_head
+from hf_trim.trainer.batch import TrimmedBatch
 from hf_trim.trainer.lm_head import LazyLogits, LMHead, find_lm_head
 from hf_trim.trainer.losses import LossCalls
 from tests.support.heads import HEADS, LLAMA, make
@@ -70,7 +71,8 @@ def test_chunked_head_trains_as_whole_logits(name, keep, unit, tmp_path, monkeyp
     assert relative_difference(weights(chunked) - start, weights(dense) - start) < 1e-5
     logs = zip(chunked.state.log_history[:-1], dense.state.log_history[:-1], strict=True)
     for ours, reference in logs:
-        for key in ("kept_fraction", "trim_threshold", "full_loss"):
+        assert "full_loss" in ours and ("trim_threshold" in ours) == (keep < 1)
+        for key in {"kept_fraction", "trim_threshold", "full_loss"} & ours.keys():
             assert ours[key] == pytest.approx(reference[key], rel=1e-4)
 
 
@@ -79,12 +81,16 @@ def test_a_sample_whose_losses_are_not_known_is_refused(tmp_path):
         train(make("masked-lm-sparse"), HEADS["masked-lm-sparse"][1](), tmp_path, trim_unit="sample")
 
 
+def batch_of(size):
+    return TrimmedBatch(TrimmingConfig(), 0.5, size, sparse=False)
+
+
 def lazy_and_whole(hidden=None):
     """The logits of a layer, lazily and as ever."""
     torch.manual_seed(0)
     layer = nn.Linear(6, 20)
     hidden = torch.randn(4, 5, 6, requires_grad=True) if hidden is None else hidden
-    with LossCalls(4, LMHead(layer, keep_all=False)):
+    with LossCalls(batch_of(4), LMHead(layer, keep_all=False)):
         lazy = layer(hidden)
     assert isinstance(lazy, LazyLogits)
     return layer, hidden, lazy, layer(hidden)
@@ -158,14 +164,16 @@ def test_losses_and_gradients(options, dtype):
     target[3] = target[11] = -100
     kept = torch.tensor([0, 2, 3, 7, 19])
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        with LossCalls(4, LMHead(layer, keep_all=False)) as recorded:
+        batch = batch_of(4)
+        with LossCalls(batch, LMHead(layer, keep_all=False)):
             F.cross_entropy(layer(hidden).view(-1, 20), target, **options)
-        (call,) = recorded.calls
+        (call,) = batch.calls
         expected = F.cross_entropy(layer(hidden).view(-1, 20), target, reduction="none", **options)
     tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
-    torch.testing.assert_close(call.losses, expected.float(), **tolerance)
+    torch.testing.assert_close(call.losses.flatten(), expected.float(), **tolerance)
     leaves = (hidden, layer.weight, layer.bias)
-    ours = torch.autograd.grad(3 * call.logits.sum_of(kept), leaves)
+    value = call.logits.attach(torch.zeros(()), lambda grad: (kept, None, grad))
+    ours = torch.autograd.grad(3 * value, leaves)
     reference = torch.autograd.grad(3 * expected[kept].sum(), leaves)
     for a, b in zip(ours, reference, strict=True):
         assert relative_difference(a, b) < (1e-6 if dtype == torch.float32 else 2e-2)
@@ -193,14 +201,13 @@ def test_which_layer_is_a_chunked_head(monkeypatch):
     assert find_lm_head(make("llama")) is None
 
 
-def test_a_second_backward_pass_is_refused():
-    layer, hidden, lazy, whole = lazy_and_whole()
-    lazy = lazy.view(-1, 20)
-    lazy.score(torch.zeros(20, dtype=torch.long))
-    loss = lazy.sum_of(torch.arange(3))
-    loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="its gradients are gone"):
-        loss.backward()
+@pytest.mark.parametrize("keep", [0.3, 1.0])
+def test_a_second_backward_pass(keep):
+    torch.manual_seed(0)
+    layer, hidden = nn.Linear(6, 20), torch.randn(9, 6)
+    loss = trimmed_linear_cross_entropy(hidden, layer.weight, torch.arange(9), keep, bias=layer.bias)
+    first = torch.autograd.grad(loss, layer.weight, retain_graph=True)[0]
+    assert torch.equal(torch.autograd.grad(loss, layer.weight)[0], first)
 
 
 @pytest.mark.parametrize("keep", [0.3, 1.0])

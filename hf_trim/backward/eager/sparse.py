@@ -7,7 +7,7 @@ shape `[4]` with that payload. Behind a linear layer it is `[4, C]` with the pay
 """
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -62,11 +62,52 @@ def take_rows_sparse(losses: Tensor, kept: Tensor, dense_above: float = DENSE_AB
         raise ValueError(
             f"Expected losses [n, ...] and kept [k], k > 0; got {tuple(losses.shape)}, {tuple(kept.shape)}."
         )
-    if kept.numel() > dense_above * losses.shape[0] or losses.grad_fn is None or torch.compiler.is_compiling():
-        return losses.index_select(0, kept)
-    rows = Rows(kept, losses.shape[0])
-    prepare_graph([losses.grad_fn], rows)
-    return _TakeRows.apply(losses, rows)
+    rows = prepare_rows([losses], kept, losses.shape[0], dense_above)
+    return losses.index_select(0, kept) if rows is None else _TakeRows.apply(losses, rows)
+
+
+def prepare_rows(
+    tensors: Sequence[Tensor], kept: Tensor, batch: int, dense_above: float = DENSE_ABOVE
+) -> Rows | None:
+    """
+    Prepares the graph of some tensors for gradients that are zero for all rows but the kept ones, see [`row_gradient`].
+
+    Args:
+        tensors (`Sequence[torch.Tensor]`): The tensors, with their graphs. Their gradients share the rows, so that they
+            can be added up row by row.
+        kept (`torch.Tensor`): `[k]` ascending numbers of rows, int64.
+        batch (`int`): Number B of rows.
+        dense_above (`float`, *optional*, defaults to 0.8): Kept share above which the backward pass is dense.
+
+    Returns:
+        [`~hf_trim.backward.eager.rows.Rows`] or `None`: The rows; `None` where ordinary gradients are better.
+    """
+    nodes = [tensor.grad_fn for tensor in tensors]
+    if not 0 < kept.numel() <= dense_above * batch or None in nodes or torch.compiler.is_compiling():
+        return None
+    rows = Rows(kept, batch)
+    prepare_graph(nodes, rows)
+    return rows
+
+
+def row_gradient(payload: Tensor, rows: Rows, inner: int = 1) -> Tensor:
+    """
+    A gradient that is zero for all rows but the kept ones.
+
+    Args:
+        payload (`torch.Tensor`): `[k·inner, ...]` gradients of the kept rows.
+        rows ([`~hf_trim.backward.eager.rows.Rows`]): The kept rows, as [`prepare_rows`] returned them.
+        inner (`int`, *optional*, defaults to 1): Number of entries of a row, e.g. T tokens.
+
+    Returns:
+        `torch.Tensor`: Of shape `[B·inner, ...]`; row-sparse unless something needs an ordinary tensor.
+    """
+    # A graph of the backward pass, and the NaN checks of anomaly mode, are for ordinary tensors.
+    if torch.is_grad_enabled() or torch.is_anomaly_enabled() or torch.compiler.is_compiling():
+        dense = payload.new_zeros(rows.batch, inner, *payload.shape[1:])
+        return dense.index_copy(0, rows.index, payload.unflatten(0, (rows.count, inner))).flatten(0, 1)
+    rows.backward_pass = current_backward_pass()
+    return RowSparseTensor(payload.contiguous(), rows, 0, 1, inner)
 
 
 class _TakeRows(torch.autograd.Function):
@@ -79,12 +120,7 @@ class _TakeRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        rows = ctx.rows
-        # A graph of the backward pass, and the NaN checks of anomaly mode, are for ordinary tensors.
-        if torch.is_grad_enabled() or torch.is_anomaly_enabled() or torch.compiler.is_compiling():
-            return grad.new_zeros(rows.batch, *grad.shape[1:]).index_copy(0, rows.index, grad), None
-        rows.backward_pass = current_backward_pass()
-        return RowSparseTensor(grad.contiguous(), rows), None
+        return row_gradient(grad, ctx.rows), None
 
 
 # ---- nodes that need an ordinary gradient ------------------------------------------------------------------------

@@ -1,0 +1,89 @@
+"""
+Step 2 (per-item losses) of: batch → per-item losses → keep decision → trimmed backward → logs.
+
+Losses that `Trainer` computes outside of the model: those of the user's `compute_loss_func`, and label smoothing. They
+are brought into the form that `losses.py` intercepts. For example, a function returns losses `[B]` and what each counts
+for, `[B]` class weights: their mean is the sum of the losses divided by the sum of the weights.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hf_trim.trainer.losses import IGNORE_INDEX, MARK_LOSSES, mark_losses
+
+
+def mean_of_user_losses(returned: Any, labels: Any) -> Tensor:
+    """
+    The mean of what a user's loss function returned.
+
+    Args:
+        returned (`torch.Tensor` or `tuple`): A scalar, which is left alone; or unreduced losses, one for each sample
+            `[B]` or for each label (`[B, T]`, `[B·T]`, `[B, T − 1]`); or a tuple of such losses and of what each counts
+            for in the mean, 0 for no item.
+        labels (`torch.Tensor`): Labels of any shape whose first dimension is the batch. Losses whose integer label is
+            −100 count for nothing.
+
+    Returns:
+        `torch.Tensor`: The scalar mean.
+
+    Raises:
+        `ValueError`: If the losses have another shape.
+    """
+    losses, counts = returned if isinstance(returned, tuple) and len(returned) == 2 else (returned, None)
+    if isinstance(losses, Tensor) and losses.dim() == 0:
+        return losses
+    if counts is None:
+        valid = _labelled(losses, labels) if isinstance(losses, Tensor) and isinstance(labels, Tensor) else None
+        if valid is None:
+            shape = list(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+            raise ValueError(
+                f"The loss function returned {shape}, where TrimmingTrainer needs a scalar, or one loss per sample or "
+                f"per label {list(getattr(labels, 'shape', ()))}. For losses of another shape return (losses, counts), "
+                f"where counts are 1 for an item and 0 for none. {MARK_LOSSES}"
+            )
+        counts = valid.to(losses)
+    counts = counts.detach()
+    total = counts.sum()
+    weighted = mark_losses(losses, counts).where(counts != 0, 0)
+    return weighted.sum() / torch.where(total != 0, total, 1)
+
+
+def _labelled(losses: Tensor, labels: Tensor) -> Tensor | None:
+    """Which losses have a label; `None` if it is not known which loss belongs to which label."""
+    valid = labels != IGNORE_INDEX if not labels.is_floating_point() else torch.ones_like(labels, dtype=torch.bool)
+    valid = valid.to(losses.device)
+    if losses.shape == valid.shape[:1]:  # a sample with several labels is an item if it has one of them
+        return valid.reshape(len(losses), -1).any(dim=1)
+    for mask in (valid, valid[..., 1:]):
+        if losses.numel() == mask.numel():
+            return mask.reshape(losses.shape)
+    return None
+
+
+def smoothed_loss(
+    outputs: Any, labels: Tensor, epsilon: float, shift_labels: bool, num_items_in_batch: Tensor | int | None
+) -> Tensor:
+    """
+    The loss of transformers' `LabelSmoother`, by a loss function of torch.
+
+    Args:
+        outputs (`ModelOutput`, `dict` or `tuple`): The model's outputs, with logits `[B, ..., C]`.
+        labels (`torch.Tensor`): `[B, ...]` class indices; −100 means "no label".
+        epsilon (`float`): Label smoothing factor.
+        shift_labels (`bool`): Whether position t predicts label t + 1.
+        num_items_in_batch (`torch.Tensor` or `int`, *optional*): Number of labels to divide by, if not that of these.
+
+    Returns:
+        `torch.Tensor`: The scalar loss.
+    """
+    logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
+    if shift_labels:
+        logits, labels = logits[..., :-1, :], labels[..., 1:]
+    loss = F.cross_entropy(
+        logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORE_INDEX, label_smoothing=epsilon,
+        reduction="mean" if num_items_in_batch is None else "sum",
+    )  # fmt: skip
+    return loss if num_items_in_batch is None else loss / torch.as_tensor(num_items_in_batch, device=loss.device)

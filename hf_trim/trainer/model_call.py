@@ -1,0 +1,140 @@
+"""
+Step 2 (per-item losses) of: batch → per-item losses → keep decision → trimmed backward → logs.
+
+What is done around a model's forward pass, outside of what is compiled:
+
+- loss functions inside a compiled graph cannot be intercepted, so the loss is computed once more from the logits;
+- the second pass of a replay runs the kept samples only. For example, B = 8 samples of which 2 are kept: the model gets
+  `[2, ...]` and returns logits `[2, C]`, and the caller gets the `[8, C]` of the first pass with these 2 in them;
+- TRL's `SFTTrainer` takes the mean of log-probabilities that its models return.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from hf_trim.backward._torch_internals import tree_map
+from hf_trim.backward.replay import rows_of
+from hf_trim.trainer.losses import MARK_LOSSES, LossCalls, mark_losses
+
+
+class ModelCall:
+    """
+    Stands around the forward passes of a mini-batch.
+
+    Args:
+        model (`torch.nn.Module`): The model, without wrappers.
+        is_compiled (`bool`): Whether it was compiled as a whole, with its loss.
+        fused_loss (`str`, *optional*): The `loss_type` of TRL's `SFTTrainer`.
+        keeps_outputs (`bool`): Whether a replay shall return the outputs of all samples.
+    """
+
+    def __init__(self, model: nn.Module, is_compiled: bool, fused_loss: str | None, keeps_outputs: bool):
+        self.model, self.is_compiled, self.fused_loss = model, is_compiled, fused_loss
+        self.keeps_outputs = keeps_outputs
+        self.calls: LossCalls | None = None  # those of the pass under way
+        self.kept: Tensor | None = None  # in the second pass of a replay
+        self._outputs: list[Any] = []  # of the first one
+        self._divisors: tuple[dict, ...] = ()  # what a compiled model divides its loss by, once that is known
+
+    def __call__(self, forward: Callable, *args: Any, **kwargs: Any) -> Any:
+        """
+        Args:
+            forward (`Callable`): The forward pass.
+            args, kwargs: Its arguments.
+
+        Returns:
+            Its outputs.
+        """
+        assert self.calls is not None
+        batch = self.calls.batch
+        if self.kept is not None:
+            args, kwargs = rows_of((args, kwargs), self.kept, batch.batch_size)
+        outputs = self._run_compiled(forward, *args, **kwargs) if self.is_compiled else forward(*args, **kwargs)
+        if self.fused_loss is not None and getattr(outputs, "log_probs", None) is not None:
+            self._mark_log_probs(outputs)
+        if self.keeps_outputs and batch.is_scoring:
+            self._outputs.append(outputs)
+        elif self.keeps_outputs and self.kept is not None and self._outputs:
+            outputs = self._outputs_of_all(self._outputs.pop(0), outputs)
+        return outputs
+
+    def _outputs_of_all(self, scored: Any, outputs: Any) -> Any:
+        """The outputs of the first pass, with those of the kept samples, and their graph, in their places."""
+        assert self.kept is not None
+        kept = self.kept
+
+        def put(whole: Any, part: Any) -> Any:
+            if not isinstance(part, Tensor) or not isinstance(whole, Tensor) or part.shape == whole.shape:
+                return part
+            if part.dim() == 0 or part.shape[1:] != whole.shape[1:] or len(part) != len(kept):
+                return part
+            return whole.to(part.dtype).index_copy(0, kept.to(part.device), part)
+
+        return tree_map(put, scored, outputs)
+
+    def _mark_log_probs(self, outputs: Any) -> None:
+        """`SFTTrainer` sums up log-probabilities `[B, T − 1]` and divides the sum by the number of tokens."""
+        losses = -outputs.log_probs
+        # "dft" multiplies each by its probability.
+        scores = losses * (-losses).exp() if self.fused_loss == "dft" else None
+        outputs.log_probs = -mark_losses(losses, outputs.label_mask.to(losses), scores=scores)
+
+    # ---- compiled models ------------------------------------------------------------------------------------------
+
+    def _run_compiled(self, forward: Callable, *args: Any, **kwargs: Any) -> Any:
+        assert self.calls is not None
+        config = getattr(self.model, "config", None)
+        returns_tuple = config is not None and not kwargs.get("return_dict", getattr(config, "return_dict", True))
+        if returns_tuple:  # without names it would not be known which output is which
+            kwargs["return_dict"] = True
+        self.calls.pause()
+        try:
+            outputs = forward(*args, **kwargs)
+        finally:
+            self.calls.resume()
+        is_trained = torch.is_grad_enabled() or self.calls.batch.is_scoring
+        if is_trained and isinstance(outputs, Mapping) and isinstance(outputs.get("loss"), Tensor):
+            cast(Any, outputs)["loss"] = self._recompute_loss(kwargs, outputs)
+        return cast(Any, outputs).to_tuple() if returns_tuple else outputs
+
+    def _recompute_loss(self, inputs: Mapping, outputs: Mapping) -> Tensor:
+        """
+        Compute the loss of a compiled model from its outputs.
+
+        Raises:
+            `ValueError`: If the model's loss function needs what is not there, or gives another loss.
+        """
+        assert self.calls is not None
+        model, batch, returned = self.model, self.calls.batch, outputs["loss"].mean().item()
+        loss_function: Callable[..., Any] | None = getattr(model, "loss_function", None)
+        if loss_function is None:
+            raise ValueError(
+                f"The loss of {type(model).__name__} is inside its compiled graph, where it cannot be trimmed: compile "
+                f"the part of the model without the loss, or compute the loss in compute_loss_func. {MARK_LOSSES}"
+            )
+        arguments = {**inputs, **outputs, "config": model.config, "pooled_logits": outputs.get("logits")}
+        if outputs.get("logits") is not None:
+            arguments["vocab_size"] = outputs["logits"].shape[-1]
+        num_items = arguments.pop("num_items_in_batch", None)
+        names = inspect.signature(loss_function).parameters
+        arguments = {name: arguments[name] for name in names if name in arguments}
+        # Not every model divides its loss by the number of labels of the step: the returned loss tells.
+        num_calls = batch.num_calls
+        for divisor in self._divisors or ({"num_items_in_batch": num_items}, {}):
+            try:
+                loss = loss_function(**arguments, **divisor)
+            except TypeError as error:
+                raise ValueError(f"The loss of compiled {type(model).__name__} is not known: {error}.") from None
+            # In a replay, the first pass has compared it; in the second, it has the value of all samples.
+            if self.kept is not None or abs(loss.item() - returned) <= 1e-3 + 0.01 * abs(returned):
+                self._divisors = (divisor,)
+                return loss
+            batch.forget_calls(num_calls)
+        raise ValueError(
+            f"The compiled {type(model).__name__} returned the loss {returned:.6g}, and its loss function gives "
+            f"{loss.item():.6g} for its logits. Do not compile it, or pass compute_loss_func. {MARK_LOSSES}"
+        )
