@@ -221,16 +221,22 @@ def around_call(module: nn.Module, wrapper: Callable[..., Any]) -> Iterator[None
     In this context, `module(...)` runs `wrapper(forward, ...)`, outside of what is compiled. A forward hook would be
     compiled with a module on which `compile()` was called.
     """
-    name = "forward" if module._compiled_call_impl is None else "_compiled_call_impl"
-    original, is_own = getattr(module, name), name in vars(module)
-    setattr(module, name, partial(wrapper, original))
+    with around(module, "forward" if module._compiled_call_impl is None else "_compiled_call_impl", wrapper):
+        yield
+
+
+@contextmanager
+def around(owner: Any, name: str, wrapper: Callable[..., Any]) -> Iterator[None]:
+    """In this context, `owner.name(...)` runs `wrapper(original, ...)`."""
+    original, is_own = getattr(owner, name), name in vars(owner)
+    setattr(owner, name, partial(wrapper, original))
     try:
         yield
     finally:
         if is_own:
-            setattr(module, name, original)
+            setattr(owner, name, original)
         else:
-            delattr(module, name)
+            delattr(owner, name)
 
 
 # ---- benchmarks ---------------------------------------------------------------------------------------------------

@@ -65,7 +65,6 @@ class TrimmedBatch:
         self.dropped = 0  # number of samples left out because their losses are not finite
         self.most_items = 0  # among how many items the choice was, at most
         self.logged: list[Tensor] | None = None  # numbers of kept and of valid items, threshold
-        self.weight: Tensor | None = None  # of the batch's loss, as the backward pass found it
         self._values: list[Tensor] = []  # what the calls returned, until the choice is made
         self._joined: list[int] = []  # of each choice together with other processes, the number of calls
 
@@ -89,7 +88,7 @@ class TrimmedBatch:
         value = call.value(self)
         self.calls.append(call)
         self._values.append(value)
-        return value
+        return value.clone()  # which may be changed in place
 
     def add_plain(self, plain: Tensor) -> Tensor:
         """The same for a call of which everything is kept, with what its function returned."""
@@ -114,6 +113,21 @@ class TrimmedBatch:
         """Take back the calls after the first `number`."""
         del self.calls[number:]
         del self._values[sum(isinstance(call, LossCall) for call in self.calls) :]
+
+    def add_model_loss(self, loss: Tensor, first: int) -> Tensor:
+        """
+        In the first pass of a replay, in which the model has no graph: find the weight of its loss all the same.
+
+        Args:
+            loss (`torch.Tensor`): The scalar loss that the model returned.
+            first (`int`): The number of the first call that it is made of.
+
+        Returns:
+            `torch.Tensor`: The loss, on which the trainer goes on to compute.
+        """
+        leaf = loss.detach().clone().requires_grad_()
+        self._values[first:] = [leaf] * (len(self._values) - first)
+        return leaf.clone()
 
     def begin_replay(self) -> Tensor | None:
         """
@@ -142,7 +156,9 @@ class TrimmedBatch:
                 "compute_loss calls other loss functions when it is run a second time: set trim_backward='dense'."
             )
         scored = calls.pop(0)
-        assert scored.kept is not None  # the first pass ends with the choice
+        if scored.kept is None:  # the loss does not depend on it
+            call.kept = Kept(torch.zeros(0, dtype=torch.long), torch.zeros(()), None)
+            return
         elements, factor, _ = scored.kept
         if call.losses.numel() != scored.losses.numel():  # the model has run the kept samples alone
             if call.reduction == "none":
@@ -150,44 +166,6 @@ class TrimmedBatch:
             count = call.losses.numel() if elements.numel() else 0
             elements, call.full = torch.arange(count, device=elements.device), scored.full
         call.kept = Kept(elements, factor, None)
-
-    # ---- the loss -------------------------------------------------------------------------------------------------
-
-    def watch(self, loss: Tensor) -> None:
-        """
-        Note the weight with which the batch's loss is trained, a factor of the accelerator's or of the accumulation.
-
-        Args:
-            loss (`torch.Tensor`): The scalar loss.
-        """
-
-        def note(weight: Tensor) -> None:
-            self.weight = weight.detach()
-
-        self._loss = loss.detach()
-        if loss.requires_grad:
-            loss.register_hook(note)
-
-    def trimmed_loss(self, loss: Tensor) -> Tensor:
-        """
-        Args:
-            loss (`torch.Tensor`): The batch's scalar loss after the backward pass, in the size in which it is logged.
-
-        Returns:
-            `torch.Tensor`: The trimmed loss in that size.
-
-        Raises:
-            `ValueError`: If no call of a loss function had a part in the loss.
-        """
-        if self.weight is None or self.has_no_graph:
-            return loss
-        if not any(call.used for call in self.calls):
-            raise ValueError(f"The loss does not depend on any call of a loss function of torch. {MARK_LOSSES}")
-        if self.keeps_all:
-            return loss
-        difference = sum(call.difference for call in self.calls) / self.weight
-        size = torch.where(self._loss != 0, loss / self._loss, 1)
-        return (loss + difference * size).to(loss.dtype)
 
     # ---- the choice -----------------------------------------------------------------------------------------------
 
@@ -203,25 +181,26 @@ class TrimmedBatch:
         """
         calls = [call for call in self.calls if isinstance(call, LossCall)]
         pending = [(call, value) for call, value in zip(calls, self._values, strict=True) if call.kept is None]
-        if not self.is_scoring:
-            pending = [(call, value) for call, value in pending if value.requires_grad]
-        weights: list[Tensor | None] = [value.new_ones(()) for _, value in pending]
-        if len(pending) > 1 and loss is not None and loss.requires_grad and loss.dim() == 0:
-            values = [value for _, value in pending]
-            weights = list(torch.autograd.grad(loss, values, retain_graph=True, allow_unused=True))
+        pending = [(call, value) for call, value in pending if value.requires_grad]
+        weights: dict[int, Tensor | None] = {id(value): value.new_ones(()) for _, value in pending}
+        if len(weights) > 1 and loss is not None and loss.requires_grad and loss.dim() == 0:
+            values = list({id(value): value for _, value in pending}.values())
+            found = torch.autograd.grad(loss, values, retain_graph=True, allow_unused=True)
+            weights = {id(value): weight for value, weight in zip(values, found, strict=True)}
         # Calls without a weight computed metrics.
         used = [
             (call, self._total_weight(call, weight.detach()))
-            for (call, _), weight in zip(pending, weights, strict=True)
-            if weight is not None
+            for call, value in pending
+            if (weight := weights[id(value)]) is not None
         ]
         if pending and not used:
             raise ValueError(f"The loss does not depend on any call of a loss function of torch. {MARK_LOSSES}")
         for tracks in self._groups(used) if used else ():
             self._select(tracks)
-        if loss is not None or self.is_scoring:
+        if loss is not None:
             self._values = []  # they hold the graph
-            self.calls = [call for call in self.calls if call.kept is not None]
+            if not self.is_scoring:
+                self.calls = [call for call in self.calls if call.kept is not None]
 
     @staticmethod
     def _total_weight(call: LossCall, weight: Tensor) -> Tensor:

@@ -122,6 +122,8 @@ class LossCall:
         """
         self._batch = batch
         full = (self.losses.detach() if self.reduction == "none" else self.full).to(self._dtype)
+        if batch.is_scoring:  # the model has no graph; what is computed from its outputs has one from here on
+            return full.clone().requires_grad_(torch.is_grad_enabled())
         if self.logits is not None:
             return self.logits.attach(full, self._choose)
         return _Node.apply(self.losses if self.plain is None else self.plain, full, self)

@@ -11,6 +11,7 @@ What is done around a model's forward pass, outside of what is compiled:
 
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
@@ -53,13 +54,28 @@ class ModelCall:
         batch = self.calls.batch
         if self.kept is not None:
             args, kwargs = rows_of((args, kwargs), self.kept, batch.batch_size)
-        outputs = self._run_compiled(forward, *args, **kwargs) if self.is_compiled else forward(*args, **kwargs)
+        first = batch.num_calls
+        with torch.no_grad() if batch.is_scoring else nullcontext():
+            outputs = self._run_compiled(forward, *args, **kwargs) if self.is_compiled else forward(*args, **kwargs)
+        if batch.is_scoring and batch.num_calls > first:
+            outputs = self._with_loss(outputs, lambda loss: batch.add_model_loss(loss, first))
         if self.fused_loss is not None and getattr(outputs, "log_probs", None) is not None:
             self._mark_log_probs(outputs)
         if self.keeps_outputs and batch.is_scoring:
             self._outputs.append(outputs)
         elif self.keeps_outputs and self.kept is not None and self._outputs:
             outputs = self._outputs_of_all(self._outputs.pop(0), outputs)
+        return outputs
+
+    @staticmethod
+    def _with_loss(outputs: Any, change: Callable[[Tensor], Tensor]) -> Any:
+        """The outputs with another loss, which is their first one or has a name."""
+        if isinstance(outputs, Mapping):
+            if isinstance(outputs.get("loss"), Tensor):
+                cast(Any, outputs)["loss"] = change(outputs["loss"])
+            return outputs
+        if isinstance(outputs, tuple) and outputs and isinstance(outputs[0], Tensor) and outputs[0].dim() == 0:
+            return (change(outputs[0]), *outputs[1:])
         return outputs
 
     def _outputs_of_all(self, scored: Any, outputs: Any) -> Any:

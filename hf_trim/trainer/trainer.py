@@ -15,7 +15,7 @@ Where to find each step, e.g. of B = 8 samples of which p = 0.25 are kept:
 import copy
 import logging
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any, cast
 
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from hf_trim._compat import find_batch_size, unwrap_peft_model
-from hf_trim.backward._torch_internals import around_call, compiled_modules, without_compilation
+from hf_trim.backward._torch_internals import around, around_call, compiled_modules, without_compilation
 from hf_trim.backward.choice import choose_backward
 from hf_trim.backward.compiled.backend import CUDA_GRAPHS, keep_backward_graphs, mark_batch_dynamic, uses_cuda_graphs
 from hf_trim.backward.replay import scoring
@@ -86,6 +86,7 @@ class TrimmingMixin(PushMixin):
         self.compute_loss = self._compute_trimmed_loss  # type: ignore[method-assign]
         self._batch: TrimmedBatch | None = None  # the mini-batch whose loss is being computed
         self._batches: list[TrimmedBatch] | None = None  # those of the training step under way
+        self._difference: Tensor | float = 0.0  # of the trimmed loss from that of all items, in this training step
         self._place = (-1, 0)  # its optimizer step, and which of its mini-batches it is
         self._num_batches = 1  # of the optimizer step, at most, over the processes that choose together
         self._parts: list[nn.Module] = []  # the parts of the model; of those that call loss functions, their parts
@@ -184,14 +185,32 @@ class TrimmingMixin(PushMixin):
         if self._place[1] == 0 and self._process_group(trim, self.keep_fraction) is not None:
             own = torch.tensor([self._own_num_batches], device=self.accelerator.device)
             self._num_batches = int(self.accelerator.gather(own).max())
-        self._batches = []
+        self._batches, self._difference = [], 0.0
         try:
             with strict(trim.trim_strict), checked(trim.trim_check):
-                loss = super().training_step(*args, **kwargs)
+                with around(self.accelerator, "backward", self._watch_backward):
+                    loss = super().training_step(*args, **kwargs)
+            if self._batches and not any(call.used for batch in self._batches for call in batch.calls):
+                if not any(batch.has_no_graph for batch in self._batches):
+                    raise ValueError(
+                        f"The loss does not depend on any call of a loss function of torch. {MARK_LOSSES}"
+                    )
             self._trimming_logs.add_loss(loss, step)
-            return self._batches[0].trimmed_loss(loss) if self._batches else loss
+            return (loss + self._difference).to(loss.dtype)
         finally:
             self._batches = None
+
+    def _watch_backward(self, backward: Callable, loss: Tensor, **kwargs: Any) -> None:
+        """`accelerator.backward`, which finds by how much the trimmed loss differs from the one of all items."""
+        scales: list[Tensor] = []  # a factor of the accelerator's for half precision
+        calls = [call for batch in self._batches or () for call in batch.calls]
+        for call in calls:
+            call.difference = 0.0
+        if loss.requires_grad:
+            loss.register_hook(lambda scale: scales.append(scale.detach()))
+        backward(loss, **kwargs)
+        for scale in scales[:1]:
+            self._difference = self._difference + sum(call.difference for call in calls) / scale
 
     def _compute_trimmed_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """
@@ -225,17 +244,17 @@ class TrimmingMixin(PushMixin):
         )
         is_plain = getattr(self._own_compute_loss, "__func__", None) is Trainer.compute_loss
         is_outside = not is_plain or self.compute_loss_func is not None or self.label_smoother is not None
-        around = ModelCall(inner, is_compiled, self._fused_loss(), is_outside or bool(args) or len(kwargs) > 1)
+        model_call = ModelCall(inner, is_compiled, self._fused_loss(), is_outside or bool(args) or len(kwargs) > 1)
         self._quiet.update(part for part in self._parts if compiled_modules(part))
         try:
             if choice[0] == "replay":
                 batch.is_scoring = True
-                with scoring(model):
-                    self._run(batch, around, head, model, copy.copy(inputs), *args, **kwargs)
-                batch.select()
-                around.kept = batch.begin_replay()
+                with scoring(model), torch.enable_grad():  # the model's forward pass has no graph, what follows has
+                    result = self._run(batch, model_call, head, model, copy.copy(inputs), *args, **kwargs)
+                batch.select(result[0] if isinstance(result, tuple) else result)
+                model_call.kept = batch.begin_replay()
             with keep_backward_graphs() if graphs_on_rows else nullcontext():
-                result = self._run(batch, around, head, model, inputs, *args, **kwargs)
+                result = self._run(batch, model_call, head, model, inputs, *args, **kwargs)
             loss = result[0] if isinstance(result, tuple) else result
             batch.select(loss)
         finally:
@@ -252,18 +271,24 @@ class TrimmingMixin(PushMixin):
                 batch.join_without_items()
         if batch.has_no_graph:
             loss = cast(Tensor, sum(p.sum() * 0 for p in model.parameters() if p.requires_grad))
-        batch.watch(loss)
         return (loss, *result[1:]) if isinstance(result, tuple) else loss
 
     def _run(
-        self, batch: TrimmedBatch, around: ModelCall, head: LMHead | None, model: nn.Module, *args, **kwargs
+        self,
+        batch: TrimmedBatch,
+        model_call: ModelCall,
+        head: LMHead | None,
+        model: nn.Module,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
         """`compute_loss`, with all that is intercepted in it."""
-        parts = [] if around.is_compiled else self._parts  # hooks would be compiled
-        with around_call(model, around), LossCalls(batch, head, parts, self._quiet) as around.calls:
+        parts = [] if model_call.is_compiled else self._parts  # hooks would be compiled
+        model_call.calls = LossCalls(batch, head, parts, self._quiet)
+        with around_call(model, model_call), model_call.calls:
             result = self._own_compute_loss(model, *args, **kwargs)
-        loud = around.calls.loud
-        self._quiet.update(around.calls.entered - loud)
+        loud = model_call.calls.loud
+        self._quiet.update(model_call.calls.entered - loud)
         if loud:  # next time, look which of their parts call loss functions
             self._parts = [x for part in self._parts for x in (part.children() if part in loud else (part,))]
         return result

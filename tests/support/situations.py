@@ -721,6 +721,7 @@ class Situation:
         loss_func, plain_loss_func (`Callable`): `compute_loss_func`, and what plain `Trainer` needs in its place.
         arguments (`dict`): More training arguments.
         exact (`bool`): Whether plain `Trainer` computes the same in the same order, to the last bit.
+        has_loss (`bool`): Whether all of the logged loss passes through `TrimmingTrainer.training_step`.
         has_full_loss (`bool`): Whether all of the batch's loss is what one `compute_loss` returned, at any p.
     """
 
@@ -736,6 +737,7 @@ class Situation:
     arguments: dict = field(default_factory=dict)
     exact: bool = True
     has_full_loss: bool = True
+    has_loss: bool = True
 
     def make(self):
         set_seed(0)
@@ -856,7 +858,7 @@ SITUATIONS = {
     ),
     "second-loss-subclass": Situation(
         lambda: OwnModel(OwnConfig()), classes, classified_one_after_the_other, before=SecondLoss, subclass=True,
-        has_full_loss=False,
+        has_full_loss=False, has_loss=False,
     ),
     "marked-in-trainer": Situation(CLASSES, classes, of_focal, before=MarkedLoss),
     # What the items are.

@@ -66,9 +66,7 @@ def take_rows_sparse(losses: Tensor, kept: Tensor, dense_above: float = DENSE_AB
     return losses.index_select(0, kept) if rows is None else _TakeRows.apply(losses, rows)
 
 
-def prepare_rows(
-    tensors: Sequence[Tensor], kept: Tensor, batch: int, dense_above: float = DENSE_ABOVE
-) -> Rows | None:
+def prepare_rows(tensors: Sequence[Tensor], kept: Tensor, batch: int, dense_above: float = DENSE_ABOVE) -> Rows | None:
     """
     Prepares the graph of some tensors for gradients that are zero for all rows but the kept ones, see [`row_gradient`].
 
