@@ -21,7 +21,7 @@ from torch import Tensor
 from hf_trim.backward.eager.rows import Rows
 from hf_trim.backward.eager.sparse import DENSE_ABOVE, prepare_rows
 from hf_trim.trainer.arguments import TrimmingConfig
-from hf_trim.trainer.losses import MARK_LOSSES, Kept, LossCall, PlainCall
+from hf_trim.trainer.losses import MARK_LOSSES, Kept, LossCall
 from hf_trim.trainer.process_group import ProcessGroup
 from hf_trim.trainer.selection import select_items
 
@@ -39,8 +39,6 @@ class TrimmedBatch:
         keep (`float`): Fraction p to keep.
         batch_size (`int`): Number B of samples.
         sparse (`bool`): Whether the backward pass is row-sparse where samples are kept.
-        inspects (`bool`): Whether to look at the losses although everything is kept, so that what cannot be trimmed is
-            refused before it is.
         generator (`torch.Generator`, *optional*): Source of random subsets.
         labels (`torch.Tensor`, *optional*): `[B, ...]` labels, to verify which losses belong to which sample.
         process_group ([`~hf_trim.trainer.process_group.ProcessGroup`], *optional*): The processes that choose the
@@ -51,13 +49,12 @@ class TrimmedBatch:
     keep: float
     batch_size: int
     sparse: bool
-    inspects: bool = False
     generator: torch.Generator | None = None
     labels: Tensor | None = None
     process_group: ProcessGroup | None = None
 
     def __post_init__(self) -> None:
-        self.calls: list[LossCall | PlainCall] = []
+        self.calls: list[LossCall] = []
         self.scored: list[LossCall] | None = None  # in the second pass of a replay: the calls of the first one
         self.is_scoring = False  # whether that pass is under way, which has no graph
         self.samples: Tensor | None = None  # `[k]` indices of the kept samples, if items are samples
@@ -90,20 +87,6 @@ class TrimmedBatch:
         self._values.append(value)
         return value.clone()  # which may be changed in place
 
-    def add_plain(self, plain: Tensor) -> Tensor:
-        """The same for a call of which everything is kept, with what its function returned."""
-        call = PlainCall(plain)
-        self.calls.append(call)
-        return call.value()
-
-    def mark(self, losses: Tensor, counts: Tensor, scores: Tensor | None) -> Tensor:
-        """The same for losses that [`~hf_trim.trainer.losses.mark_losses`] was given."""
-        is_plain = self.keeps_all and bool(losses.isfinite().all())
-        if is_plain and not self.inspects:
-            return self.add_plain(losses)
-        call = LossCall(losses, counts, "none", self.batch_size, scores=scores, plain=losses if is_plain else None)
-        return self.add(call).view(losses.shape)
-
     @property
     def num_calls(self) -> int:
         """Number of calls so far."""
@@ -111,8 +94,7 @@ class TrimmedBatch:
 
     def forget_calls(self, number: int) -> None:
         """Take back the calls after the first `number`."""
-        del self.calls[number:]
-        del self._values[sum(isinstance(call, LossCall) for call in self.calls) :]
+        del self.calls[number:], self._values[number:]
 
     def add_model_loss(self, loss: Tensor, first: int) -> Tensor:
         """
@@ -137,8 +119,7 @@ class TrimmedBatch:
             `torch.Tensor`: `[k]` indices of the samples to run; `None` if items are not samples, so that all are to be
             run.
         """
-        scored = [call for call in self.calls if isinstance(call, LossCall)]
-        self.calls, self.is_scoring = [], False
+        scored, self.calls, self.is_scoring = self.calls, [], False
         if not self.per_sample or self.samples is None:
             self.logged, self.dropped = None, 0  # all is done again
             return None
@@ -179,9 +160,11 @@ class TrimmedBatch:
         Raises:
             `ValueError`: If the loss depends on no call, or an item cannot be ranked.
         """
-        calls = [call for call in self.calls if isinstance(call, LossCall)]
-        pending = [(call, value) for call, value in zip(calls, self._values, strict=True) if call.kept is None]
-        pending = [(call, value) for call, value in pending if value.requires_grad]
+        pending = [
+            (call, value)
+            for call, value in zip(self.calls, self._values, strict=True)
+            if call.kept is None and value.requires_grad
+        ]
         weights: dict[int, Tensor | None] = {id(value): value.new_ones(()) for _, value in pending}
         if len(weights) > 1 and loss is not None and loss.requires_grad and loss.dim() == 0:
             values = list({id(value): value for _, value in pending}.values())
@@ -307,7 +290,7 @@ class TrimmedBatch:
     @property
     def has_no_graph(self) -> bool:
         """Whether nothing is kept and something was dropped: not even a gradient of zero may go into the model."""
-        kept = [call.kept for call in self.calls if isinstance(call, LossCall) and call.kept is not None]
+        kept = [call.kept for call in self.calls if call.kept is not None]
         return bool(self.dropped) and not any(part.elements.numel() for part in kept)
 
     def join_without_items(self) -> None:
@@ -321,7 +304,9 @@ class TrimmedBatch:
     def _scores(self, track: Track) -> tuple[Tensor, Tensor]:
         """For each item: what it is ranked by (its loss, weighted over the calls), and whether it may be kept."""
         total = torch.stack([weight for _, weight in track]).sum()
-        scores, labelled, finite = [], [], []
+        scores: list[Tensor] = []
+        labelled: list[Tensor] = []
+        finite: list[Tensor] = []
         for call, weight in track:
             share = torch.where(total != 0, weight / total, 1 / len(track))
             rank, is_labelled, is_finite = call.scores, call.labelled, call.finite | ~call.labelled
@@ -341,9 +326,10 @@ class TrimmedBatch:
         Check that each sample has as many losses as labels. Some models leave out what has no label, so that losses
         are not in the places of their labels.
         """
-        if self.labels is None or self.labels.dim() < 2:
+        if self.labels is None or self.labels.dim() < 2 or call.ignore_index is None:
             return
-        num_losses, labelled = call.labelled.sum(1), self.labels.to(call.losses.device) != call.ignore_index
+        num_losses = call.labelled.sum(1)
+        labelled: Tensor = self.labels.to(call.losses.device).ne(call.ignore_index)
         if not any(torch.equal(num_losses, x.flatten(1).sum(1)) for x in (labelled, labelled[..., 1:])):
             raise self._unknown_samples(int(num_losses.sum()))
 

@@ -31,10 +31,14 @@ class TrimmingLogs:
             batch ([`~hf_trim.trainer.batch.TrimmedBatch`]): The mini-batch; without a valid item it does not count.
         """
         if batch.keeps_all:
-            self._add(keep_fraction=1.0, kept_fraction=1.0)
+            self.add_untrimmed()
         elif batch.logged is not None:
             num_kept, num_valid, threshold = batch.logged
             self._add(keep_fraction=batch.keep, kept_fraction=num_kept / num_valid, trim_threshold=threshold)
+
+    def add_untrimmed(self) -> None:
+        """Add a mini-batch of which everything is kept."""
+        self._add(keep_fraction=1.0, kept_fraction=1.0)
 
     def add_loss(self, loss: Tensor, step: int) -> None:
         """

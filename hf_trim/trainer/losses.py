@@ -11,15 +11,14 @@ losses gets w/k.
 """
 
 import inspect
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils.hooks import RemovableHandle
 
 from hf_trim.backward.eager.rows import Rows
 from hf_trim.backward.eager.sparse import row_gradient
@@ -160,29 +159,6 @@ class LossCall:
         return dense if rows is None else row_gradient(dense.index_select(0, rows.index), rows)
 
 
-class PlainCall:
-    """
-    A call of which everything is kept: the function's own result, and its own gradient.
-
-    Args:
-        plain (`torch.Tensor`): The result.
-    """
-
-    kept, difference = (), 0.0
-
-    def __init__(self, plain: Tensor):
-        self.plain, self.used = plain, False
-
-    def value(self) -> Tensor:
-        """The result, which notes whether the backward pass comes there."""
-        return _Node.apply(self.plain, self.plain, self)
-
-    def gradient(self, grad: Tensor) -> Tensor:
-        """The gradient as it comes."""
-        self.used = True
-        return grad
-
-
 class _Node(torch.autograd.Function):
     """The place of a call's value in the graph."""
 
@@ -260,7 +236,7 @@ UNREDUCED: dict[Callable, Callable] = {
 if hasattr(F, "linear_cross_entropy"):  # new in torch 2.13
     UNREDUCED[F.linear_cross_entropy] = _class_losses
 _SIGNATURES = {func: inspect.signature(func) for func in UNREDUCED}
-_ACTIVE: ContextVar["LossCalls | None"] = ContextVar("_ACTIVE", default=None)
+_ACTIVE: ContextVar["TrimmedBatch | None"] = ContextVar("_ACTIVE", default=None)
 
 
 class LossCalls(TorchFunctionMode):
@@ -270,59 +246,27 @@ class LossCalls(TorchFunctionMode):
     Args:
         batch ([`~hf_trim.trainer.batch.TrimmedBatch`]): The mini-batch.
         head ([`~hf_trim.trainer.lm_head.LMHead`], *optional*): The layer whose logits are computed in chunks.
-        parts (`Iterable[torch.nn.Module]`, *optional*): The parts of the model.
-        quiet (`Collection[torch.nn.Module]`, *optional*): Those that are known to call no loss function. Their
-            functions are let alone, since to look at each takes some microseconds.
     """
 
-    def __init__(
-        self,
-        batch: "TrimmedBatch",
-        head: LMHead | None = None,
-        parts: Iterable[nn.Module] = (),
-        quiet: Collection[nn.Module] = (),
-    ):
+    def __init__(self, batch: "TrimmedBatch", head: LMHead | None = None):
         super().__init__()
-        self.batch, self.head, self.quiet = batch, head, quiet
-        self.entered: set[nn.Module] = set()  # the parts that were run
-        self.loud: set[nn.Module] = set()  # those that called a function of interest
-        self._parts = parts
-        self._inside: list[nn.Module] = []
-        self._hooks: list[RemovableHandle] = []
+        self.batch, self.head = batch, head
 
     def __enter__(self):
-        for part in self._parts:
-            self._hooks.append(part.register_forward_pre_hook(self._enter_part))
-            self._hooks.append(part.register_forward_hook(self._leave_part, always_call=True))
-        self._token = _ACTIVE.set(self)
+        self._token = _ACTIVE.set(self.batch)
         return super().__enter__()
 
     def __exit__(self, *error):
-        for hook in self._hooks:
-            hook.remove()
         _ACTIVE.reset(self._token)
         return super().__exit__(*error)
 
-    def pause(self) -> None:
-        """Let all functions alone until [`resume`]."""
+    def let_alone(self, forward: Callable, *args: Any, **kwargs: Any) -> Any:
+        """Runs a compiled part of a model, in which nothing can be intercepted."""
         super().__exit__(None, None, None)
-
-    def resume(self) -> None:
-        """Go on to intercept."""
-        super().__enter__()
-
-    def _enter_part(self, part: nn.Module, *_: Any) -> None:
-        self._inside.append(part)
-        self.entered.add(part)
-        if part in self.quiet and not any(outer in self.quiet for outer in self._inside[:-1]):
-            self.pause()
-
-    def _leave_part(self, *_: Any) -> None:
-        if not self._inside:  # it was called before the context began
-            return
-        part = self._inside.pop()
-        if part in self.quiet and not any(outer in self.quiet for outer in self._inside):
-            self.resume()
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            super().__enter__()
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -334,23 +278,17 @@ class LossCalls(TorchFunctionMode):
             if arguments["reduction"] in ("mean", "sum", "batchmean") and not is_legacy:
                 return self._record(func, arguments)
         elif func is F.linear and self.head is not None and self.head.computes(*args, **kwargs):
-            self.loud.update(self._inside)
             return LazyLogits(*args, **kwargs, keep_all=self.head.keep_all)
         return func(*args, **kwargs)
 
     def _record(self, func: Callable, arguments: dict[str, Any]) -> Tensor:
-        self.loud.update(self._inside)
-        batch, reduction = self.batch, arguments["reduction"]
-        unreduced, plain = {**arguments, "reduction": "none"}, None
-        if batch.keeps_all and not isinstance(arguments.get("input"), LazyLogits):
+        plain = None
+        if self.batch.keeps_all and not isinstance(arguments.get("input"), LazyLogits):
             plain = func(**arguments)
-            if not plain.isfinite():  # no label at all, or a NaN, on which the settings have a say
-                plain = None
-            elif not batch.inspects:
-                return batch.add_plain(plain)
+            plain = plain if plain.isfinite() else None  # no label at all, or a NaN
         with torch.set_grad_enabled(torch.is_grad_enabled() and plain is None):
-            fields = UNREDUCED[func](func, unreduced, reduction)
-        return batch.add(LossCall(**fields, batch_size=batch.batch_size, plain=plain))
+            fields = UNREDUCED[func](func, {**arguments, "reduction": "none"}, arguments["reduction"])
+        return self.batch.add(LossCall(**fields, batch_size=self.batch.batch_size, plain=plain))
 
 
 def mark_losses(losses: Tensor, counts: Tensor | None = None, *, scores: Tensor | None = None) -> Tensor:
@@ -386,12 +324,15 @@ def mark_losses(losses: Tensor, counts: Tensor | None = None, *, scores: Tensor 
             raise ValueError(
                 f"{name} must have the shape {list(losses.shape)} of the losses, and has {list(value.shape)}."
             )
-    active = _ACTIVE.get()
-    if active is None or torch.compiler.is_compiling():
+    batch = _ACTIVE.get()
+    if batch is None or torch.compiler.is_compiling() or not (losses.requires_grad or batch.is_scoring):
         return losses
-    if not (losses.requires_grad or active.batch.is_scoring):
-        return losses
-    active.loud.update(active._inside)
-    return active.batch.mark(
-        losses, torch.ones_like(losses, requires_grad=False) if counts is None else counts, scores
-    )
+    counts = torch.ones_like(losses, requires_grad=False) if counts is None else counts
+    plain = losses if batch.keeps_all and losses.isfinite().all() else None
+    call = LossCall(losses, counts, "none", batch.batch_size, scores=scores, plain=plain)
+    return batch.add(call).view(losses.shape)
+
+
+def loss_of(result: Any) -> Tensor:
+    """The loss among what `compute_loss` returned: the loss, or a tuple of loss and outputs."""
+    return result[0] if isinstance(result, tuple) else result

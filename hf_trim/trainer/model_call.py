@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from hf_trim.backward._torch_internals import tree_map
 from hf_trim.backward.replay import rows_of
-from hf_trim.trainer.losses import MARK_LOSSES, LossCalls, mark_losses
+from hf_trim.trainer.batch import TrimmedBatch
+from hf_trim.trainer.losses import MARK_LOSSES, mark_losses
 
 
 class ModelCall:
@@ -36,7 +37,7 @@ class ModelCall:
     def __init__(self, model: nn.Module, is_compiled: bool, fused_loss: str | None, keeps_outputs: bool):
         self.model, self.is_compiled, self.fused_loss = model, is_compiled, fused_loss
         self.keeps_outputs = keeps_outputs
-        self.calls: LossCalls | None = None  # those of the pass under way
+        self.batch: TrimmedBatch | None = None
         self.kept: Tensor | None = None  # in the second pass of a replay
         self._outputs: list[Any] = []  # of the first one
         self._divisors: tuple[dict, ...] = ()  # what a compiled model divides its loss by, once that is known
@@ -50,8 +51,8 @@ class ModelCall:
         Returns:
             Its outputs.
         """
-        assert self.calls is not None
-        batch = self.calls.batch
+        assert self.batch is not None
+        batch = self.batch
         if self.kept is not None:
             args, kwargs = rows_of((args, kwargs), self.kept, batch.batch_size)
         first = batch.num_calls
@@ -102,17 +103,12 @@ class ModelCall:
     # ---- compiled models ------------------------------------------------------------------------------------------
 
     def _run_compiled(self, forward: Callable, *args: Any, **kwargs: Any) -> Any:
-        assert self.calls is not None
         config = getattr(self.model, "config", None)
         returns_tuple = config is not None and not kwargs.get("return_dict", getattr(config, "return_dict", True))
         if returns_tuple:  # without names it would not be known which output is which
             kwargs["return_dict"] = True
-        self.calls.pause()
-        try:
-            outputs = forward(*args, **kwargs)
-        finally:
-            self.calls.resume()
-        is_trained = torch.is_grad_enabled() or self.calls.batch.is_scoring
+        outputs = forward(*args, **kwargs)
+        is_trained = torch.is_grad_enabled() or self.batch is not None and self.batch.is_scoring
         if is_trained and isinstance(outputs, Mapping) and isinstance(outputs.get("loss"), Tensor):
             cast(Any, outputs)["loss"] = self._recompute_loss(kwargs, outputs)
         return cast(Any, outputs).to_tuple() if returns_tuple else outputs
@@ -124,8 +120,8 @@ class ModelCall:
         Raises:
             `ValueError`: If the model's loss function needs what is not there, or gives another loss.
         """
-        assert self.calls is not None
-        model, batch, returned = self.model, self.calls.batch, outputs["loss"].mean().item()
+        assert self.batch is not None
+        model, batch, returned = self.model, self.batch, outputs["loss"].mean().item()
         loss_function: Callable[..., Any] | None = getattr(model, "loss_function", None)
         if loss_function is None:
             raise ValueError(

@@ -16,7 +16,8 @@ import copy
 import logging
 import random
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -37,7 +38,7 @@ from hf_trim.trainer.checks import check_liger_kernel, check_settings
 from hf_trim.trainer.lm_head import LMHead, find_lm_head
 from hf_trim.trainer.logs import TrimmingLogs
 from hf_trim.trainer.loss_functions import mean_of_user_losses, smoothed_loss
-from hf_trim.trainer.losses import IGNORE_INDEX, MARK_LOSSES, LossCalls
+from hf_trim.trainer.losses import IGNORE_INDEX, MARK_LOSSES, LossCalls, loss_of
 from hf_trim.trainer.model_call import ModelCall
 from hf_trim.trainer.process_group import ProcessGroup
 from hf_trim.trainer.schedule import keep_fraction, schedule_unit
@@ -68,10 +69,7 @@ class TrimmingMixin(PushMixin):
         for value in (*args, *kwargs.values()):
             if isinstance(value, TrainingArguments):
                 check_liger_kernel(value, TrimmingConfig.of(value))
-        self._inner_cache: tuple[nn.Module | None, nn.Module | None] = (
-            None,
-            None,
-        )  # the model, with and without wrappers
+        self._inner_cache: tuple[Any, Any] = None, None  # the model, with and without wrappers
         super().__init__(*args, **kwargs)
         self._checked_settings: tuple = ()
         self._current_settings()
@@ -89,8 +87,6 @@ class TrimmingMixin(PushMixin):
         self._difference: Tensor | float = 0.0  # of the trimmed loss from that of all items, in this training step
         self._place = (-1, 0)  # its optimizer step, and which of its mini-batches it is
         self._num_batches = 1  # of the optimizer step, at most, over the processes that choose together
-        self._parts: list[nn.Module] = []  # the parts of the model; of those that call loss functions, their parts
-        self._quiet: set[nn.Module] = set()  # those that are known to call none
         self._per_sample: bool | None = None  # whether items are samples, as the last mini-batch showed
         self._warned: set[str | tuple[str, str]] = set()  # what need not be logged again
         self._trimming_logs = TrimmingLogs()
@@ -116,8 +112,7 @@ class TrimmingMixin(PushMixin):
         if self._inner_cache[0] is not self.model:
             inner = unwrap_peft_model(without_compilation(self.accelerator.unwrap_model(self.model)))
             self._inner_cache = (self.model, inner)
-            self._parts, self._quiet = list(inner.children()), set()
-        return cast(nn.Module, self._inner_cache[1])
+        return self._inner_cache[1]
 
     # ---- the trainer's state --------------------------------------------------------------------------------------
 
@@ -225,19 +220,23 @@ class TrimmingMixin(PushMixin):
             return self._own_compute_loss(model, inputs, *args, **kwargs)
         keep, inner, size = self.keep_fraction, self._inner_model(), self._batch_size(inputs)
         compiled = compiled_modules(model)
+        is_compiled = any(inner in set(module.modules()) for module in compiled)
+        head = None if is_compiled else self._chunked_head(trim, inner, keep)
+        if keep == 1 and head is None and (self._per_sample is not None or self.label_smoother is not None):
+            result = self._own_compute_loss(model, inputs, *args, **kwargs)
+            if loss_of(result).isfinite().all():
+                self._trimming_logs.add_untrimmed()
+                return result
         graphs_on_rows = bool(compiled) and trim.trim_backward in ("auto", "sparse")
         if graphs_on_rows and isinstance(inputs, Mapping):
             mark_batch_dynamic(inputs, size)
-        is_compiled = any(inner in set(module.modules()) for module in compiled)
-        head = None if is_compiled else self._chunked_head(trim, inner, keep)
-        per_sample = self._per_sample is not False
-        choice = self._choose_backward(trim, model, keep, per_sample, head is not None, graphs_on_rows)
-        self._batch = batch = TrimmedBatch(
+        choose = partial(self._choose_backward, trim, model, keep, head is not None, graphs_on_rows)
+        assumed = self._per_sample is not False
+        batch = TrimmedBatch(
             trim,
             keep,
             size,
-            sparse=choice[0] == "sparse",
-            inspects=self._per_sample is None,
+            sparse=choose(assumed)[0] == "sparse",
             generator=self._generator(trim),
             labels=inputs.get("shift_labels", inputs.get("labels")) if isinstance(inputs, Mapping) else None,
             process_group=self._process_group(trim, keep),
@@ -245,52 +244,37 @@ class TrimmingMixin(PushMixin):
         is_plain = getattr(self._own_compute_loss, "__func__", None) is Trainer.compute_loss
         is_outside = not is_plain or self.compute_loss_func is not None or self.label_smoother is not None
         model_call = ModelCall(inner, is_compiled, self._fused_loss(), is_outside or bool(args) or len(kwargs) > 1)
-        self._quiet.update(part for part in self._parts if compiled_modules(part))
-        try:
-            if choice[0] == "replay":
+        calls = LossCalls(batch, head)
+        self._batch = model_call.batch = batch
+        with ExitStack() as stack:
+            stack.callback(setattr, self, "_batch", None)
+            for module in compiled:
+                stack.enter_context(around_call(module, calls.let_alone))
+            stack.enter_context(around_call(model, model_call))
+            if graphs_on_rows:
+                stack.enter_context(keep_backward_graphs())
+            if choose(assumed)[0] == "replay":
                 batch.is_scoring = True
-                with scoring(model), torch.enable_grad():  # the model's forward pass has no graph, what follows has
-                    result = self._run(batch, model_call, head, model, copy.copy(inputs), *args, **kwargs)
-                batch.select(result[0] if isinstance(result, tuple) else result)
+                with scoring(model), torch.enable_grad(), calls:  # the model has no graph, what follows it has
+                    result = self._own_compute_loss(model, copy.copy(inputs), *args, **kwargs)
+                batch.select(loss_of(result))
                 model_call.kept = batch.begin_replay()
-            with keep_backward_graphs() if graphs_on_rows else nullcontext():
-                result = self._run(batch, model_call, head, model, inputs, *args, **kwargs)
-            loss = result[0] if isinstance(result, tuple) else result
-            batch.select(loss)
-        finally:
-            self._batch = None
+            with calls:
+                result = self._own_compute_loss(model, inputs, *args, **kwargs)
+            batch.select(loss_of(result))
         if not batch.calls:
             raise ValueError(
                 f"{type(self).__name__} found nothing to rank: no loss function of torch took a mean or a sum while "
                 f"the loss of {type(inner).__name__} was computed. {MARK_LOSSES} trim_select='none' trains without "
                 "trimming."
             )
-        self._note(trim, batch, choice, per_sample, model, keep, head is not None, graphs_on_rows)
-        if self._place[1] + 1 == self._own_num_batches:  # others may have more mini-batches in this optimizer step
-            for _ in range(self._num_batches - self._own_num_batches):
+        self._note(trim, batch, choose(assumed if batch.per_sample is None else batch.per_sample))
+        if batch.process_group is not None and self._place[1] + 1 == self._own_num_batches:
+            for _ in range(self._num_batches - self._own_num_batches):  # others have more of them in this step
                 batch.join_without_items()
         if batch.has_no_graph:
-            loss = cast(Tensor, sum(p.sum() * 0 for p in model.parameters() if p.requires_grad))
-        return (loss, *result[1:]) if isinstance(result, tuple) else loss
-
-    def _run(
-        self,
-        batch: TrimmedBatch,
-        model_call: ModelCall,
-        head: LMHead | None,
-        model: nn.Module,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        """`compute_loss`, with all that is intercepted in it."""
-        parts = [] if model_call.is_compiled else self._parts  # hooks would be compiled
-        model_call.calls = LossCalls(batch, head, parts, self._quiet)
-        with around_call(model, model_call), model_call.calls:
-            result = self._own_compute_loss(model, *args, **kwargs)
-        loud = model_call.calls.loud
-        self._quiet.update(model_call.calls.entered - loud)
-        if loud:  # next time, look which of their parts call loss functions
-            self._parts = [x for part in self._parts for x in (part.children() if part in loud else (part,))]
+            zero = cast(Tensor, sum(p.sum() * 0 for p in model.parameters() if p.requires_grad))
+            return (zero, *result[1:]) if isinstance(result, tuple) else zero
         return result
 
     def _batch_size(self, inputs: Any) -> int:
@@ -320,9 +304,9 @@ class TrimmingMixin(PushMixin):
         trim: TrimmingConfig,
         model: nn.Module,
         keep: float,
-        per_sample: bool,
         has_head: bool,
         graphs_on_rows: bool,
+        per_sample: bool,
     ) -> tuple[str, str]:
         """The backward pass of this mini-batch, and the reason for it."""
         if keep == 1:
@@ -330,22 +314,14 @@ class TrimmingMixin(PushMixin):
         refused = CUDA_GRAPHS if graphs_on_rows and uses_cuda_graphs(model) else next(iter(REFUSED_GRAPHS), "")
         return choose_backward(trim.trim_backward, model, per_sample, keep, has_head, refused)
 
-    def _note(
-        self, trim: TrimmingConfig, batch: TrimmedBatch, choice: tuple[str, str], per_sample: bool, *state
-    ) -> None:
+    def _note(self, trim: TrimmingConfig, batch: TrimmedBatch, choice: tuple[str, str]) -> None:
         """What the mini-batch has shown: log each choice and its reason once, and what the user should know."""
-        assert batch.calls
         if self._batches is not None:
             self._batches.append(batch)
         self._trimming_logs.add(batch)
-        if batch.per_sample is None:
-            return
         self._per_sample = batch.per_sample
         if batch.keeps_all:
             return
-        if self._per_sample != per_sample:
-            model, keep, has_head, graphs_on_rows = state
-            choice = self._choose_backward(trim, model, keep, self._per_sample, has_head, graphs_on_rows)
         mode, reason = choice
         if trim.trim_strict and mode != "sparse":
             raise ValueError(f"trim_strict=True, and the backward pass would be {mode}: {reason}. Set it to False.")
@@ -384,11 +360,10 @@ class TrimmingMixin(PushMixin):
         self, outputs: Any, labels: Tensor, shift_labels: bool = False, num_items_in_batch=None
     ) -> Tensor:
         """In the place of `label_smoother`: the same loss, by a loss function that can be intercepted."""
-        if self._batch is None or self._batch.keeps_all and not self._batch.inspects:
-            plain = self._label_smoother(
+        if self._batch is None:
+            return self._label_smoother(
                 outputs, labels, shift_labels=shift_labels, num_items_in_batch=num_items_in_batch
             )
-            return plain if self._batch is None else self._batch.add_plain(plain)
         return smoothed_loss(outputs, labels, self.args.label_smoothing_factor, shift_labels, num_items_in_batch)
 
     # ---- logs -----------------------------------------------------------------------------------------------------
