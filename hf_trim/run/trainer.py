@@ -11,7 +11,7 @@ from hf_trim.data import Data, DeviceImages, load_data
 from hf_trim.run.clock import TrainingClock
 from hf_trim.run.metrics import ERROR, PERPLEXITY, Metric
 from hf_trim.run.models import build_model, load_processing_class
-from hf_trim.run.recipe import Job, RunArguments, user_errors
+from hf_trim.run.recipe import Job, RecipeError, RunArguments, user_errors
 from hf_trim.trainer.trainer import TrimmingTrainer
 
 
@@ -118,6 +118,11 @@ def make_trainer(
         # The images are on the device already, and worker processes cannot read them there.
         args.dataloader_pin_memory, args.dataloader_num_workers = False, 0
     set_seed(seed)
+    if args.trim_unit == "token" and data.kind != "language":
+        raise RecipeError(
+            "trim_unit='token' needs a loss per token, and a classifier has one per sample: use trim_unit='auto' or "
+            "'sample'."
+        )
     with user_errors():
         return RecipeTrainer(
             run_args=job.run,

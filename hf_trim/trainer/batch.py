@@ -127,6 +127,22 @@ class TrimmedBatch:
         # Without a valid item the first sample is run, so that there is a graph.
         return self.samples if self.samples.numel() else self.samples.new_zeros(1)
 
+    def leave_out(self, loss: Tensor, zero: Tensor) -> Tensor:
+        """
+        Keep nothing of the mini-batch.
+
+        Args:
+            loss (`torch.Tensor`): Its scalar loss.
+            zero (`torch.Tensor`): A zero whose gradient is zero for each parameter.
+
+        Returns:
+            `torch.Tensor`: The loss, with that gradient.
+        """
+        call = LossCall(zero[None], zero.new_ones(1), "sum", 1)
+        call.full, call.kept = loss.detach(), Kept(zero.new_zeros(0, dtype=torch.long), zero.new_zeros(()), None)
+        self.scored = None
+        return self.add(call)
+
     @staticmethod
     def _adopt(call: LossCall, calls: list[LossCall]) -> None:
         """In the second pass of a replay: what the first one has chosen of the same call."""

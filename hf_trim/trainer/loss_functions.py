@@ -6,13 +6,14 @@ are brought into the form that `losses.py` intercepts. For example, a function r
 for, `[B]` class weights: their mean is the sum of the losses divided by the sum of the weights.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_trim.trainer.losses import IGNORE_INDEX, MARK_LOSSES, mark_losses
+from hf_trim.trainer.losses import IGNORE_INDEX, MARK_LOSSES, is_intercepting, mark_losses
 
 
 def mean_of_user_losses(returned: Any, labels: Any) -> Tensor:
@@ -63,27 +64,73 @@ def _labelled(losses: Tensor, labels: Tensor) -> Tensor | None:
     return None
 
 
-def smoothed_loss(
-    outputs: Any, labels: Tensor, epsilon: float, shift_labels: bool, num_items_in_batch: Tensor | int | None
-) -> Tensor:
+class UserLoss:
     """
-    The loss of transformers' `LabelSmoother`, by a loss function of torch.
+    In the place of a trainer's `compute_loss_func`, whose losses may be unreduced: their mean, for the mini-batch's
+    share of the labels of the optimizer step.
 
     Args:
-        outputs (`ModelOutput`, `dict` or `tuple`): The model's outputs, with logits `[B, ..., C]`.
-        labels (`torch.Tensor`): `[B, ...]` class indices; −100 means "no label".
-        epsilon (`float`): Label smoothing factor.
-        shift_labels (`bool`): Whether position t predicts label t + 1.
-        num_items_in_batch (`torch.Tensor` or `int`, *optional*): Number of labels to divide by, if not that of these.
-
-    Returns:
-        `torch.Tensor`: The scalar loss.
+        trainer ([`~transformers.Trainer`]): The trainer.
+        function (`Callable`): The user's function.
     """
-    logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
-    if shift_labels:
-        logits, labels = logits[..., :-1, :], labels[..., 1:]
-    loss = F.cross_entropy(
-        logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORE_INDEX, label_smoothing=epsilon,
-        reduction="mean" if num_items_in_batch is None else "sum",
-    )  # fmt: skip
-    return loss if num_items_in_batch is None else loss / torch.as_tensor(num_items_in_batch, device=loss.device)
+
+    def __init__(self, trainer: Any, function: Callable):
+        self.trainer, self.function = trainer, function
+
+    def __call__(self, outputs: Any, labels: Any, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        """
+        Args:
+            outputs: The model's outputs.
+            labels (`torch.Tensor`): The labels.
+            num_items_in_batch (`torch.Tensor` or `int`, *optional*): Number of labels of the step.
+
+        Returns:
+            `torch.Tensor`: The scalar loss.
+        """
+        returned = self.function(outputs, labels, num_items_in_batch=num_items_in_batch)
+        mean = mean_of_user_losses(returned, labels)
+        if mean is returned or not torch.is_grad_enabled():
+            return mean
+        if num_items_in_batch is None:
+            return mean / getattr(self.trainer, "current_gradient_accumulation_steps", 1)
+        # As `Trainer` counts: the first label of a text predicts nothing.
+        labels = labels[..., 1:] if getattr(self.trainer, "_loss_shifts_labels", False) else labels
+        return mean * labels.ne(IGNORE_INDEX).sum() / num_items_in_batch
+
+
+class SmoothedLoss:
+    """
+    In the place of transformers' `LabelSmoother`: the same loss, by a loss function of torch that can be intercepted.
+
+    Args:
+        trainer ([`TrimmingTrainer`]): The trainer.
+        smoother ([`~transformers.trainer_pt_utils.LabelSmoother`]): What is called where nothing is trimmed.
+    """
+
+    def __init__(self, trainer: Any, smoother: Any):
+        self.trainer, self.smoother = trainer, smoother
+
+    def __call__(
+        self, outputs: Any, labels: Tensor, shift_labels: bool = False, num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """
+        Args:
+            outputs (`ModelOutput`, `dict` or `tuple`): The model's outputs, with logits `[B, ..., C]`.
+            labels (`torch.Tensor`): `[B, ...]` class indices; −100 means "no label".
+            shift_labels (`bool`, *optional*, defaults to `False`): Whether position t predicts label t + 1.
+            num_items_in_batch (`torch.Tensor` or `int`, *optional*): Number of labels to divide by, if not that of
+                these.
+
+        Returns:
+            `torch.Tensor`: The scalar loss.
+        """
+        if not is_intercepting():
+            return self.smoother(outputs, labels, shift_labels=shift_labels, num_items_in_batch=num_items_in_batch)
+        logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
+        if shift_labels:
+            logits, labels = logits[..., :-1, :], labels[..., 1:]
+        loss = F.cross_entropy(
+            logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORE_INDEX, label_smoothing=self.smoother.epsilon,
+            reduction="mean" if num_items_in_batch is None else "sum",
+        )  # fmt: skip
+        return loss if num_items_in_batch is None else loss / torch.as_tensor(num_items_in_batch, device=loss.device)

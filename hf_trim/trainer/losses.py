@@ -333,6 +333,16 @@ def mark_losses(losses: Tensor, counts: Tensor | None = None, *, scores: Tensor 
     return batch.add(call).view(losses.shape)
 
 
+def is_intercepting() -> bool:
+    """Whether calls of loss functions are intercepted now."""
+    return _ACTIVE.get() is not None
+
+
 def loss_of(result: Any) -> Tensor:
     """The loss among what `compute_loss` returned: the loss, or a tuple of loss and outputs."""
     return result[0] if isinstance(result, tuple) else result
+
+
+def with_loss(result: Any, loss: Tensor) -> Any:
+    """The same with another loss."""
+    return (loss, *result[1:]) if isinstance(result, tuple) else loss

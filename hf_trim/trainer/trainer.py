@@ -12,11 +12,9 @@ Where to find each step, e.g. of B = 8 samples of which p = 0.25 are kept:
 5. logs: [`TrimmingMixin.log`] (`logs.py`).
 """
 
-import copy
 import logging
 import random
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from functools import partial
 from typing import Any, cast
 
@@ -25,10 +23,9 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from hf_trim._compat import find_batch_size, unwrap_peft_model
-from hf_trim.backward._torch_internals import around, around_call, compiled_modules, without_compilation
+from hf_trim.backward._torch_internals import around, compiled_modules, without_compilation
 from hf_trim.backward.choice import choose_backward
-from hf_trim.backward.compiled.backend import CUDA_GRAPHS, keep_backward_graphs, mark_batch_dynamic, uses_cuda_graphs
-from hf_trim.backward.replay import scoring
+from hf_trim.backward.compiled.backend import CUDA_GRAPHS, mark_batch_dynamic, uses_cuda_graphs
 from hf_trim.backward.settings import REFUSED_GRAPHS, checked, fallback_report, reset_fallbacks, strict
 from hf_trim.hub.push import PushMixin
 from hf_trim.trainer.arguments import TrimmingConfig
@@ -37,11 +34,12 @@ from hf_trim.trainer.checkpoints import load_converted_weights
 from hf_trim.trainer.checks import check_liger_kernel, check_settings
 from hf_trim.trainer.lm_head import LMHead, find_lm_head
 from hf_trim.trainer.logs import TrimmingLogs
-from hf_trim.trainer.loss_functions import mean_of_user_losses, smoothed_loss
-from hf_trim.trainer.losses import IGNORE_INDEX, MARK_LOSSES, LossCalls, loss_of
-from hf_trim.trainer.model_call import ModelCall
+from hf_trim.trainer.loss_functions import SmoothedLoss, UserLoss
+from hf_trim.trainer.loss_pass import LossPass, is_compiled_whole
+from hf_trim.trainer.losses import MARK_LOSSES, loss_of
 from hf_trim.trainer.process_group import ProcessGroup
 from hf_trim.trainer.schedule import keep_fraction, schedule_unit
+from hf_trim.trainer.step_choice import choose_in_step
 
 
 logger = logging.getLogger(__name__)
@@ -74,14 +72,14 @@ class TrimmingMixin(PushMixin):
         self._checked_settings: tuple = ()
         self._current_settings()
         if self.compute_loss_func is not None:
-            self._user_loss = self.compute_loss_func
-            self.compute_loss_func = self._reduced_user_loss
+            self.compute_loss_func = UserLoss(self, self.compute_loss_func)
         if self.label_smoother is not None:
-            self._label_smoother: Any = self.label_smoother
-            self.label_smoother = cast(Any, self._smoothed_loss)  # it is called in the same way
+            self.label_smoother = cast(Any, SmoothedLoss(self, self.label_smoother))  # it is called in the same way
         # A subclass may have a `compute_loss` that does not call `super()`, so ours stands around it, whatever it is.
         self._own_compute_loss = self.compute_loss
         self.compute_loss = self._compute_trimmed_loss  # type: ignore[method-assign]
+        self._step_inputs: list = []  # the mini-batches of the optimizer step
+        self._scored: dict[tuple[int, int], LossPass] = {}  # those that are scored before their turn, by their place
         self._batch: TrimmedBatch | None = None  # the mini-batch whose loss is being computed
         self._batches: list[TrimmedBatch] | None = None  # those of the training step under way
         self._difference: Tensor | float = 0.0  # of the trimmed loss from that of all items, in this training step
@@ -171,6 +169,10 @@ class TrimmingMixin(PushMixin):
 
     # ---- a training step ------------------------------------------------------------------------------------------
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
+        self._step_inputs, num_items_in_batch = super().get_batch_samples(*args, **kwargs)
+        return self._step_inputs, num_items_in_batch
+
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         trim = self._current_settings()
         if not trim.trims:
@@ -218,50 +220,27 @@ class TrimmingMixin(PushMixin):
         is_training = torch.is_grad_enabled() and (self.is_in_train or self._batches is not None)
         if not (trim.trims and is_training) or self._batch is not None:
             return self._own_compute_loss(model, inputs, *args, **kwargs)
-        keep, inner, size = self.keep_fraction, self._inner_model(), self._batch_size(inputs)
-        compiled = compiled_modules(model)
-        is_compiled = any(inner in set(module.modules()) for module in compiled)
-        head = None if is_compiled else self._chunked_head(trim, inner, keep)
+        keep, inner, compiled = self.keep_fraction, self._inner_model(), compiled_modules(model)
+        head = None if is_compiled_whole(inner, compiled) else self._chunked_head(trim, inner, keep)
         if keep == 1 and head is None and (self._per_sample is not None or self.label_smoother is not None):
             result = self._own_compute_loss(model, inputs, *args, **kwargs)
             if loss_of(result).isfinite().all():
                 self._trimming_logs.add_untrimmed()
                 return result
-        graphs_on_rows = bool(compiled) and trim.trim_backward in ("auto", "sparse")
-        if graphs_on_rows and isinstance(inputs, Mapping):
-            mark_batch_dynamic(inputs, size)
-        choose = partial(self._choose_backward, trim, model, keep, head is not None, graphs_on_rows)
+        choose = partial(self._choose_backward, trim, model, keep, head is not None, bool(compiled))
         assumed = self._per_sample is not False
-        batch = TrimmedBatch(
-            trim,
-            keep,
-            size,
-            sparse=choose(assumed)[0] == "sparse",
-            generator=self._generator(trim),
-            labels=inputs.get("shift_labels", inputs.get("labels")) if isinstance(inputs, Mapping) else None,
-            process_group=self._process_group(trim, keep),
-        )
-        is_plain = getattr(self._own_compute_loss, "__func__", None) is Trainer.compute_loss
-        is_outside = not is_plain or self.compute_loss_func is not None or self.label_smoother is not None
-        model_call = ModelCall(inner, is_compiled, self._fused_loss(), is_outside or bool(args) or len(kwargs) > 1)
-        calls = LossCalls(batch, head)
-        self._batch = model_call.batch = batch
-        with ExitStack() as stack:
-            stack.callback(setattr, self, "_batch", None)
-            for module in compiled:
-                stack.enter_context(around_call(module, calls.let_alone))
-            stack.enter_context(around_call(model, model_call))
-            if graphs_on_rows:
-                stack.enter_context(keep_backward_graphs())
-            if choose(assumed)[0] == "replay":
-                batch.is_scoring = True
-                with scoring(model), torch.enable_grad(), calls:  # the model has no graph, what follows it has
-                    result = self._own_compute_loss(model, copy.copy(inputs), *args, **kwargs)
-                batch.select(loss_of(result))
-                model_call.kept = batch.begin_replay()
-            with calls:
-                result = self._own_compute_loss(model, inputs, *args, **kwargs)
-            batch.select(loss_of(result))
+        mode = choose(assumed)[0]
+        new_pass = partial(self._new_pass, trim, keep, model, head, mode, bool(args) or len(kwargs) > 1)
+        loss_pass = self._scored.pop(self._place, None) or new_pass(inputs)
+        batch = self._batch = loss_pass.batch
+        try:
+            if mode == "replay" and loss_pass.scored is None:
+                loss_pass.score(inputs, *args, **kwargs)
+                if batch.most_items == 1 and loss_pass.kept is not None:
+                    self._choose_in_step(loss_pass, new_pass, *args, **kwargs)
+            result = loss_pass.run(inputs, *args, **kwargs)
+        finally:
+            self._batch = None
         if not batch.calls:
             raise ValueError(
                 f"{type(self).__name__} found nothing to rank: no loss function of torch took a mean or a sum while "
@@ -272,10 +251,54 @@ class TrimmingMixin(PushMixin):
         if batch.process_group is not None and self._place[1] + 1 == self._own_num_batches:
             for _ in range(self._num_batches - self._own_num_batches):  # others have more of them in this step
                 batch.join_without_items()
-        if batch.has_no_graph:
-            zero = cast(Tensor, sum(p.sum() * 0 for p in model.parameters() if p.requires_grad))
-            return (zero, *result[1:]) if isinstance(result, tuple) else zero
         return result
+
+    def _new_pass(
+        self,
+        trim: TrimmingConfig,
+        keep: float,
+        model: nn.Module,
+        head: LMHead | None,
+        mode: str,
+        has_outputs: bool,
+        inputs: Any,
+    ) -> LossPass:
+        """The way of a mini-batch to its loss."""
+        size, labels = self._batch_size(inputs), None
+        if isinstance(inputs, Mapping):
+            labels = inputs.get("shift_labels", inputs.get("labels"))
+            if trim.trim_backward in ("auto", "sparse") and compiled_modules(model):
+                mark_batch_dynamic(inputs, size)
+        batch = TrimmedBatch(
+            trim, keep, size, mode == "sparse", self._generator(trim), labels, self._process_group(trim, keep)
+        )
+        is_plain = getattr(self._own_compute_loss, "__func__", None) is Trainer.compute_loss
+        is_outside = not is_plain or self.compute_loss_func is not None or self.label_smoother is not None
+        return LossPass(
+            self._own_compute_loss,
+            model,
+            self._inner_model(),
+            batch,
+            head,
+            self._fused_loss(),
+            is_outside or has_outputs,
+        )
+
+    def _choose_in_step(self, first: LossPass, new_pass: Callable[[Any], LossPass], *args: Any, **kwargs: Any) -> None:
+        """In a replay of mini-batches with one sample: score the others of the step as well, and choose among all."""
+        step, number = self._place
+        # In several processes the engines would wait for a forward pass that is left out.
+        if number or self._own_num_batches == 1 or self.accelerator.num_processes > 1:
+            return
+        passes = {self._place: first}
+        for number, inputs in enumerate(self._step_inputs[1:], 1):
+            inputs = self._prepare_inputs(inputs)
+            passes[step, number] = new_pass(inputs)
+            passes[step, number].score(inputs, *args, **kwargs)
+        if all(loss_pass.batch.most_items == 1 for loss_pass in passes.values()):
+            choose_in_step(list(passes.values()))
+            self._scored = passes
+            del passes[self._place]
 
     def _batch_size(self, inputs: Any) -> int:
         """Number B of samples: that of the labels, since a sample may have several images."""
@@ -338,33 +361,10 @@ class TrimmingMixin(PushMixin):
             self._warned.add("one item")
             logger.warning(
                 "A mini-batch has a single item to choose from, which is kept whatever p is: nothing is trimmed. Raise "
-                "per_device_train_batch_size (and lower gradient_accumulation_steps), choose among the processes "
-                "with trim_scope='global', or use trim_unit='token' where there is a loss per token.",
+                "per_device_train_batch_size (and lower gradient_accumulation_steps); choose among the accumulated "
+                "mini-batches with trim_backward='replay' (in one process), or among the processes with "
+                "trim_scope='global'; or use trim_unit='token' where there is a loss per token.",
             )  # fmt: skip
-
-    # ---- losses outside of the model ------------------------------------------------------------------------------
-
-    def _reduced_user_loss(self, outputs: Any, labels: Any, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        """In the place of `compute_loss_func`, whose losses may be unreduced: their mean, for its share of the step."""
-        returned = self._user_loss(outputs, labels, num_items_in_batch=num_items_in_batch)
-        mean = mean_of_user_losses(returned, labels)
-        if mean is returned or not torch.is_grad_enabled():
-            return mean
-        if num_items_in_batch is None:
-            return mean / self._own_num_batches
-        # As `Trainer` counts: the first label of a text predicts nothing.
-        labels = labels[..., 1:] if getattr(self, "_loss_shifts_labels", False) else labels
-        return mean * labels.ne(IGNORE_INDEX).sum() / num_items_in_batch
-
-    def _smoothed_loss(
-        self, outputs: Any, labels: Tensor, shift_labels: bool = False, num_items_in_batch=None
-    ) -> Tensor:
-        """In the place of `label_smoother`: the same loss, by a loss function that can be intercepted."""
-        if self._batch is None:
-            return self._label_smoother(
-                outputs, labels, shift_labels=shift_labels, num_items_in_batch=num_items_in_batch
-            )
-        return smoothed_loss(outputs, labels, self.args.label_smoothing_factor, shift_labels, num_items_in_batch)
 
     # ---- logs -----------------------------------------------------------------------------------------------------
 

@@ -112,6 +112,25 @@ def test_accumulating_single_samples_trims_nothing_and_says_so(tmp_path, caplog)
     assert caplog.text.count("A mini-batch has a single item to choose from") == 1
 
 
+@pytest.mark.parametrize("select", ["hardest", "random"])
+def test_a_replay_chooses_among_accumulated_single_samples(select, tmp_path, caplog):
+    arguments = {"trim_keep_start": 0.5, "trim_keep_end": 0.3, "trim_select": select}
+    rows = digits(45)  # the last optimizer step is short
+    rows[9]["labels"] = rows[10]["labels"] = -100
+    single = train(
+        tiny_vit(), rows, tmp_path, trim_backward="replay", per_device_train_batch_size=1,
+        gradient_accumulation_steps=8, **arguments,
+    )  # fmt: skip
+    assert "A mini-batch has a single item" not in caplog.text
+    whole = train(tiny_vit(), rows, tmp_path, trim_backward="dense", **arguments)
+    names = ["kept_fraction", "full_loss"] + ["trim_threshold"] * (select == "hardest")
+    if select == "hardest":  # other random numbers are drawn for other mini-batches
+        assert single.losses == pytest.approx(whole.losses, rel=1e-5)
+        assert relative_difference(weights(single) - weights(tiny_vit()), weights(whole) - weights(tiny_vit())) < 1e-5
+    for ours, theirs in zip(single.state.log_history[:1], whole.state.log_history[:1], strict=True):
+        assert [ours[name] for name in names] == pytest.approx([theirs[name] for name in names], rel=1e-5)
+
+
 def test_evaluation_and_prediction_are_never_trimmed(tmp_path):
     rows = digits()
     trimmed = train(tiny_vit(), rows, tmp_path, trim_keep_start=0.2)

@@ -1,7 +1,8 @@
 """
 Step 2 (per-item losses) of: batch → per-item losses → keep decision → trimmed backward → logs.
 
-What is done around a model's forward pass, outside of what is compiled:
+The way of a mini-batch through `compute_loss` and the model, and what is done around the model's forward pass, outside
+of what is compiled:
 
 - loss functions inside a compiled graph cannot be intercepted, so the loss is computed once more from the logits;
 - the second pass of a replay runs the kept samples only. For example, B = 8 samples of which 2 are kept: the model gets
@@ -9,49 +10,104 @@ What is done around a model's forward pass, outside of what is compiled:
 - TRL's `SFTTrainer` takes the mean of log-probabilities that its models return.
 """
 
+import copy
 import inspect
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from hf_trim.backward._torch_internals import tree_map
-from hf_trim.backward.replay import rows_of
+from hf_trim.backward._torch_internals import around_call, compiled_modules, tree_map
+from hf_trim.backward.compiled.backend import keep_backward_graphs
+from hf_trim.backward.replay import rows_of, scoring
 from hf_trim.trainer.batch import TrimmedBatch
-from hf_trim.trainer.losses import MARK_LOSSES, mark_losses
+from hf_trim.trainer.lm_head import LMHead
+from hf_trim.trainer.losses import MARK_LOSSES, LossCalls, loss_of, mark_losses, with_loss
 
 
-class ModelCall:
+def is_compiled_whole(inner: nn.Module, compiled: list[nn.Module]) -> bool:
     """
-    Stands around the forward passes of a mini-batch.
+    Args:
+        inner (`torch.nn.Module`): The model, without wrappers.
+        compiled (`list[torch.nn.Module]`): The parts of the wrapped model that were compiled.
+
+    Returns:
+        `bool`: Whether the whole model was compiled, with its loss.
+    """
+    return any(inner in set(module.modules()) for module in compiled)
+
+
+def zero_of(model: nn.Module) -> Tensor:
+    """A zero whose gradient is zero for each parameter. Engines such as DDP wait for the gradient of each."""
+    return cast(Tensor, sum(p.sum() * 0 for p in model.parameters() if p.requires_grad))
+
+
+class LossPass:
+    """
+    The way from a mini-batch to its loss, through `compute_loss` and the model.
 
     Args:
-        model (`torch.nn.Module`): The model, without wrappers.
-        is_compiled (`bool`): Whether it was compiled as a whole, with its loss.
+        compute_loss (`Callable`): The trainer's own `compute_loss`.
+        model (`torch.nn.Module`): The model, with its wrappers.
+        inner (`torch.nn.Module`): The model without them.
+        batch ([`~hf_trim.trainer.batch.TrimmedBatch`]): The mini-batch.
+        head ([`~hf_trim.trainer.lm_head.LMHead`], *optional*): The layer whose logits are computed in chunks.
         fused_loss (`str`, *optional*): The `loss_type` of TRL's `SFTTrainer`.
         keeps_outputs (`bool`): Whether a replay shall return the outputs of all samples.
     """
 
-    def __init__(self, model: nn.Module, is_compiled: bool, fused_loss: str | None, keeps_outputs: bool):
-        self.model, self.is_compiled, self.fused_loss = model, is_compiled, fused_loss
-        self.keeps_outputs = keeps_outputs
-        self.batch: TrimmedBatch | None = None
+    def __init__(
+        self,
+        compute_loss: Callable,
+        model: nn.Module,
+        inner: nn.Module,
+        batch: TrimmedBatch,
+        head: LMHead | None,
+        fused_loss: str | None,
+        keeps_outputs: bool,
+    ):
+        self.compute_loss, self.model, self.inner, self.batch = compute_loss, model, inner, batch
+        self.fused_loss, self.keeps_outputs = fused_loss, keeps_outputs
+        self.compiled = compiled_modules(model)
+        self.is_compiled = is_compiled_whole(inner, self.compiled)
+        self.calls = LossCalls(batch, head)
         self.kept: Tensor | None = None  # in the second pass of a replay
-        self._outputs: list[Any] = []  # of the first one
+        self.scored: Any = None  # what `compute_loss` returned in the first one
+        self.is_left_out = False  # whether other mini-batches of the step were chosen (`step_choice.py`)
+        self._outputs: list[Any] = []  # of the first pass
         self._divisors: tuple[dict, ...] = ()  # what a compiled model divides its loss by, once that is known
 
-    def __call__(self, forward: Callable, *args: Any, **kwargs: Any) -> Any:
-        """
-        Args:
-            forward (`Callable`): The forward pass.
-            args, kwargs: Its arguments.
+    def score(self, inputs: Any, *args: Any, **kwargs: Any) -> None:
+        """The first pass of a replay: choose the samples, without a graph of the model."""
+        self.batch.is_scoring = True
+        with scoring(self.model), torch.enable_grad():  # the model has no graph, but what follows it has
+            self.scored = self._run(copy.copy(inputs), *args, **kwargs)
+        self.batch.select(loss_of(self.scored))
+        self.kept = self.batch.begin_replay()
 
-        Returns:
-            Its outputs.
-        """
-        assert self.batch is not None
+    def run(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Compute the loss, with the graph of the trimmed one. Returns what `compute_loss` returns."""
+        if self.is_left_out:
+            return with_loss(self.scored, self.batch.leave_out(loss_of(self.scored), zero_of(self.model)))
+        result = self._run(inputs, *args, **kwargs)
+        self.batch.select(loss_of(result))
+        # Not even a gradient of zero may go into a model with activations that are not finite.
+        return with_loss(result, zero_of(self.model)) if self.batch.has_no_graph else result
+
+    def _run(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        with ExitStack() as stack:
+            for module in self.compiled:
+                stack.enter_context(around_call(module, self.calls.let_alone))
+            if self.compiled and self.batch.config.trim_backward in ("auto", "sparse"):
+                stack.enter_context(keep_backward_graphs())
+            stack.enter_context(around_call(self.model, self._call_model))
+            stack.enter_context(self.calls)
+            return self.compute_loss(self.model, inputs, *args, **kwargs)
+
+    def _call_model(self, forward: Callable, *args: Any, **kwargs: Any) -> Any:
+        """The model's forward pass, and what is done around it."""
         batch = self.batch
         if self.kept is not None:
             args, kwargs = rows_of((args, kwargs), self.kept, batch.batch_size)
@@ -103,12 +159,12 @@ class ModelCall:
     # ---- compiled models ------------------------------------------------------------------------------------------
 
     def _run_compiled(self, forward: Callable, *args: Any, **kwargs: Any) -> Any:
-        config = getattr(self.model, "config", None)
+        config = getattr(self.inner, "config", None)
         returns_tuple = config is not None and not kwargs.get("return_dict", getattr(config, "return_dict", True))
         if returns_tuple:  # without names it would not be known which output is which
             kwargs["return_dict"] = True
         outputs = forward(*args, **kwargs)
-        is_trained = torch.is_grad_enabled() or self.batch is not None and self.batch.is_scoring
+        is_trained = torch.is_grad_enabled() or self.batch.is_scoring
         if is_trained and isinstance(outputs, Mapping) and isinstance(outputs.get("loss"), Tensor):
             cast(Any, outputs)["loss"] = self._recompute_loss(kwargs, outputs)
         return cast(Any, outputs).to_tuple() if returns_tuple else outputs
@@ -120,8 +176,7 @@ class ModelCall:
         Raises:
             `ValueError`: If the model's loss function needs what is not there, or gives another loss.
         """
-        assert self.batch is not None
-        model, batch, returned = self.model, self.batch, outputs["loss"].mean().item()
+        model, batch, returned = self.inner, self.batch, outputs["loss"].mean().item()
         loss_function: Callable[..., Any] | None = getattr(model, "loss_function", None)
         if loss_function is None:
             raise ValueError(
