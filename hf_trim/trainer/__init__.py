@@ -3,9 +3,10 @@ The trainer: batch → per-item losses → keep decision → trimmed backward �
 
 - The whole way: `trainer.py`; `functional.py` for a training loop of your own.
 - 1. batch: `arguments.py` (settings), `checks.py` (what is refused), `checkpoints.py` (resuming).
-- 2. per-item losses: `losses.py`, `heads.py`, `compiled_loss.py`, `lm_head.py`.
-- 3. keep decision: `schedule.py` (how many: p), `selection.py` (which), `batch.py` (the loss of the kept items),
-  `step_share.py` (several mini-batches in a step), `process_group.py` (several processes).
+- 2. per-item losses: `loss_pass.py` (through `compute_loss` and the model), `losses.py` (where they are caught),
+  `loss_functions.py` (losses outside of the model), `lm_head.py`.
+- 3. keep decision: `schedule.py` (how many: p), `selection.py` (which), `batch.py` (what is ranked together),
+  `step_choice.py` (mini-batches of one sample), `process_group.py` (several processes).
 - 4. trimmed backward: `hf_trim/backward`.
 - 5. logs: `logs.py`.
 """

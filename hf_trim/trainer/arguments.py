@@ -33,12 +33,13 @@ class TrimmingConfig:
             `"hardest"` keeps the highest losses, `"random"` a random subset of the same size (a control), `"none"`
             trains without trimming, with the same logs.
         trim_unit (`str`, *optional*, defaults to `"auto"`):
-            What an item is: a `"token"` (or pixel), if the head has a loss per token; or a `"sample"`, which is ranked
-            by the mean over its tokens. `"auto"` is what the head has losses for.
+            What an item is: a `"token"` (or pixel), if there is a loss per token; or a `"sample"`, which is ranked by
+            the mean over its tokens. `"auto"` is what the loss is over.
         trim_backward (`str`, *optional*, defaults to `"auto"`):
             How the backward pass is run: `"dense"` is ordinary autograd; `"sparse"` costs only what is kept, with the
             same gradients; `"replay"` scores without gradients and runs forward and backward again on the kept
-            samples (least memory; draws dropout masks anew); `"auto"` is the fastest that suits the model.
+            samples (least memory; draws dropout masks anew; calls `compute_loss` twice; with one sample a mini-batch,
+            chooses among the accumulated ones); `"auto"` is the fastest that suits the model.
         trim_strict (`bool`, *optional*, defaults to `False`): With `trim_backward="sparse"`: raise an error where an
             operation has no row-sparse rule, or a compiled graph cannot run on the kept rows. Without it, they run
             dense.

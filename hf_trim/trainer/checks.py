@@ -58,8 +58,8 @@ def check_settings(args: TrainingArguments, trim: TrimmingConfig, devices_per_sa
     is_regression = getattr(config, "problem_type", None) == "regression" or getattr(config, "num_labels", 2) == 1
     if args.label_smoothing_factor and is_regression:
         raise ValueError(
-            f"label_smoothing_factor={args.label_smoothing_factor} has no meaning for regression: set it to 0, or give "
-            "the model more than one label."
+            f"label_smoothing_factor={args.label_smoothing_factor} has no meaning for regression: set it to 0, or "
+            "give the model more than one label."
         )
 
 

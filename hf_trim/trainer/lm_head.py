@@ -191,7 +191,8 @@ class LazyLogits(Tensor):
 
         Args:
             value (`torch.Tensor`): A scalar.
-            choose (`Callable`): Called in the backward pass with the gradient of the value. It returns `[k]` indices of
+            choose (`Callable`): Called in the backward pass with the gradient of the value. It returns `[k]` indices
+            of
                 the kept tokens, the prepared rows of the samples that they belong to (or `None`), and the gradient of
                 each of their losses, a scalar.
 

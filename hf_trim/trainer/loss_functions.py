@@ -2,8 +2,8 @@
 Step 2 (per-item losses) of: batch → per-item losses → keep decision → trimmed backward → logs.
 
 Losses that `Trainer` computes outside of the model: those of the user's `compute_loss_func`, and label smoothing. They
-are brought into the form that `losses.py` intercepts. For example, a function returns losses `[B]` and what each counts
-for, `[B]` class weights: their mean is the sum of the losses divided by the sum of the weights.
+are brought into the form that `losses.py` intercepts. For example, a function returns losses `[B]` and what each
+counts for, `[B]` class weights: their mean is the sum of the losses divided by the sum of the weights.
 """
 
 from collections.abc import Callable
@@ -22,8 +22,8 @@ def mean_of_user_losses(returned: Any, labels: Any) -> Tensor:
 
     Args:
         returned (`torch.Tensor` or `tuple`): A scalar, which is left alone; or unreduced losses, one for each sample
-            `[B]` or for each label (`[B, T]`, `[B·T]`, `[B, T − 1]`); or a tuple of such losses and of what each counts
-            for in the mean, 0 for no item.
+            `[B]` or for each label (`[B, T]`, `[B·T]`, `[B, T − 1]`); or a tuple of such losses and of what each
+            counts for in the mean, 0 for no item.
         labels (`torch.Tensor`): Labels of any shape whose first dimension is the batch. Losses whose integer label is
             −100 count for nothing.
 
@@ -42,8 +42,8 @@ def mean_of_user_losses(returned: Any, labels: Any) -> Tensor:
             shape = list(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
             raise ValueError(
                 f"The loss function returned {shape}, where TrimmingTrainer needs a scalar, or one loss per sample or "
-                f"per label {list(getattr(labels, 'shape', ()))}. For losses of another shape return (losses, counts), "
-                f"where counts are 1 for an item and 0 for none. {MARK_LOSSES}"
+                f"per label {list(getattr(labels, 'shape', ()))}. For losses of another shape return (losses, "
+                f"counts), where counts are 1 for an item and 0 for none. {MARK_LOSSES}"
             )
         counts = valid.to(losses)
     counts = counts.detach()

@@ -5,7 +5,8 @@ The way of a mini-batch through `compute_loss` and the model, and what is done a
 of what is compiled:
 
 - loss functions inside a compiled graph cannot be intercepted, so the loss is computed once more from the logits;
-- the second pass of a replay runs the kept samples only. For example, B = 8 samples of which 2 are kept: the model gets
+- the second pass of a replay runs the kept samples only. For example, B = 8 samples of which 2 are kept: the model
+gets
   `[2, ...]` and returns logits `[2, C]`, and the caller gets the `[8, C]` of the first pass with these 2 in them;
 - TRL's `SFTTrainer` takes the mean of log-probabilities that its models return.
 """
@@ -180,8 +181,8 @@ class LossPass:
         loss_function: Callable[..., Any] | None = getattr(model, "loss_function", None)
         if loss_function is None:
             raise ValueError(
-                f"The loss of {type(model).__name__} is inside its compiled graph, where it cannot be trimmed: compile "
-                f"the part of the model without the loss, or compute the loss in compute_loss_func. {MARK_LOSSES}"
+                f"The loss of {type(model).__name__} is inside its compiled graph, where it cannot be trimmed: "
+                f"compile the part of the model without the loss, or compute the loss in compute_loss_func. {MARK_LOSSES}"
             )
         arguments = {**inputs, **outputs, "config": model.config, "pooled_logits": outputs.get("logits")}
         if outputs.get("logits") is not None:

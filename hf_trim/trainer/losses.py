@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 IGNORE_INDEX = -100
 MARK_LOSSES = (
-    "Take the mean with a loss function of torch (reduction='mean' or 'sum'); or, for a loss by hand, wrap the unreduced "
-    "losses, one per sample or per token, in hf_trim.mark_losses(losses) before their mean is taken; or pass "
+    "Take the mean with a loss function of torch (reduction='mean' or 'sum'); or, for a loss by hand, wrap the "
+    "unreduced losses, one per sample or per token, in hf_trim.mark_losses(losses) before their mean is taken; or pass "
     "compute_loss_func=f, where f(outputs, labels, num_items_in_batch=None) returns them unreduced."
 )
 
@@ -303,15 +303,16 @@ def mark_losses(losses: Tensor, counts: Tensor | None = None, *, scores: Tensor 
     ```
 
     While [`TrimmingTrainer`] trains, only the kept losses get a gradient, multiplied by `counts.sum()` and divided by
-    the sum of the kept counts. A mean over all becomes a mean over the kept by that, and a sum one that is scaled up to
-    all. Everywhere else the function does nothing. It must be called outside of what is compiled.
+    the sum of the kept counts. A mean over all becomes a mean over the kept by that, and a sum one that is scaled up
+    to all. Everywhere else the function does nothing. It must be called outside of what is compiled.
 
     Args:
         losses (`torch.Tensor`): Losses of any shape, e.g. `[B]`, `[B, T]`, or `[B·T]`.
         counts (`torch.Tensor`, *optional*): In the shape of the losses, what each counts for in the mean: the weight
             of its sample if the mean is divided by the sum of the weights, and 0 if it is no item (no label). The
             default is 1 for each.
-        scores (`torch.Tensor`, *optional*): In the shape of the losses, what items are ranked by, if not by the losses.
+        scores (`torch.Tensor`, *optional*): In the shape of the losses, what items are ranked by, if not by the
+        losses.
 
     Returns:
         `torch.Tensor`: The same losses.

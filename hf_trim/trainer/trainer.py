@@ -360,8 +360,8 @@ class TrimmingMixin(PushMixin):
         if batch.most_items <= 1 and "one item" not in self._warned:
             self._warned.add("one item")
             logger.warning(
-                "A mini-batch has a single item to choose from, which is kept whatever p is: nothing is trimmed. Raise "
-                "per_device_train_batch_size (and lower gradient_accumulation_steps); choose among the accumulated "
+                "A mini-batch has a single item to choose from, which is kept whatever p is: nothing is trimmed. "
+                "Raise per_device_train_batch_size (and lower gradient_accumulation_steps); choose among the accumulated "
                 "mini-batches with trim_backward='replay' (in one process), or among the processes with "
                 "trim_scope='global'; or use trim_unit='token' where there is a loss per token.",
             )  # fmt: skip
@@ -398,8 +398,8 @@ class TrimmingTrainer(TrimmingMixin, Trainer):
     outside of it: the mean over the kept items comes in the place of the mean over all. An item is what the loss is
     over: a sample for classification, regression (the mean over its outputs), question answering and CTC; a token (or
     pixel) for language modelling, token classification and semantic segmentation. With `trim_unit="sample"` tokens are
-    trimmed by samples: these are ranked by the mean over their tokens, and all tokens of a kept sample count. Labels of
-    −100 (or what else the loss ignores) are no items. Losses by hand are marked with
+    trimmed by samples: these are ranked by the mean over their tokens, and all tokens of a kept sample count. Labels
+    of −100 (or what else the loss ignores) are no items. Losses by hand are marked with
     [`~hf_trim.trainer.losses.mark_losses`]. A model whose loss cannot be trimmed is refused in its first mini-batch.
 
     A mini-batch counts for what it counts in the plain `Trainer`, with gradient accumulation and in several processes,
@@ -414,9 +414,9 @@ class TrimmingTrainer(TrimmingMixin, Trainer):
             Training arguments; without `trim_*` fields the defaults of [`TrimmingArguments`] hold. Fields that are
             changed later count from the next training step.
         compute_loss_func (`Callable`, *optional*):
-            `f(outputs, labels, num_items_in_batch=None)`. As for the plain `Trainer`, it may return a scalar that torch's
-            loss functions have computed. It may also return *unreduced* losses: one per sample `[B]`, or one per
-            label, of which those of −100 are no items; or a tuple of losses of any shape and of what each counts
+            `f(outputs, labels, num_items_in_batch=None)`. As for the plain `Trainer`, it may return a scalar that
+            torch's loss functions have computed. It may also return *unreduced* losses: one per sample `[B]`, or one
+            per label, of which those of −100 are no items; or a tuple of losses of any shape and of what each counts
             for in the mean, a weight, or 0 for no item. The training loss then is the sum of the losses, divided by
             the sum of the counts, for the mini-batch's share of the labels of the step. Evaluation reports the mean.
         kwargs: All other arguments of [`~transformers.Trainer`].

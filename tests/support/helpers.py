@@ -175,9 +175,9 @@ def grouped(batches, epochs, accumulate):
 
 def reference_loop(model, batches, fractions, loss_func, share=lambda batch, step: 1.0):
     """
-    Mini-batch trimming as the paper has it, in plain PyTorch: `batches[epoch][step]` is a list of mini-batches, each of
-    which counts for its share. (Plain `Trainer` adds up the mini-batches of a step for heads that take the number of
-    labels, as if they had divided by it.)
+    Mini-batch trimming as the paper has it, in plain PyTorch: `batches[epoch][step]` is a list of mini-batches, each
+    of which counts for its share. (Plain `Trainer` adds up the mini-batches of a step for heads that take the number
+    of labels, as if they had divided by it.)
     """
 
     def loss_of(step):

@@ -68,10 +68,12 @@ def take_rows_sparse(losses: Tensor, kept: Tensor, dense_above: float = DENSE_AB
 
 def prepare_rows(tensors: Sequence[Tensor], kept: Tensor, batch: int, dense_above: float = DENSE_ABOVE) -> Rows | None:
     """
-    Prepares the graph of some tensors for gradients that are zero for all rows but the kept ones, see [`row_gradient`].
+    Prepares the graph of some tensors for gradients that are zero for all rows but the kept ones, see
+    [`row_gradient`].
 
     Args:
-        tensors (`Sequence[torch.Tensor]`): The tensors, with their graphs. Their gradients share the rows, so that they
+        tensors (`Sequence[torch.Tensor]`): The tensors, with their graphs. Their gradients share the rows, so that
+        they
             can be added up row by row.
         kept (`torch.Tensor`): `[k]` ascending numbers of rows, int64.
         batch (`int`): Number B of rows.
