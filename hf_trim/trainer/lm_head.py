@@ -192,9 +192,8 @@ class LazyLogits(Tensor):
         Args:
             value (`torch.Tensor`): A scalar.
             choose (`Callable`): Called in the backward pass with the gradient of the value. It returns `[k]` indices
-            of
-                the kept tokens, the prepared rows of the samples that they belong to (or `None`), and the gradient of
-                each of their losses, a scalar.
+                of the kept tokens, the prepared rows of the samples that they belong to (or `None`), and the gradient
+                of each of their losses, a scalar.
 
         Returns:
             `torch.Tensor`: The scalar, with the layer and its input as its graph.

@@ -6,8 +6,7 @@ of what is compiled:
 
 - loss functions inside a compiled graph cannot be intercepted, so the loss is computed once more from the logits;
 - the second pass of a replay runs the kept samples only. For example, B = 8 samples of which 2 are kept: the model
-gets
-  `[2, ...]` and returns logits `[2, C]`, and the caller gets the `[8, C]` of the first pass with these 2 in them;
+  gets `[2, ...]` and returns logits `[2, C]`, and the caller gets the `[8, C]` of the first pass with these 2 in them;
 - TRL's `SFTTrainer` takes the mean of log-probabilities that its models return.
 """
 
@@ -182,7 +181,7 @@ class LossPass:
         if loss_function is None:
             raise ValueError(
                 f"The loss of {type(model).__name__} is inside its compiled graph, where it cannot be trimmed: "
-                f"compile the part of the model without the loss, or compute the loss in compute_loss_func. {MARK_LOSSES}"
+                f"compile the part of the model without the loss, or compute it in compute_loss_func. {MARK_LOSSES}"
             )
         arguments = {**inputs, **outputs, "config": model.config, "pooled_logits": outputs.get("logits")}
         if outputs.get("logits") is not None:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 IGNORE_INDEX = -100
 MARK_LOSSES = (
     "Take the mean with a loss function of torch (reduction='mean' or 'sum'); or, for a loss by hand, wrap the "
-    "unreduced losses, one per sample or per token, in hf_trim.mark_losses(losses) before their mean is taken; or pass "
+    "unreduced losses, one per sample or token, in hf_trim.mark_losses(losses) before their mean is taken; or pass "
     "compute_loss_func=f, where f(outputs, labels, num_items_in_batch=None) returns them unreduced."
 )
 
@@ -311,8 +311,7 @@ def mark_losses(losses: Tensor, counts: Tensor | None = None, *, scores: Tensor 
         counts (`torch.Tensor`, *optional*): In the shape of the losses, what each counts for in the mean: the weight
             of its sample if the mean is divided by the sum of the weights, and 0 if it is no item (no label). The
             default is 1 for each.
-        scores (`torch.Tensor`, *optional*): In the shape of the losses, what items are ranked by, if not by the
-        losses.
+        scores (`torch.Tensor`, *optional*): In the shape of the losses, what items are ranked by, if not the losses.
 
     Returns:
         `torch.Tensor`: The same losses.

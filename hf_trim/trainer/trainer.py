@@ -361,8 +361,8 @@ class TrimmingMixin(PushMixin):
             self._warned.add("one item")
             logger.warning(
                 "A mini-batch has a single item to choose from, which is kept whatever p is: nothing is trimmed. "
-                "Raise per_device_train_batch_size (and lower gradient_accumulation_steps); choose among the accumulated "
-                "mini-batches with trim_backward='replay' (in one process), or among the processes with "
+                "Raise per_device_train_batch_size (and lower gradient_accumulation_steps); choose among the "
+                "accumulated mini-batches with trim_backward='replay' (in one process), or among the processes with "
                 "trim_scope='global'; or use trim_unit='token' where there is a loss per token.",
             )  # fmt: skip
 

@@ -73,8 +73,7 @@ def prepare_rows(tensors: Sequence[Tensor], kept: Tensor, batch: int, dense_abov
 
     Args:
         tensors (`Sequence[torch.Tensor]`): The tensors, with their graphs. Their gradients share the rows, so that
-        they
-            can be added up row by row.
+            they can be added up row by row.
         kept (`torch.Tensor`): `[k]` ascending numbers of rows, int64.
         batch (`int`): Number B of rows.
         dense_above (`float`, *optional*, defaults to 0.8): Kept share above which the backward pass is dense.
