@@ -56,7 +56,8 @@ class TrimmedBatch:
     def __post_init__(self) -> None:
         self.calls: list[LossCall] = []
         self.scored: list[LossCall] | None = None  # in the second pass of a replay: the calls of the first one
-        self.is_scoring = False  # whether that pass is under way, which has no graph
+        self.is_scoring = False  # whether that pass is under way
+        self.is_in_model = False  # whether it is in the model's forward pass, which has no graph in it
         self.samples: Tensor | None = None  # `[k]` indices of the kept samples, if items are samples
         self.per_sample: bool | None = None  # whether they are
         self.dropped = 0  # number of samples left out because their losses are not finite
@@ -86,6 +87,11 @@ class TrimmedBatch:
         self.calls.append(call)
         self._values.append(value)
         return value.clone()  # which may be changed in place
+
+    @property
+    def is_recording(self) -> bool:
+        """Whether calls count that are made now: not those that are computed without a graph."""
+        return torch.is_grad_enabled() or self.is_in_model
 
     @property
     def num_calls(self) -> int:
@@ -179,13 +185,13 @@ class TrimmedBatch:
         pending = [
             (call, value)
             for call, value in zip(self.calls, self._values, strict=True)
-            if call.kept is None and value.requires_grad
+            if call.kept is None and (value.requires_grad or self.is_scoring)
         ]
         weights: dict[int, Tensor | None] = {id(value): value.new_ones(()) for _, value in pending}
         if len(weights) > 1 and loss is not None and loss.requires_grad and loss.dim() == 0:
-            values = list({id(value): value for _, value in pending}.values())
+            values = list({id(value): value for _, value in pending if value.requires_grad}.values())
             found = torch.autograd.grad(loss, values, retain_graph=True, allow_unused=True)
-            weights = {id(value): weight for value, weight in zip(values, found, strict=True)}
+            weights |= {id(value): weight for value, weight in zip(values, found, strict=True)}
         # Calls without a weight computed metrics.
         used = [
             (call, self._total_weight(call, weight.detach()))
@@ -198,6 +204,8 @@ class TrimmedBatch:
             self._select(tracks)
         if loss is not None:
             self._values = []  # they hold the graph
+            for call in self.calls:
+                call.batch = None  # a circle would keep it until garbage is collected
             if not self.is_scoring:
                 self.calls = [call for call in self.calls if call.kept is not None]
 
@@ -319,7 +327,7 @@ class TrimmedBatch:
 
     def _scores(self, track: Track) -> tuple[Tensor, Tensor]:
         """For each item: what it is ranked by (its loss, weighted over the calls), and whether it may be kept."""
-        total = torch.stack([weight for _, weight in track]).sum()
+        total = torch.stack([weight for _, weight in track]).abs().sum()
         scores: list[Tensor] = []
         labelled: list[Tensor] = []
         finite: list[Tensor] = []

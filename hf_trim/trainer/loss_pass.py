@@ -111,9 +111,10 @@ class LossPass:
         batch = self.batch
         if self.kept is not None:
             args, kwargs = rows_of((args, kwargs), self.kept, batch.batch_size)
-        first = batch.num_calls
+        first, batch.is_in_model = batch.num_calls, batch.is_scoring
         with torch.no_grad() if batch.is_scoring else nullcontext():
             outputs = self._run_compiled(forward, *args, **kwargs) if self.is_compiled else forward(*args, **kwargs)
+        batch.is_in_model = False
         if batch.is_scoring and batch.num_calls > first:
             outputs = self._with_loss(outputs, lambda loss: batch.add_model_loss(loss, first))
         if self.fused_loss is not None and getattr(outputs, "log_probs", None) is not None:
@@ -131,9 +132,9 @@ class LossPass:
             if isinstance(outputs.get("loss"), Tensor):
                 cast(Any, outputs)["loss"] = change(outputs["loss"])
             return outputs
-        if isinstance(outputs, tuple) and outputs and isinstance(outputs[0], Tensor) and outputs[0].dim() == 0:
+        if isinstance(outputs, (tuple, list)) and outputs and isinstance(outputs[0], Tensor) and not outputs[0].dim():
             return (change(outputs[0]), *outputs[1:])
-        return outputs
+        return change(outputs) if isinstance(outputs, Tensor) and not outputs.dim() else outputs
 
     def _outputs_of_all(self, scored: Any, outputs: Any) -> Any:
         """The outputs of the first pass, with those of the kept samples, and their graph, in their places."""
@@ -164,8 +165,7 @@ class LossPass:
         if returns_tuple:  # without names it would not be known which output is which
             kwargs["return_dict"] = True
         outputs = forward(*args, **kwargs)
-        is_trained = torch.is_grad_enabled() or self.batch.is_scoring
-        if is_trained and isinstance(outputs, Mapping) and isinstance(outputs.get("loss"), Tensor):
+        if self.batch.is_recording and isinstance(outputs, Mapping) and isinstance(outputs.get("loss"), Tensor):
             cast(Any, outputs)["loss"] = self._recompute_loss(kwargs, outputs)
         return cast(Any, outputs).to_tuple() if returns_tuple else outputs
 

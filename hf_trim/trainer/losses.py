@@ -106,6 +106,7 @@ class LossCall:
         count = counted.sum()
         mean = torch.where(count != 0, detached.sum() / count, 0)
         self.full: Tensor = {"mean": mean, "sum": mean * self.counts.sum() * scale, "none": detached}[reduction]
+        self.batch: TrimmedBatch | None = None  # until the choice is made
         self._dtype = dtype
 
     def value(self, batch: "TrimmedBatch") -> Tensor:
@@ -119,7 +120,7 @@ class LossCall:
         Returns:
             `torch.Tensor`: A scalar; `[B, T]` losses if there is no reduction.
         """
-        self._batch = batch
+        self.batch = batch
         full = (self.losses.detach() if self.reduction == "none" else self.full).to(self._dtype)
         if batch.is_scoring:  # the model has no graph; what is computed from its outputs has one from here on
             return full.clone().requires_grad_(torch.is_grad_enabled())
@@ -129,8 +130,8 @@ class LossCall:
 
     def _choose(self, grad: Tensor) -> tuple[Tensor, Rows | None, Tensor]:
         """The kept losses, their samples, and the gradient of each, from the weight of the mean."""
-        if self.kept is None:  # a backward pass before the loss is complete
-            self._batch.select()
+        if self.kept is None and self.batch is not None:  # a backward pass before the loss is complete
+            self.batch.select()
         self.used = True
         elements, factor, rows = self.kept or Kept(grad.new_zeros(0, dtype=torch.long), grad.new_zeros(()), None)
         weights = grad.detach().to(self.losses) * factor
@@ -270,7 +271,7 @@ class LossCalls(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func in UNREDUCED and (torch.is_grad_enabled() or self.batch.is_scoring):
+        if func in UNREDUCED and self.batch.is_recording:
             bound = _SIGNATURES[func].bind(*args, **kwargs)
             bound.apply_defaults()
             arguments = bound.arguments
@@ -325,7 +326,9 @@ def mark_losses(losses: Tensor, counts: Tensor | None = None, *, scores: Tensor 
                 f"{name} must have the shape {list(losses.shape)} of the losses, and has {list(value.shape)}."
             )
     batch = _ACTIVE.get()
-    if batch is None or torch.compiler.is_compiling() or not (losses.requires_grad or batch.is_scoring):
+    if batch is None or torch.compiler.is_compiling() or not batch.is_recording:
+        return losses
+    if not (losses.requires_grad or batch.is_scoring):
         return losses
     counts = torch.ones_like(losses, requires_grad=False) if counts is None else counts
     plain = losses if batch.keeps_all and losses.isfinite().all() else None
