@@ -1,10 +1,15 @@
 """The trimming of one mini-batch: losses that are not finite, and batches at the edge."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
 from transformers import set_seed
 
+from hf_trim import TrimmingTrainer
+from hf_trim.trainer import lm_head
 from tests.support.heads import HEADS, make
 from tests.support.helpers import (
     InOrder,
@@ -110,3 +115,27 @@ def test_half_precision_losses_are_ranked_in_float32(tmp_path):
                  trim_keep_start=0.3, trim_keep_end=0.3, num_train_epochs=1)  # fmt: skip
     for log in ours.state.log_history[:-1]:
         assert log["kept_fraction"] == pytest.approx(0.3, abs=0.01) and log["loss"] > log["full_loss"]
+
+
+@pytest.mark.parametrize("head", ["llama", "question-answering", "pretraining"])
+@pytest.mark.parametrize("backward", ["auto", "replay"])
+def test_no_graph_outlives_its_step(backward, head, tmp_path, monkeypatch):
+    monkeypatch.setattr(lm_head, "MIN_VOCABULARY", 8)
+    losses = []
+
+    class Watching(TrimmingTrainer):
+        def compute_loss(self, *args, **kwargs):
+            if self._batch.scored is None:  # or it is the second pass of a replay
+                assert not any(loss() is not None for loss in losses)
+            loss = super().compute_loss(*args, **kwargs)
+            losses.extend(weakref.ref(call.losses) for call in self._batch.calls)
+            return loss
+
+    gc.collect()
+    gc.disable()
+    try:
+        train(make(head), HEADS[head][1](), tmp_path, trainer_cls=Watching, trim_keep_start=0.5, num_train_epochs=1,
+              trim_backward=backward, max_steps=3)  # fmt: skip
+    finally:
+        gc.enable()
+    assert losses
