@@ -21,6 +21,7 @@ from hf_trim import (
     TrimmingMixin,
     TrimmingTrainer,
     linear_fraction,
+    mark_losses,
     select_items,
     trimmed_linear_cross_entropy,
     trimmed_mean,
@@ -111,6 +112,11 @@ def replayed(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
         return torch.nn.functional.cross_entropy(model(images[rows]), labels[rows], reduction="none")
 
     return trimmed_mean(losses_of, 0.2, valid=None, nonfinite="drop", backward="replay", model=model)
+
+
+def focal(losses: Tensor, weights: Tensor) -> Tensor:
+    focal_losses = weights * (1 - torch.exp(-losses)) ** 2 * losses
+    return mark_losses(assert_type(mark_losses(focal_losses, counts=weights), Tensor), scores=losses).mean()
 
 
 def tokens(hidden: Tensor, head: nn.Linear, labels: Tensor) -> Tensor:
