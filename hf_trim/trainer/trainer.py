@@ -79,12 +79,12 @@ class TrimmingMixin(PushMixin):
         self._own_compute_loss = self.compute_loss
         self.compute_loss = self._compute_trimmed_loss  # type: ignore[method-assign]
         self._step_inputs: list = []  # the mini-batches of the optimizer step
-        self._scored: dict[tuple[int, int], LossPass] = {}  # those that are scored before their turn, by their place
+        self._scored: dict[int, LossPass] = {}  # those that are scored before their turn, by their number
         self._batch: TrimmedBatch | None = None  # the mini-batch whose loss is being computed
         self._batches: list[TrimmedBatch] | None = None  # those of the training step under way
         self._difference: Tensor | float = 0.0  # of the trimmed loss from that of all items, in this training step
-        self._place = (-1, 0)  # its optimizer step, and which of its mini-batches it is
-        self._num_batches = 1  # of the optimizer step, at most, over the processes that choose together
+        self._number = -1  # which of the step's mini-batches it is
+        self._num_batches = 1  # of the step, at most, over the processes that choose together
         self._per_sample: bool | None = None  # whether items are samples, as the last mini-batch showed
         self._warned: set[str | tuple[str, str]] = set()  # what need not be logged again
         self._trimming_logs = TrimmingLogs()
@@ -137,9 +137,9 @@ class TrimmingMixin(PushMixin):
         seed: tuple[int, ...] = (self.args.seed, self.state.global_step)
         if trim.trim_scope == "global":
             # All processes must make the same choice, however many mini-batches each of them has.
-            seed = (*seed, self._place[1])
+            seed = (*seed, self._number)
         else:
-            seed = (*seed, self._own_num_batches - self._place[1], self.args.process_index)
+            seed = (*seed, len(self._step_inputs) - self._number, self.args.process_index)
         return torch.Generator().manual_seed(random.Random(str(seed)).getrandbits(63))
 
     def _process_group(self, trim: TrimmingConfig, keep: float) -> ProcessGroup | None:
@@ -150,11 +150,6 @@ class TrimmingMixin(PushMixin):
         return ProcessGroup(
             lambda values: gather(values[None]), self.args.process_index, processes, self.accelerator.device
         )
-
-    @property
-    def _own_num_batches(self) -> int:
-        """Number of mini-batches of the optimizer step; a `training_step` outside of `train()` has one."""
-        return getattr(self, "current_gradient_accumulation_steps", 1)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -171,17 +166,18 @@ class TrimmingMixin(PushMixin):
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
         self._step_inputs, num_items_in_batch = super().get_batch_samples(*args, **kwargs)
+        self._number, self._scored = -1, {}
+        self._num_batches = len(self._step_inputs)
+        if self._process_group(self.trim, self.keep_fraction) is not None:
+            own = torch.tensor([self._num_batches], device=self.accelerator.device)
+            self._num_batches = int(self.accelerator.gather(own).max())
         return self._step_inputs, num_items_in_batch
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         trim = self._current_settings()
         if not trim.trims:
             return super().training_step(*args, **kwargs)
-        step, number = self.state.global_step, self._place[1] + 1
-        self._place = (step, number if self._place[0] == step and number < self._own_num_batches else 0)
-        if self._place[1] == 0 and self._process_group(trim, self.keep_fraction) is not None:
-            own = torch.tensor([self._own_num_batches], device=self.accelerator.device)
-            self._num_batches = int(self.accelerator.gather(own).max())
+        self._number += 1
         self._batches, self._difference = [], 0.0
         try:
             with strict(trim.trim_strict), checked(trim.trim_check):
@@ -192,7 +188,7 @@ class TrimmingMixin(PushMixin):
                     raise ValueError(
                         f"The loss does not depend on any call of a loss function of torch. {MARK_LOSSES}"
                     )
-            self._trimming_logs.add_loss(loss, step)
+            self._trimming_logs.add_loss(loss, self.state.global_step)
             return (loss + self._difference).to(loss.dtype)
         finally:
             self._batches = None
@@ -231,7 +227,7 @@ class TrimmingMixin(PushMixin):
         assumed = self._per_sample is not False
         mode = choose(assumed)[0]
         new_pass = partial(self._new_pass, trim, keep, model, head, mode, bool(args) or len(kwargs) > 1)
-        loss_pass = self._scored.pop(self._place, None) or new_pass(inputs)
+        loss_pass = self._scored.pop(self._number, None) or new_pass(inputs)
         batch = self._batch = loss_pass.batch
         try:
             if mode == "replay" and loss_pass.scored is None:
@@ -248,8 +244,8 @@ class TrimmingMixin(PushMixin):
                 "trimming."
             )
         self._note(trim, batch, choose(assumed if batch.per_sample is None else batch.per_sample))
-        if batch.process_group is not None and self._place[1] + 1 == self._own_num_batches:
-            for _ in range(self._num_batches - self._own_num_batches):  # others have more of them in this step
+        if batch.process_group is not None and self._number + 1 == len(self._step_inputs):
+            for _ in range(self._num_batches - len(self._step_inputs)):  # others have more of them in this step
                 batch.join_without_items()
         return result
 
@@ -286,19 +282,17 @@ class TrimmingMixin(PushMixin):
 
     def _choose_in_step(self, first: LossPass, new_pass: Callable[[Any], LossPass], *args: Any, **kwargs: Any) -> None:
         """In a replay of mini-batches with one sample: score the others of the step as well, and choose among all."""
-        step, number = self._place
         # In several processes the engines would wait for a forward pass that is left out.
-        if number or self._own_num_batches == 1 or self.accelerator.num_processes > 1:
+        if self._number or len(self._step_inputs) < 2 or self.accelerator.num_processes > 1:
             return
-        passes = {self._place: first}
+        passes = {}
         for number, inputs in enumerate(self._step_inputs[1:], 1):
             inputs = self._prepare_inputs(inputs)
-            passes[step, number] = new_pass(inputs)
-            passes[step, number].score(inputs, *args, **kwargs)
+            passes[number] = new_pass(inputs)
+            passes[number].score(inputs, *args, **kwargs)
         if all(loss_pass.batch.most_items == 1 for loss_pass in passes.values()):
-            choose_in_step(list(passes.values()))
+            choose_in_step([first, *passes.values()])
             self._scored = passes
-            del passes[self._place]
 
     def _batch_size(self, inputs: Any) -> int:
         """Number B of samples: that of the labels, since a sample may have several images."""
