@@ -34,7 +34,9 @@ def linear_fraction(index: int, total: int, start: float, end: float) -> float:
     """
     if total <= 1:
         return start
-    return start + (end - start) * min(index, total - 1) / (total - 1)
+    if index >= total - 1:
+        return end  # 1.0 + (0.3 - 1.0) is more than 0.3, and would keep 5 of 15 items
+    return start + (end - start) * index / (total - 1)
 
 
 def schedule_unit(trim_schedule: str, num_train_epochs: float, max_steps: int) -> str:

@@ -8,7 +8,7 @@ from hf_trim.trainer.schedule import keep_fraction, linear_fraction, schedule_un
 def test_fraction_falls_linearly_from_the_first_to_the_last_epoch():
     fractions = [linear_fraction(epoch, 5, 1.0, 0.2) for epoch in range(5)]
     assert fractions == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2])
-    assert linear_fraction(7, 5, 1.0, 0.2) == pytest.approx(0.2)
+    assert linear_fraction(1, 2, 1.0, 0.3) == 0.3 and linear_fraction(7, 5, 1.0, 0.3) == 0.3
     assert linear_fraction(0, 1, 0.9, 0.2) == 0.9
 
 
