@@ -117,12 +117,12 @@ class LossPass:
         batch.is_in_model = False
         if batch.is_scoring and batch.num_calls > first:
             outputs = self._with_loss(outputs, lambda loss: batch.add_model_loss(loss, first))
-        if self.fused_loss is not None and getattr(outputs, "log_probs", None) is not None:
-            self._mark_log_probs(outputs)
         if self.keeps_outputs and batch.is_scoring:
             self._outputs.append(outputs)
         elif self.keeps_outputs and self.kept is not None and self._outputs:
             outputs = self._outputs_of_all(self._outputs.pop(0), outputs)
+        if self.fused_loss is not None and getattr(outputs, "log_probs", None) is not None:
+            outputs = self._mark_log_probs(outputs)
         return outputs
 
     @staticmethod
@@ -150,12 +150,13 @@ class LossPass:
 
         return tree_map(put, scored, outputs)
 
-    def _mark_log_probs(self, outputs: Any) -> None:
+    def _mark_log_probs(self, outputs: Any) -> Any:
         """`SFTTrainer` sums up log-probabilities `[B, T − 1]` and divides the sum by the number of tokens."""
         losses = -outputs.log_probs
         # "dft" multiplies each by its probability.
         scores = losses * (-losses).exp() if self.fused_loss == "dft" else None
-        outputs.log_probs = -mark_losses(losses, outputs.label_mask.to(losses), scores=scores)
+        marked = -mark_losses(losses, outputs.label_mask.to(losses), scores=scores)
+        return type(outputs)(**{**outputs, "log_probs": marked})
 
     # ---- compiled models ------------------------------------------------------------------------------------------
 
