@@ -135,19 +135,21 @@ def train(
     if trainer_cls is Trainer:
         args = {name: value for name, value in args.items() if not name.startswith("trim_")}
     recorder, batches = Losses(), []
+    trainer = trainer_cls(
+        model=model,
+        args=args_cls(str(output_dir), **{**defaults, **args}),
+        train_dataset=rows,
+        callbacks=[recorder, *callbacks],
+        **({} if collator is None else {"data_collator": collator}),
+        **(trainer_kwargs or {}),
+    )
+    collator = trainer.data_collator  # the trainer's own, if none was given
 
     def collate(rows):
         batches.append(collator(rows))
         return batches[-1]
 
-    trainer = trainer_cls(
-        model=model,
-        args=args_cls(str(output_dir), **{**defaults, **args}),
-        train_dataset=rows,
-        data_collator=collate,
-        callbacks=[recorder, *callbacks],
-        **(trainer_kwargs or {}),
-    )
+    trainer.data_collator = collate
     trainer.train(resume_from_checkpoint=resume)
     trainer.losses, trainer.batches = recorder.losses, batches
     return trainer

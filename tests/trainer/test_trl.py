@@ -1,0 +1,390 @@
+"""Trimming composed with TRL's trainers, against those trainers (p = 1) and against a loop in plain PyTorch (p < 1)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+import tokenizers
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from transformers import (
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+    TrainerCallback,
+    set_seed,
+)
+
+from hf_trim import TrimmingConfig, TrimmingMixin
+from tests.support.heads import LLAMA, make
+from tests.support.helpers import digit_texts, grouped, relative_difference, train, weights
+
+
+trl = pytest.importorskip("trl")
+
+FALLING = {"trim_keep_start": 1.0, "trim_keep_end": 0.3}  # in two epochs: p = 1, then 0.3
+
+
+class TrimmingSFTTrainer(TrimmingMixin, trl.SFTTrainer):
+    pass
+
+
+@dataclass
+class TrimmingSFTConfig(TrimmingConfig, trl.SFTConfig):
+    pass
+
+
+CHAT = (
+    "{% for message in messages %}{% if message.role == 'assistant' %}{% generation %}{{ message.content }} 2"
+    "{% endgeneration %}{% else %}{{ message.content }} 1 {% endif %}{% endfor %}"
+)
+
+
+def tokenizer():
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({str(n): n for n in range(20)}, unk_token="19"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="0", eos_token="2", unk_token="19", chat_template=CHAT
+    )
+
+
+def token_rows(n=35):
+    return [row["input_ids"][row["attention_mask"] > 0].tolist() for row in digit_texts(n)]
+
+
+def texts():
+    return [{"input_ids": ids} for ids in token_rows()]
+
+
+def halves():
+    """A prompt of some words and the rest of the text."""
+    for ids in token_rows():
+        words, start = [str(number) for number in ids], 1 + ids[0] % 3
+        yield " ".join(words[:start]), " " + " ".join(words[start:])
+
+
+def completions():
+    return [{"prompt": prompt, "completion": completion} for prompt, completion in halves()]
+
+
+def chats():
+    return [
+        {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]}
+        for prompt, answer in halves()
+    ]
+
+
+def nll(logits, labels):
+    return F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+
+
+def dft(logits, labels):
+    losses = nll(logits, labels)
+    return losses * torch.exp(-losses).detach()
+
+
+def smoothed(logits, labels):
+    return F.cross_entropy(logits.transpose(1, 2), labels, reduction="none", label_smoothing=0.1)
+
+
+def user_loss(outputs, labels, num_items_in_batch=None):
+    logits, labels = outputs.logits[:, :-1], labels[:, 1:]
+    reduction = "mean" if num_items_in_batch is None else "sum"
+    return F.cross_entropy(logits.transpose(1, 2), labels, reduction=reduction) / (num_items_in_batch or 1)
+
+
+def lora():
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "v_proj"], lora_alpha=64)
+    base = make("llama")
+    set_seed(1)
+    return peft.get_peft_model(base, config)
+
+
+@dataclass
+class Case:
+    """
+    A way of training with `SFTTrainer`: its arguments, and the losses of tokens that it is made of.
+    """
+
+    arguments: dict = field(default_factory=dict)
+    losses: Callable = nll
+    rows: Callable = texts
+    model: Callable = lambda: make("llama")
+    trainer_kwargs: dict = field(default_factory=dict)
+    aux: float = 0.0
+
+    def train(self, tmp_path, plain=False, unit="auto", rows=35, **arguments):
+        trim = {} if plain else {"trim_unit": unit, **FALLING}
+        ways = Snapshots()
+        trainer = train(
+            self.model(), Dataset.from_list(list(self.rows())[:rows]), tmp_path,
+            trainer_cls=trl.SFTTrainer if plain else TrimmingSFTTrainer,
+            args_cls=trl.SFTConfig if plain else TrimmingSFTConfig,
+            collator=None, callbacks=[ways],
+            trainer_kwargs={"processing_class": tokenizer(), **self.trainer_kwargs},
+            **{"bf16": False, "gradient_checkpointing": False, **trim, **self.arguments, **arguments},
+        )  # fmt: skip
+        trainer.ways = ways.weights
+        return trainer
+
+
+class Snapshots(TrainerCallback):
+    """The weights after each epoch."""
+
+    def __init__(self):
+        self.weights = []
+
+    def on_epoch_end(self, args, state, control, model=None, **kwargs):
+        self.weights.append(parameters(model))
+
+
+def parameters(model):
+    return torch.cat([x.detach().flatten().clone() for x in model.parameters() if x.requires_grad])
+
+
+PACKED = {"packing": True, "max_length": 24, "per_device_train_batch_size": 2}
+CASES = {
+    "nll": Case(),
+    "dft": Case({"loss_type": "dft"}, dft),
+    "smoothed": Case({"label_smoothing_factor": 0.1}, smoothed),
+    "user-loss": Case(trainer_kwargs={"compute_loss_func": user_loss}),
+    "packed": Case(PACKED),
+    "packed-dft": Case({**PACKED, "loss_type": "dft"}, dft),
+    "packed-cut": Case({**PACKED, "packing_strategy": "wrapped", "max_length": 12}),
+    "padding-free": Case({"padding_free": True, "max_length": None}),
+    "completions": Case(rows=completions),
+    "completions-padding-free": Case({"padding_free": True, "max_length": None}, rows=completions),
+    "answers": Case({"assistant_only_loss": True}, rows=chats),
+    "checkpointed": Case({"gradient_checkpointing": True}),
+    "mixture": Case(model=lambda: make("mixtral"), aux=0.1),
+    "lora": Case(model=lora),
+}  # fmt: skip
+ONE_ITEM = {"packed", "packed-dft", "padding-free", "completions-padding-free"}
+
+
+def kept_mean(losses, labels, unit, fraction):
+    """The mean over the hardest tokens, or over all tokens of the hardest samples; and the lowest loss kept."""
+    valid = labels != -100
+    if unit == "sample":
+        means = (losses * valid).sum(1) / valid.sum(1)
+        means, samples = means.topk(max(1, round(fraction * len(losses))))
+        return losses[samples][valid[samples]].mean(), means[-1]
+    kept = losses[valid].topk(max(1, round(fraction * int(valid.sum())))).values
+    return kept.mean(), kept[-1]
+
+
+def run_loop(case, batches, unit, accumulate):
+    """Each optimizer step's logs, as training in plain PyTorch has them; and the model."""
+    model = case.model().train()
+    optimizer, logs = torch.optim.SGD([x for x in model.parameters() if x.requires_grad], lr=0.1), []
+    for fraction, steps in zip((1.0, 0.3), grouped(batches, 2, accumulate), strict=True):
+        for step in steps:
+            total = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in step)
+            entry = dict.fromkeys(("loss", "full_loss", "trim_threshold", "entropy", "mean_token_accuracy"), 0.0)
+            for batch in step:
+                inputs = {x: batch[x] for x in ("input_ids", "attention_mask", "position_ids") if x in batch}
+                outputs = model(**inputs, use_cache=False)  # a cache would take packed texts for one
+                logits, labels = outputs.logits[:, :-1], batch["labels"][:, 1:]
+                losses, valid = case.losses(logits, labels), labels != -100
+                trimmed, threshold = kept_mean(losses, labels, unit, fraction)
+                loss, full = (x * valid.sum() / total for x in (trimmed, losses[valid].mean()))
+                if case.aux:
+                    loss, full = (x + case.aux * outputs.aux_loss / len(step) for x in (loss, full))
+                loss.backward()
+                entry["loss"] += loss.item()
+                entry["full_loss"] += full.item()
+                entry["trim_threshold"] += threshold.item() / len(step)
+                log_probs = logits[valid].log_softmax(-1)
+                entry["entropy"] -= (log_probs.exp() * log_probs).sum(-1).mean().item() / len(step)
+                is_right = log_probs.argmax(-1) == labels[valid]
+                entry["mean_token_accuracy"] += is_right.float().mean().item() / len(step)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step(), optimizer.zero_grad()
+            logs.append(entry)
+    return logs, model
+
+
+def logged(trainer):
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def assert_follows_plain_and_the_loop(case, plain, ours, unit, accumulate):
+    """In its first epoch it trains as the plain trainer does, bit for bit, and then as a loop does."""
+    half = len(plain.losses) // 2
+    assert half > 1 and ours.losses[:half] == plain.losses[:half]
+    assert torch.equal(ours.ways[0], plain.ways[0])
+    assert not torch.equal(ours.ways[1], plain.ways[1])
+    for entry, expected in zip(logged(ours)[:half], logged(plain)[:half], strict=True):
+        assert entry["keep_fraction"] == entry["kept_fraction"] == 1 and "trim_threshold" not in entry
+        assert entry["full_loss"] == pytest.approx(entry["loss"], rel=1e-6)
+        assert {x: entry[x] for x in expected if x != "epoch"} == {x: expected[x] for x in expected if x != "epoch"}
+    logs, model = run_loop(case, ours.batches, unit, accumulate)
+    assert ours.losses == pytest.approx([entry["loss"] for entry in logs], rel=1e-5)
+    assert relative_difference(parameters(ours.model), parameters(model)) < 1e-5
+    start = parameters(case.model())
+    assert relative_difference(parameters(ours.model) - start, parameters(model) - start) < 1e-4
+    for name in ("full_loss", "entropy", "mean_token_accuracy"):
+        assert [entry[name] for entry in logged(ours)] == pytest.approx([entry[name] for entry in logs], rel=1e-5)
+    thresholds = [entry["trim_threshold"] for entry in logged(ours)[half:]]
+    assert thresholds == pytest.approx([entry["trim_threshold"] for entry in logs[half:]], rel=1e-5)
+    assert all(entry["keep_fraction"] == pytest.approx(0.3) for entry in logged(ours)[half:])
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("name", CASES)
+def test_sft(name, accumulate, tmp_path):
+    case = CASES[name]
+    arguments = {"gradient_accumulation_steps": accumulate, "rows": 35 if accumulate == 3 else 19}
+    plain = case.train(tmp_path, plain=True, **arguments)
+    units = ("token",) if name in ONE_ITEM else ("token", "sample")
+    for unit in units:
+        ours = case.train(tmp_path, unit=unit, **arguments)
+        assert_follows_plain_and_the_loop(case, plain, ours, unit, accumulate)
+
+
+@pytest.mark.parametrize("backward", ["sparse", "replay"])
+@pytest.mark.parametrize("name", ["nll", "dft", "smoothed", "user-loss", "packed-cut", "completions", "lora"])
+def test_sft_with_every_backward_pass(name, backward, tmp_path):
+    case, arguments = CASES[name], {"gradient_accumulation_steps": 3}
+    plain = case.train(tmp_path, plain=True, **arguments)
+    ours = case.train(tmp_path, unit="sample", trim_backward=backward, **arguments)
+    assert_follows_plain_and_the_loop(case, plain, ours, "sample", 3)
+
+
+def test_chunked_nll_is_nll(tmp_path):
+    with pytest.warns(FutureWarning, match="chunked_nll"):
+        ours = Case({"loss_type": "chunked_nll"}).train(tmp_path)
+    expected = CASES["nll"].train(tmp_path, unit="token")
+    assert ours.losses == expected.losses and torch.equal(weights(ours), weights(expected))
+
+
+@pytest.mark.parametrize("name", ["packed", "padding-free"])
+def test_flattened_samples_are_one_item(name, tmp_path, caplog):
+    case, arguments = CASES[name], {"gradient_accumulation_steps": 3}
+    plain = case.train(tmp_path, plain=True, **arguments)
+    ours = case.train(tmp_path, unit="sample", **arguments)
+    assert ours.losses == pytest.approx(plain.losses, rel=1e-6)
+    assert relative_difference(weights(ours), weights(plain)) < 1e-6
+    assert caplog.text.count("single item to choose from") == 1
+    assert all(entry["kept_fraction"] == 1 for entry in logged(ours))
+
+
+@pytest.mark.parametrize("name", ["nll", "dft", "smoothed", "user-loss", "padding-free"])
+def test_sft_evaluation_is_never_trimmed(name, tmp_path):
+    case, arguments = CASES[name], {"max_steps": 1}
+    plain, ours = case.train(tmp_path, plain=True, **arguments), case.train(tmp_path, trim_keep_start=0.3, **arguments)
+    ours.model.load_state_dict(plain.model.state_dict())
+    rows = Dataset.from_list(list(case.rows())[:11])
+    expected, metrics = plain.evaluate(rows), ours.evaluate(rows)
+    for name in ("eval_loss", "eval_entropy", "eval_mean_token_accuracy"):
+        assert metrics[name] == expected[name]
+
+
+def test_sft_with_its_defaults(tmp_path):
+    """bfloat16, with gradient checkpointing."""
+    arguments = {"bf16": True, "gradient_checkpointing": True}
+    case = Case(arguments)
+    plain, ours = case.train(tmp_path, plain=True), case.train(tmp_path, unit="sample")
+    half = len(plain.losses) // 2
+    assert ours.losses[:half] == plain.losses[:half] and torch.equal(ours.ways[0], plain.ways[0])
+    logs, _ = run_loop(case, ours.batches, "sample", 1)
+    assert ours.losses == pytest.approx([entry["loss"] for entry in logs], rel=1e-2)
+
+
+def test_prompt_tuning(tmp_path):
+    """Virtual tokens come before each text, so that its first word is predicted, too."""
+    peft = pytest.importorskip("peft")
+
+    def tuned():
+        set_seed(1)
+        base = make("llama")
+        return peft.get_peft_model(base, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+
+    case = Case(model=tuned)
+    plain = case.train(tmp_path, plain=True)
+    ours = case.train(tmp_path, unit="sample")
+    half = len(plain.losses) // 2
+    assert ours.losses[:half] == plain.losses[:half] and torch.equal(ours.ways[0], plain.ways[0])
+    one = case.train(tmp_path, unit="sample", trim_keep_start=0.3, max_steps=1)
+    model, batch = case.model(), one.batches[0]
+    logits = model(batch["input_ids"], batch["attention_mask"]).logits[:, 1:-1]
+    losses, valid = nll(logits, batch["labels"]), batch["labels"] != -100
+    means = (losses * valid).sum(1) / valid.sum(1)
+    kept = means.topk(round(0.3 * 8)).indices
+    share = valid.sum() / (batch["labels"][:, 1:] != -100).sum()  # TRL counts the labels of the text alone
+    assert one.losses[0] == pytest.approx((losses[kept][valid[kept]].mean() * share).item(), rel=1e-5)
+    assert logged(one)[0]["trim_threshold"] == pytest.approx(means.topk(round(0.3 * 8)).values[-1].item(), rel=1e-5)
+
+
+# ---- trainers whose losses are made by hand ------------------------------------------------------------------------
+
+
+def preferences():
+    prompts = [" ".join(map(str, ids[:3])) for ids in token_rows(19)]
+    return [
+        {"prompt": prompt, "chosen": f" {n % 9 + 3} 5 6", "rejected": f" 7 {n % 5 + 3}"}
+        for n, prompt in enumerate(prompts)
+    ]
+
+
+def judged():
+    return [
+        {"prompt": row["prompt"], "completion": row["chosen"], "label": n % 2 == 0}
+        for n, row in enumerate(preferences())
+    ]
+
+
+def prompts():
+    return [{"prompt": row["prompt"]} for row in preferences()]
+
+
+def judge():
+    set_seed(0)
+    return LlamaForSequenceClassification(LlamaConfig(**LLAMA, num_labels=1))
+
+
+def reward(completions, **kwargs):
+    return [float(len(completion) % 3) for completion in completions]
+
+
+def llama():
+    return make("llama")
+
+
+BY_HAND = {
+    "Reward": (judge, preferences, {}, {}),
+    "DPO": (llama, preferences, {}, {"ref_model": llama()}),
+    "KTO": (llama, judged, {}, {"ref_model": llama()}),
+    "GRPO": (llama, prompts, {"num_generations": 2, "max_completion_length": 4}, {"reward_funcs": reward}),
+    "RLOO": (
+        llama,
+        prompts,
+        {"num_generations": 2, "max_completion_length": 4, "beta": 0.0},
+        {"reward_funcs": reward},
+    ),
+}
+
+
+def train_by_hand(name, tmp_path, plain=False, **trim):
+    model, rows, arguments, trainer_kwargs = BY_HAND[name]
+    base, config = getattr(trl, f"{name}Trainer"), getattr(trl, f"{name}Config")
+    if not plain:
+        base = type(f"Trimming{name}Trainer", (TrimmingMixin, base), {})
+        config = dataclass(type(f"Trimming{name}Config", (TrimmingConfig, config), {}))
+    return train(
+        model(), Dataset.from_list(rows()), tmp_path, trainer_cls=base, args_cls=config, collator=None, max_steps=1,
+        trainer_kwargs={"processing_class": tokenizer(), **trainer_kwargs}, bf16=False, gradient_checkpointing=False,
+        **arguments, **trim,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_losses_by_hand_are_refused(name, tmp_path):
+    for start in (1.0, 0.3):
+        with pytest.raises(ValueError, match=f"Trimming{name}Trainer found nothing to rank"):
+            train_by_hand(name, tmp_path, trim_keep_start=start, trim_keep_end=0.3)
+    plain = train_by_hand(name, tmp_path, plain=True)
+    untrimmed = train_by_hand(name, tmp_path, trim_select="none")
+    assert untrimmed.losses == plain.losses and torch.equal(weights(untrimmed), weights(plain))
