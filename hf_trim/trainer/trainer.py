@@ -266,8 +266,9 @@ class TrimmingMixin(PushMixin):
             if trim.trim_backward in ("auto", "sparse") and compiled_modules(model):
                 mark_batch_dynamic(inputs, size)
         batch = TrimmedBatch(
-            trim, keep, size, mode == "sparse", self._generator(trim), labels, self._process_group(trim, keep)
-        )
+            trim, keep, size, mode == "sparse", self._generator(trim), labels, self._process_group(trim, keep),
+            looks_by_hand="by hand" not in self._warned,
+        )  # fmt: skip
         is_plain = getattr(self._own_compute_loss, "__func__", None) is Trainer.compute_loss
         is_outside = not is_plain or self.compute_loss_func is not None or self.label_smoother is not None
         return LossPass(
@@ -337,6 +338,14 @@ class TrimmingMixin(PushMixin):
             self._batches.append(batch)
         self._trimming_logs.add(batch)
         self._per_sample = batch.per_sample
+        if batch.by_hand is not None and "by hand" not in self._warned:
+            self._warned.add("by hand")
+            loss, part = batch.by_hand.tolist()
+            if abs(part) > 0.01 * abs(loss):  # less may be rounding
+                logger.warning(
+                    "Of the loss %.4g, %.4g does not come from a loss function of torch, and is not trimmed. If it is "
+                    "a mean of losses, mark them with hf_trim.mark_losses before the mean is taken.", loss, part,
+                )  # fmt: skip
         if batch.keeps_all:
             return
         mode, reason = choice

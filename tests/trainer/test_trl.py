@@ -1,4 +1,4 @@
-"""Trimming composed with TRL's trainers, against those trainers (p = 1) and against a loop in plain PyTorch (p < 1)."""
+"""Trimming composed with TRL's trainers: against those trainers (p = 1) and a loop in plain PyTorch (p < 1)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,6 +23,7 @@ from tests.support.helpers import digit_texts, grouped, relative_difference, tra
 
 trl = pytest.importorskip("trl")
 
+BY_HAND_WARNING = "does not come from a loss function of torch, and is not trimmed"
 FALLING = {"trim_keep_start": 1.0, "trim_keep_end": 0.3}  # in two epochs: p = 1, then 0.3
 
 
@@ -234,7 +235,7 @@ def assert_follows_plain_and_the_loop(case, plain, ours, unit, accumulate):
 
 @pytest.mark.parametrize("accumulate", [1, 3])
 @pytest.mark.parametrize("name", CASES)
-def test_sft(name, accumulate, tmp_path):
+def test_sft(name, accumulate, tmp_path, caplog):
     case = CASES[name]
     arguments = {"gradient_accumulation_steps": accumulate, "rows": 35 if accumulate == 3 else 19}
     plain = case.train(tmp_path, plain=True, **arguments)
@@ -242,6 +243,7 @@ def test_sft(name, accumulate, tmp_path):
     for unit in units:
         ours = case.train(tmp_path, unit=unit, **arguments)
         assert_follows_plain_and_the_loop(case, plain, ours, unit, accumulate)
+    assert (BY_HAND_WARNING in caplog.text) == bool(case.aux)
 
 
 @pytest.mark.parametrize("backward", ["sparse", "replay"])
@@ -367,9 +369,9 @@ BY_HAND = {
 }
 
 
-def train_by_hand(name, tmp_path, plain=False, **trim):
-    model, rows, arguments, trainer_kwargs = BY_HAND[name]
-    base, config = getattr(trl, f"{name}Trainer"), getattr(trl, f"{name}Config")
+def train_by_hand(name, tmp_path, plain=False, module=trl, **trim):
+    model, rows, arguments, trainer_kwargs = BY_HAND.get(name, (llama, preferences, {}, {}))
+    base, config = getattr(module, f"{name}Trainer"), getattr(module, f"{name}Config")
     if not plain:
         base = type(f"Trimming{name}Trainer", (TrimmingMixin, base), {})
         config = dataclass(type(f"Trimming{name}Config", (TrimmingConfig, config), {}))
@@ -388,3 +390,13 @@ def test_losses_by_hand_are_refused(name, tmp_path):
     plain = train_by_hand(name, tmp_path, plain=True)
     untrimmed = train_by_hand(name, tmp_path, trim_select="none")
     assert untrimmed.losses == plain.losses and torch.equal(weights(untrimmed), weights(plain))
+
+
+@pytest.mark.parametrize("name", ["ORPO", "CPO"])
+def test_a_part_by_hand_is_not_trimmed_in_silence(name, tmp_path, caplog):
+    """Their loss is a cross entropy, which is trimmed, and a loss of pairs, which is not."""
+    module = pytest.importorskip(f"trl.experimental.{name.lower()}")
+    for start in (1.0, 0.3):
+        caplog.clear()
+        train_by_hand(name, tmp_path, module=module, trim_keep_start=start, trim_keep_end=0.3)
+        assert caplog.text.count(BY_HAND_WARNING) == 1
