@@ -12,6 +12,7 @@ Where to find each step, e.g. of B = 8 samples of which p = 0.25 are kept:
 5. logs: [`TrimmingMixin.log`] (`logs.py`).
 """
 
+import copy
 import logging
 import random
 from collections.abc import Callable, Mapping
@@ -234,7 +235,9 @@ class TrimmingMixin(PushMixin):
                 loss_pass.score(inputs, *args, **kwargs)
                 if batch.most_items == 1 and loss_pass.kept is not None:
                     self._choose_in_step(loss_pass, new_pass, *args, **kwargs)
+            counted = {} if loss_pass.scored is None else self._counted()
             result = loss_pass.run(inputs, *args, **kwargs)
+            vars(self).update(counted)
         finally:
             self._batch = None
         if not batch.calls:
@@ -316,6 +319,11 @@ class TrimmingMixin(PushMixin):
         """The `loss_type` of TRL's `SFTTrainer`, whose models return log-probabilities of the labels."""
         is_sft = any(x.__name__ == "SFTTrainer" and x.__module__.startswith("trl.") for x in type(self).__mro__)
         return getattr(self.args, "loss_type", None) if is_sft else None
+
+    def _counted(self) -> dict[str, Any]:
+        """What TRL's trainers count in `compute_loss`, which a replay calls twice."""
+        names = ("_metrics", "_total_train_tokens")
+        return {name: copy.deepcopy(vars(self)[name]) for name in names if name in vars(self)}
 
     def _choose_backward(
         self,

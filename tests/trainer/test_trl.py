@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 
 import pytest
 import tokenizers
@@ -165,9 +166,8 @@ CASES = {
 ONE_ITEM = {"packed", "packed-dft", "padding-free", "completions-padding-free"}
 
 
-def kept_mean(losses, labels, unit, fraction):
+def kept_mean(losses, valid, unit, fraction):
     """The mean over the hardest tokens, or over all tokens of the hardest samples; and the lowest loss kept."""
-    valid = labels != -100
     if unit == "sample":
         means = (losses * valid).sum(1) / valid.sum(1)
         means, samples = means.topk(max(1, round(fraction * len(losses))))
@@ -176,31 +176,46 @@ def kept_mean(losses, labels, unit, fraction):
     return kept.mean(), kept[-1]
 
 
+def kept_parts(passes, unit, fraction):
+    """Each micro-batch's part of the loss of a step, and the lowest loss that it keeps."""
+    total = sum(valid.sum() for _, valid in passes)
+    if unit != "batch":
+        kept = [kept_mean(losses, valid, unit, fraction) for losses, valid in passes]
+        return [(mean * valid.sum() / total, lowest) for (mean, lowest), (_, valid) in zip(kept, passes, strict=True)]
+    means = torch.stack([losses[valid].mean() for losses, valid in passes])
+    lowest = means.topk(max(1, round(fraction * len(means)))).values[-1]
+    total = sum(valid.sum() for mean, (_, valid) in zip(means, passes, strict=True) if mean >= lowest)
+    return [
+        ((losses[valid].sum() / total if mean >= lowest else mean * 0), lowest)
+        for mean, (losses, valid) in zip(means, passes, strict=True)
+    ]
+
+
 def run_loop(case, batches, unit, accumulate):
     """Each optimizer step's logs, as training in plain PyTorch has them; and the model."""
     model = case.model().train()
     optimizer, logs = torch.optim.SGD([x for x in model.parameters() if x.requires_grad], lr=0.1), []
     for fraction, steps in zip((1.0, 0.3), grouped(batches, 2, accumulate), strict=True):
         for step in steps:
-            total = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in step)
             entry = dict.fromkeys(("loss", "full_loss", "trim_threshold", "entropy", "mean_token_accuracy"), 0.0)
+            passes, aux_loss = [], 0.0
             for batch in step:
                 inputs = {x: batch[x] for x in ("input_ids", "attention_mask", "position_ids") if x in batch}
                 outputs = model(**inputs, use_cache=False)  # a cache would take packed texts for one
                 logits, labels = outputs.logits[:, :-1], batch["labels"][:, 1:]
-                losses, valid = case.losses(logits, labels), labels != -100
-                trimmed, threshold = kept_mean(losses, labels, unit, fraction)
-                loss, full = (x * valid.sum() / total for x in (trimmed, losses[valid].mean()))
-                if case.aux:
-                    loss, full = (x + case.aux * outputs.aux_loss / len(step) for x in (loss, full))
-                loss.backward()
-                entry["loss"] += loss.item()
-                entry["full_loss"] += full.item()
-                entry["trim_threshold"] += threshold.item() / len(step)
+                valid = labels != -100
+                passes.append((case.losses(logits, labels), valid))
+                aux_loss = aux_loss + (case.aux * outputs.aux_loss / len(step) if case.aux else 0)
                 log_probs = logits[valid].log_softmax(-1)
                 entry["entropy"] -= (log_probs.exp() * log_probs).sum(-1).mean().item() / len(step)
                 is_right = log_probs.argmax(-1) == labels[valid]
                 entry["mean_token_accuracy"] += is_right.float().mean().item() / len(step)
+            parts = kept_parts(passes, unit, fraction)
+            loss = sum(part for part, _ in parts) + aux_loss
+            full_loss = torch.cat([losses[valid] for losses, valid in passes]).mean() + aux_loss
+            entry["loss"], entry["full_loss"] = loss.item(), full_loss.item()
+            entry["trim_threshold"] = sum(lowest.item() for _, lowest in parts) / len(parts)
+            loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step(), optimizer.zero_grad()
             logs.append(entry)
@@ -221,6 +236,7 @@ def assert_follows_plain_and_the_loop(case, plain, ours, unit, accumulate):
         assert entry["keep_fraction"] == entry["kept_fraction"] == 1 and "trim_threshold" not in entry
         assert entry["full_loss"] == pytest.approx(entry["loss"], rel=1e-6)
         assert {x: entry[x] for x in expected if x != "epoch"} == {x: expected[x] for x in expected if x != "epoch"}
+    assert [entry["num_tokens"] for entry in logged(ours)] == [entry["num_tokens"] for entry in logged(plain)]
     logs, model = run_loop(case, ours.batches, unit, accumulate)
     assert ours.losses == pytest.approx([entry["loss"] for entry in logs], rel=1e-5)
     assert relative_difference(parameters(ours.model), parameters(model)) < 1e-5
@@ -233,26 +249,36 @@ def assert_follows_plain_and_the_loop(case, plain, ours, unit, accumulate):
     assert all(entry["keep_fraction"] == pytest.approx(0.3) for entry in logged(ours)[half:])
 
 
+def steps_of(accumulate):
+    """Micro-batches of 8, 8 and 3 samples; or two steps an epoch, of 8 + 8 + 8 and of 8 + 3."""
+    return {"gradient_accumulation_steps": accumulate, "rows": 19 if accumulate == 1 else 35}
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """Trains with TRL's own trainer."""
+    return cache(
+        lambda name, accumulate: CASES[name].train(
+            tmp_path_factory.mktemp("plain"), plain=True, **steps_of(accumulate)
+        )
+    )
+
+
 @pytest.mark.parametrize("accumulate", [1, 3])
 @pytest.mark.parametrize("name", CASES)
-def test_sft(name, accumulate, tmp_path, caplog):
+def test_sft(name, accumulate, plain, tmp_path, caplog):
     case = CASES[name]
-    arguments = {"gradient_accumulation_steps": accumulate, "rows": 35 if accumulate == 3 else 19}
-    plain = case.train(tmp_path, plain=True, **arguments)
-    units = ("token",) if name in ONE_ITEM else ("token", "sample")
-    for unit in units:
-        ours = case.train(tmp_path, unit=unit, **arguments)
-        assert_follows_plain_and_the_loop(case, plain, ours, unit, accumulate)
+    for unit in ("token",) if name in ONE_ITEM else ("token", "sample"):
+        ours = case.train(tmp_path, unit=unit, **steps_of(accumulate))
+        assert_follows_plain_and_the_loop(case, plain(name, accumulate), ours, unit, accumulate)
     assert (BY_HAND_WARNING in caplog.text) == bool(case.aux)
 
 
 @pytest.mark.parametrize("backward", ["sparse", "replay"])
 @pytest.mark.parametrize("name", ["nll", "dft", "smoothed", "user-loss", "packed-cut", "completions", "lora"])
-def test_sft_with_every_backward_pass(name, backward, tmp_path):
-    case, arguments = CASES[name], {"gradient_accumulation_steps": 3}
-    plain = case.train(tmp_path, plain=True, **arguments)
-    ours = case.train(tmp_path, unit="sample", trim_backward=backward, **arguments)
-    assert_follows_plain_and_the_loop(case, plain, ours, "sample", 3)
+def test_sft_with_every_backward_pass(name, backward, plain, tmp_path):
+    ours = CASES[name].train(tmp_path, unit="sample", trim_backward=backward, **steps_of(3))
+    assert_follows_plain_and_the_loop(CASES[name], plain(name, 3), ours, "sample", 3)
 
 
 def test_chunked_nll_is_nll(tmp_path):
@@ -263,14 +289,18 @@ def test_chunked_nll_is_nll(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["packed", "padding-free"])
-def test_flattened_samples_are_one_item(name, tmp_path, caplog):
-    case, arguments = CASES[name], {"gradient_accumulation_steps": 3}
-    plain = case.train(tmp_path, plain=True, **arguments)
-    ours = case.train(tmp_path, unit="sample", **arguments)
-    assert ours.losses == pytest.approx(plain.losses, rel=1e-6)
-    assert relative_difference(weights(ours), weights(plain)) < 1e-6
+def test_flattened_samples_are_one_item(name, plain, tmp_path, caplog):
+    ours, expected = CASES[name].train(tmp_path, unit="sample", **steps_of(3)), plain(name, 3)
+    assert ours.losses == pytest.approx(expected.losses, rel=1e-6)
+    assert relative_difference(weights(ours), weights(expected)) < 1e-6
     assert caplog.text.count("single item to choose from") == 1
     assert all(entry["kept_fraction"] == 1 for entry in logged(ours))
+
+
+@pytest.mark.parametrize("name", ["packed", "packed-dft", "padding-free"])
+def test_a_replay_chooses_among_flattened_batches(name, plain, tmp_path):
+    ours = CASES[name].train(tmp_path, unit="sample", trim_backward="replay", **steps_of(3))
+    assert_follows_plain_and_the_loop(CASES[name], plain(name, 3), ours, "batch", 3)
 
 
 @pytest.mark.parametrize("name", ["nll", "dft", "smoothed", "user-loss", "padding-free"])
