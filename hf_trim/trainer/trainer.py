@@ -87,6 +87,7 @@ class TrimmingMixin(PushMixin):
         self._number = -1  # which of the step's mini-batches it is
         self._num_batches = 1  # of the step, at most, over the processes that choose together
         self._per_sample: bool | None = None  # whether items are samples, as the last mini-batch showed
+        self._looks_by_hand = True  # in the first mini-batch
         self._warned: set[str | tuple[str, str]] = set()  # what need not be logged again
         self._trimming_logs = TrimmingLogs()
         reset_fallbacks()
@@ -270,7 +271,7 @@ class TrimmingMixin(PushMixin):
                 mark_batch_dynamic(inputs, size)
         batch = TrimmedBatch(
             trim, keep, size, mode == "sparse", self._generator(trim), labels, self._process_group(trim, keep),
-            looks_by_hand="by hand" not in self._warned,
+            looks_by_hand=self._looks_by_hand,
         )  # fmt: skip
         is_plain = getattr(self._own_compute_loss, "__func__", None) is Trainer.compute_loss
         is_outside = not is_plain or self.compute_loss_func is not None or self.label_smoother is not None
@@ -310,8 +311,8 @@ class TrimmingMixin(PushMixin):
         """The language-model head whose logits are computed in chunks, if the model has one that can be."""
         if trim.trim_backward not in ("auto", "sparse") or self.compute_loss_func is not None:
             return None
-        if self.label_smoother is not None or self.is_fsdp_enabled:
-            return None
+        if self.label_smoother is not None or self.is_fsdp_enabled or self._fused_loss() is not None:
+            return None  # TRL's `SFTTrainer` has chunks of its own
         module = find_lm_head(inner)
         return None if module is None else LMHead(module, keep_all=keep == 1)
 
@@ -346,8 +347,8 @@ class TrimmingMixin(PushMixin):
             self._batches.append(batch)
         self._trimming_logs.add(batch)
         self._per_sample = batch.per_sample
-        if batch.by_hand is not None and "by hand" not in self._warned:
-            self._warned.add("by hand")
+        if batch.by_hand is not None and self._looks_by_hand:
+            self._looks_by_hand = False
             loss, part = batch.by_hand.tolist()
             if abs(part) > 0.01 * abs(loss):  # less may be rounding
                 logger.warning(
