@@ -66,6 +66,9 @@ NEEDED = (
     Need("transformers.trainer_utils", "unwrap_peft_model", ("model",), "finding a model's head"),
     # Overridden by TrimmingMixin.
     Need(TRAINER, "training_step", ("model", "inputs", "num_items_in_batch"), "trim_strict, trim_check and the logs"),
+    Need(
+        TRAINER, "get_batch_samples", ("epoch_iterator", "num_batches", "device"), "knowing the mini-batches of a step"
+    ),
     Need(TRAINER, "log", ("logs", "start_time"), "logging keep_fraction and what goes with it"),
     Need(TRAINER, "_load_from_checkpoint", ("resume_from_checkpoint", "model"), "loading converted weights"),
     Need(TRAINER, "_load_best_model", (), "loading converted weights"),

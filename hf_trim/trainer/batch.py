@@ -43,7 +43,6 @@ class TrimmedBatch:
         labels (`torch.Tensor`, *optional*): `[B, ...]` labels, to verify which losses belong to which sample.
         process_group ([`~hf_trim.trainer.process_group.ProcessGroup`], *optional*): The processes that choose the
             hardest items together; without, this process chooses among its own.
-        looks_by_hand (`bool`): Whether to find the part of the loss that is not made of the calls.
     """
 
     config: TrimmingConfig
@@ -53,7 +52,6 @@ class TrimmedBatch:
     generator: torch.Generator | None = None
     labels: Tensor | None = None
     process_group: ProcessGroup | None = None
-    looks_by_hand: bool = False
 
     def __post_init__(self) -> None:
         self.calls: list[LossCall] = []
@@ -65,7 +63,6 @@ class TrimmedBatch:
         self.dropped = 0  # number of samples left out because their losses are not finite
         self.most_items = 0  # among how many items the choice was, at most
         self.logged: list[Tensor] | None = None  # numbers of kept and of valid items, threshold
-        self.by_hand: Tensor | None = None  # `[2]`: the loss, and what of it no call returned; where it looks for that
         self._values: list[Tensor] = []  # what the calls returned, until the choice is made
         self._joined: list[int] = []  # of each choice together with other processes, the number of calls
 
@@ -191,15 +188,10 @@ class TrimmedBatch:
             if call.kept is None and (value.requires_grad or self.is_scoring)
         ]
         weights: dict[int, Tensor | None] = {id(value): value.new_ones(()) for _, value in pending}
-        needs_weights = len(weights) > 1 or self.looks_by_hand and len(weights) == 1
-        if needs_weights and loss is not None and loss.requires_grad and loss.dim() == 0:
+        if len(weights) > 1 and loss is not None and loss.requires_grad and loss.dim() == 0:
             values = list({id(value): value for _, value in pending if value.requires_grad}.values())
             found = torch.autograd.grad(loss, values, retain_graph=True, allow_unused=True)
             weights |= {id(value): weight for value, weight in zip(values, found, strict=True)}
-            parts = [
-                (grad * value.detach()).sum() for grad, value in zip(found, values, strict=True) if grad is not None
-            ]
-            self.by_hand = torch.stack([loss.detach(), loss.detach() - sum(parts)])
         # Calls without a weight computed metrics.
         used = [
             (call, self._total_weight(call, weight.detach()))

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_trim.trainer.losses import IGNORE_INDEX, MARK_LOSSES, is_intercepting, mark_losses
+from hf_trim.trainer.losses import IGNORE_INDEX, MARK_LOSSES, LossCall, intercepting_batch, mark_losses
 
 
 def mean_of_user_losses(returned: Any, labels: Any) -> Tensor:
@@ -124,13 +124,25 @@ class SmoothedLoss:
         Returns:
             `torch.Tensor`: The scalar loss.
         """
-        if not is_intercepting():
-            return self.smoother(outputs, labels, shift_labels=shift_labels, num_items_in_batch=num_items_in_batch)
+        batch, plain = intercepting_batch(), None
+        if batch is None or batch.keeps_all:
+            plain = self.smoother(outputs, labels, shift_labels=shift_labels, num_items_in_batch=num_items_in_batch)
+            if batch is None:
+                return plain
         logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
         if shift_labels:
             logits, labels = logits[..., :-1, :], labels[..., 1:]
-        loss = F.cross_entropy(
-            logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORE_INDEX, label_smoothing=self.smoother.epsilon,
-            reduction="mean" if num_items_in_batch is None else "sum",
-        )  # fmt: skip
-        return loss if num_items_in_batch is None else loss / torch.as_tensor(num_items_in_batch, device=loss.device)
+        arguments: dict[str, Any] = {
+            "input": logits.flatten(0, -2), "target": labels.flatten(), "ignore_index": IGNORE_INDEX,
+            "label_smoothing": self.smoother.epsilon,
+        }  # fmt: skip
+        if plain is not None and plain.isfinite():
+            with torch.no_grad():
+                losses = F.cross_entropy(**arguments, reduction="none")
+            counts = arguments["target"] != IGNORE_INDEX
+            return batch.add(LossCall(losses, counts, "mean", batch.batch_size, plain=plain))
+        if num_items_in_batch is None:
+            return F.cross_entropy(**arguments)
+        return F.cross_entropy(**arguments, reduction="sum") / torch.as_tensor(
+            num_items_in_batch, device=logits.device
+        )

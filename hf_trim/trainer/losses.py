@@ -99,9 +99,9 @@ class LossCall:
         self.finite = self.losses.detach().isfinite()
         self.kept: Kept | None = None  # once the items to keep are chosen
         self.used = False  # whether the backward pass has come here
-        self.difference: Tensor | float = (
-            0.0  # of the trimmed loss and the whole one, as the backward pass weighs them
-        )
+        # As the backward pass weighs them: its value, and the difference of the trimmed value from it.
+        self.weighted: Tensor | float = 0.0
+        self.difference: Tensor | float = 0.0
         detached, counted = self.losses.detach().where(self.finite, 0), self.counts.where(self.finite, 0)
         count = counted.sum()
         mean = torch.where(count != 0, detached.sum() / count, 0)
@@ -140,6 +140,7 @@ class LossCall:
             weights, whole = weights.flatten()[elements], (grad.detach() * self.full).sum()
         else:
             whole = grad.detach() * self.full
+        self.weighted = self.weighted + whole
         self.difference = self.difference + ((weights * losses).sum() - whole)
         return elements, rows, grad.to(self.losses) * factor
 
@@ -153,6 +154,7 @@ class LossCall:
         """
         if self.plain is not None:
             self.used = True
+            self.weighted = self.weighted + (grad * self.plain).detach().sum()
             return grad
         elements, rows, weights = self._choose(grad)
         weights = weights.flatten()[elements] if self.reduction == "none" else weights.expand(len(elements))
@@ -336,9 +338,9 @@ def mark_losses(losses: Tensor, counts: Tensor | None = None, *, scores: Tensor 
     return batch.add(call).view(losses.shape)
 
 
-def is_intercepting() -> bool:
-    """Whether calls of loss functions are intercepted now."""
-    return _ACTIVE.get() is not None
+def intercepting_batch() -> "TrimmedBatch | None":
+    """The mini-batch whose calls of loss functions are intercepted now."""
+    return _ACTIVE.get()
 
 
 def loss_of(result: Any) -> Tensor:

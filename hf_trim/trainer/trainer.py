@@ -87,7 +87,6 @@ class TrimmingMixin(PushMixin):
         self._number = -1  # which of the step's mini-batches it is
         self._num_batches = 1  # of the step, at most, over the processes that choose together
         self._per_sample: bool | None = None  # whether items are samples, as the last mini-batch showed
-        self._looks_by_hand = True  # in the first mini-batch
         self._warned: set[str | tuple[str, str]] = set()  # what need not be logged again
         self._trimming_logs = TrimmingLogs()
         reset_fallbacks()
@@ -200,12 +199,22 @@ class TrimmingMixin(PushMixin):
         scales: list[Tensor] = []  # a factor of the accelerator's for half precision
         calls = [call for batch in self._batches or () for call in batch.calls]
         for call in calls:
-            call.difference = 0.0
+            call.weighted = call.difference = 0.0
         if loss.requires_grad:
             loss.register_hook(lambda scale: scales.append(scale.detach()))
         backward(loss, **kwargs)
         for scale in scales[:1]:
             self._difference = self._difference + sum(call.difference for call in calls) / scale
+            if calls and "by hand" not in self._warned:  # in the first mini-batch
+                self._warned.add("by hand")
+                whole = float(loss)
+                part = whole - float(sum(call.weighted for call in calls) / scale)
+                if abs(part) > 0.01 * abs(whole):  # less may be rounding
+                    logger.warning(
+                        "Of the loss %.4g, %.4g is no mean (or sum) of what torch's loss functions returned, and is "
+                        "not trimmed. Mark losses by hand with hf_trim.mark_losses before their mean is taken.",
+                        whole, part,
+                    )  # fmt: skip
 
     def _compute_trimmed_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """
@@ -220,7 +229,7 @@ class TrimmingMixin(PushMixin):
             return self._own_compute_loss(model, inputs, *args, **kwargs)
         keep, inner, compiled = self.keep_fraction, self._inner_model(), compiled_modules(model)
         head = None if is_compiled_whole(inner, compiled) else self._chunked_head(trim, inner, keep)
-        if keep == 1 and head is None and (self._per_sample is not None or self.label_smoother is not None):
+        if keep == 1 and head is None and self._per_sample is not None:  # the first mini-batch has shown what it is
             result = self._own_compute_loss(model, inputs, *args, **kwargs)
             if loss_of(result).isfinite().all():
                 self._trimming_logs.add_untrimmed()
@@ -270,9 +279,8 @@ class TrimmingMixin(PushMixin):
             if trim.trim_backward in ("auto", "sparse") and compiled_modules(model):
                 mark_batch_dynamic(inputs, size)
         batch = TrimmedBatch(
-            trim, keep, size, mode == "sparse", self._generator(trim), labels, self._process_group(trim, keep),
-            looks_by_hand=self._looks_by_hand,
-        )  # fmt: skip
+            trim, keep, size, mode == "sparse", self._generator(trim), labels, self._process_group(trim, keep)
+        )
         is_plain = getattr(self._own_compute_loss, "__func__", None) is Trainer.compute_loss
         is_outside = not is_plain or self.compute_loss_func is not None or self.label_smoother is not None
         return LossPass(
@@ -347,14 +355,6 @@ class TrimmingMixin(PushMixin):
             self._batches.append(batch)
         self._trimming_logs.add(batch)
         self._per_sample = batch.per_sample
-        if batch.by_hand is not None and self._looks_by_hand:
-            self._looks_by_hand = False
-            loss, part = batch.by_hand.tolist()
-            if abs(part) > 0.01 * abs(loss):  # less may be rounding
-                logger.warning(
-                    "Of the loss %.4g, %.4g does not come from a loss function of torch, and is not trimmed. If it is "
-                    "a mean of losses, mark them with hf_trim.mark_losses before the mean is taken.", loss, part,
-                )  # fmt: skip
         if batch.keeps_all:
             return
         mode, reason = choice
