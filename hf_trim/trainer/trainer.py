@@ -76,9 +76,7 @@ class TrimmingMixin(PushMixin):
             self.compute_loss_func = UserLoss(self, self.compute_loss_func)
         if self.label_smoother is not None:
             self.label_smoother = cast(Any, SmoothedLoss(self, self.label_smoother))  # it is called in the same way
-        # A subclass may have a `compute_loss` that does not call `super()`, so ours stands around it, whatever it is.
-        self._own_compute_loss = self.compute_loss
-        self.compute_loss = self._compute_trimmed_loss  # type: ignore[method-assign]
+        self._stand_around_compute_loss()
         self._step_inputs: list = []  # the mini-batches of the optimizer step
         self._scored: dict[int, LossPass] = {}  # those that are scored before their turn, by their number
         self._batch: TrimmedBatch | None = None  # the mini-batch whose loss is being computed
@@ -90,6 +88,12 @@ class TrimmingMixin(PushMixin):
         self._warned: set[str | tuple[str, str]] = set()  # what need not be logged again
         self._trimming_logs = TrimmingLogs()
         reset_fallbacks()
+
+    def _stand_around_compute_loss(self) -> None:
+        """A subclass, or a user, may give a `compute_loss` that does not call ours: ours stands around any."""
+        if self.compute_loss != self._compute_trimmed_loss:
+            self._own_compute_loss = self.compute_loss
+            self.compute_loss = self._compute_trimmed_loss  # type: ignore[method-assign]
 
     @property
     def trim(self) -> TrimmingConfig:
@@ -166,6 +170,7 @@ class TrimmingMixin(PushMixin):
     # ---- a training step ------------------------------------------------------------------------------------------
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
+        self._stand_around_compute_loss()
         self._step_inputs, num_items_in_batch = super().get_batch_samples(*args, **kwargs)
         self._number, self._scored = -1, {}
         self._num_batches = len(self._step_inputs)

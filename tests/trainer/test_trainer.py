@@ -11,6 +11,7 @@ from transformers import (
     set_seed,
 )
 
+from hf_trim import TrimmingTrainer
 from tests.support.helpers import (
     descend,
     digit_texts,
@@ -162,6 +163,24 @@ def test_class_weights_through_an_unreduced_loss(tmp_path):
     losses = weighted_loss(ours.model(pixel_values=torch.stack([row["pixel_values"] for row in digits()])),
                            torch.tensor([row["labels"] for row in digits()]))  # fmt: skip
     assert ours.evaluate(digits())["eval_loss"] == pytest.approx(losses.mean().item(), rel=1e-5)
+
+
+def test_a_compute_loss_that_is_set_later_is_trimmed(tmp_path):
+    def weighted(model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs.pop("labels")
+        return F.cross_entropy(model(**inputs).logits, labels, weight=CLASS_WEIGHTS)
+
+    class Late(TrimmingTrainer):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.compute_loss = weighted
+
+    class Own(TrimmingTrainer):
+        compute_loss = staticmethod(weighted)
+
+    late, own = (train(tiny_vit(), digits(), tmp_path, trainer_cls=x, trim_keep_start=0.5) for x in (Late, Own))
+    assert late.losses == own.losses and late.state.log_history[0]["kept_fraction"] == 0.5
+    assert torch.equal(weights(late), weights(own))
 
 
 def token_loss(outputs, labels, num_items_in_batch=None):
