@@ -85,6 +85,7 @@ class TrimmingMixin(PushMixin):
         self._number = -1  # which of the step's mini-batches it is
         self._num_batches = 1  # of the step, at most, over the processes that choose together
         self._per_sample: bool | None = None  # whether items are samples, as the last mini-batch showed
+        self._is_loss_known = False  # whether what the loss is made of was looked at
         self._warned: set[str | tuple[str, str]] = set()  # what need not be logged again
         self._trimming_logs = TrimmingLogs()
         reset_fallbacks()
@@ -210,9 +211,8 @@ class TrimmingMixin(PushMixin):
         backward(loss, **kwargs)
         for scale in scales[:1]:
             self._difference = self._difference + sum(call.difference for call in calls) / scale
-            if calls and "by hand" not in self._warned:  # in the first mini-batch
-                self._warned.add("by hand")
-                whole = float(loss)
+            if calls and not self._is_loss_known:  # in the first mini-batch
+                self._is_loss_known, whole = True, float(loss.detach())
                 part = whole - float(sum(call.weighted for call in calls) / scale)
                 if abs(part) > 0.01 * abs(whole):  # less may be rounding
                     logger.warning(
