@@ -7,8 +7,10 @@ e.g. an in-place op in a rule: `is_mutable(aten.add_.Tensor)` is true, `function
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from copy import deepcopy
 from functools import cache, partial
 from operator import attrgetter
+from types import MethodType
 from typing import Any, cast
 
 import sympy
@@ -225,11 +227,27 @@ def around_call(module: nn.Module, wrapper: Callable[..., Any]) -> Iterator[None
         yield
 
 
+class _Around:
+    """The method of an object with a wrapper around it. A copy of the object has the method without."""
+
+    def __init__(self, owner: Any, method: Callable[..., Any], wrapper: Callable[..., Any]):
+        self.owner, self.method, self.wrapper = owner, method, wrapper
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.wrapper(self.method, *args, **kwargs)
+
+    def __deepcopy__(self, memo: dict) -> Any:
+        copied = memo.get(id(self.owner))
+        method: Any = self.method
+        is_bound = isinstance(method, MethodType) and method.__self__ is self.owner
+        return MethodType(method.__func__, copied) if is_bound and copied is not None else deepcopy(method, memo)
+
+
 @contextmanager
 def around(owner: Any, name: str, wrapper: Callable[..., Any]) -> Iterator[None]:
     """In this context, `owner.name(...)` runs `wrapper(original, ...)`."""
     original, is_own = getattr(owner, name), name in vars(owner)
-    setattr(owner, name, partial(wrapper, original))
+    setattr(owner, name, _Around(owner, original, wrapper))
     try:
         yield
     finally:
@@ -237,6 +255,11 @@ def around(owner: Any, name: str, wrapper: Callable[..., Any]) -> Iterator[None]
             setattr(owner, name, original)
         else:
             delattr(owner, name)
+
+
+def is_transforming() -> bool:
+    """Whether a transform of `torch.func` is under way, such as `vmap` or `grad`."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 # ---- benchmarks ---------------------------------------------------------------------------------------------------

@@ -57,11 +57,12 @@ class TrimmedBatch:
         self.calls: list[LossCall] = []
         self.scored: list[LossCall] | None = None  # in the second pass of a replay: the calls of the first one
         self.is_scoring = False  # whether that pass is under way
-        self.is_in_model = False  # whether it is in the model's forward pass, which has no graph in it
+        self.is_in_model = False  # whether a replay is in the model's forward pass, which has no graph in the first
         self.samples: Tensor | None = None  # `[k]` indices of the kept samples, if items are samples
         self.per_sample: bool | None = None  # whether they are
         self.dropped = 0  # number of samples left out because their losses are not finite
         self.most_items = 0  # among how many items the choice was, at most
+        self.has_unknown_weights = False  # whether a replay adds up several losses of the model as they are
         self.logged: list[Tensor] | None = None  # numbers of kept and of valid items, threshold
         self._values: list[Tensor] = []  # what the calls returned, until the choice is made
         self._joined: list[int] = []  # of each choice together with other processes, the number of calls
@@ -83,7 +84,7 @@ class TrimmedBatch:
         """
         if self.scored is not None:
             self._adopt(call, self.scored)
-        value = call.value(self)
+        value = call.value(self.is_scoring)
         self.calls.append(call)
         self._values.append(value)
         return value.clone()  # which may be changed in place
@@ -91,7 +92,7 @@ class TrimmedBatch:
     @property
     def is_recording(self) -> bool:
         """Whether calls count that are made now: not those that are computed without a graph."""
-        return torch.is_grad_enabled() or self.is_in_model
+        return torch.is_grad_enabled() or self.is_in_model and self.is_scoring
 
     @property
     def num_calls(self) -> int:
@@ -113,6 +114,7 @@ class TrimmedBatch:
         Returns:
             `torch.Tensor`: The loss, on which the trainer goes on to compute.
         """
+        self.has_unknown_weights = self.has_unknown_weights or len(self._values) - first > 1
         leaf = loss.detach().clone().requires_grad_()
         self._values[first:] = [leaf] * (len(self._values) - first)
         return leaf.clone()
@@ -149,6 +151,11 @@ class TrimmedBatch:
         self.scored = None
         return self.add(call)
 
+    def skip_scored(self) -> None:
+        """In the second pass of a replay: a call without a graph, which the first pass could not tell from others."""
+        if self.scored and self.is_in_model:
+            del self.scored[0]
+
     @staticmethod
     def _adopt(call: LossCall, calls: list[LossCall]) -> None:
         """In the second pass of a replay: what the first one has chosen of the same call."""
@@ -156,11 +163,13 @@ class TrimmedBatch:
             del calls[0]
         if not calls:
             raise ValueError(
-                "compute_loss calls other loss functions when it is run a second time: set trim_backward='dense'."
+                "compute_loss calls other loss functions when it is run a second time, or over other classes (as "
+                "where samples are compared with each other): set trim_backward='sparse'."
             )
         scored = calls.pop(0)
         if scored.kept is None:  # the loss does not depend on it
             call.kept = Kept(torch.zeros(0, dtype=torch.long), torch.zeros(()), None)
+            call.is_unknown = True
             return
         elements, factor, _ = scored.kept
         if call.losses.numel() != scored.losses.numel():  # the model has run the kept samples alone
@@ -172,12 +181,12 @@ class TrimmedBatch:
 
     # ---- the choice -----------------------------------------------------------------------------------------------
 
-    def select(self, loss: Tensor | None = None) -> None:
+    def select(self, loss: Tensor) -> None:
         """
-        Choose what is kept of the calls so far.
+        Choose what is kept of the calls.
 
         Args:
-            loss (`torch.Tensor`, *optional*): The batch's scalar loss, made of what the calls returned.
+            loss (`torch.Tensor`): The batch's scalar loss, made of what the calls returned.
 
         Raises:
             `ValueError`: If the loss depends on no call, or an item cannot be ranked.
@@ -188,7 +197,7 @@ class TrimmedBatch:
             if call.kept is None and (value.requires_grad or self.is_scoring)
         ]
         weights: dict[int, Tensor | None] = {id(value): value.new_ones(()) for _, value in pending}
-        if len(weights) > 1 and loss is not None and loss.requires_grad and loss.dim() == 0:
+        if len(weights) > 1 and loss.requires_grad and loss.dim() == 0:
             values = list({id(value): value for _, value in pending if value.requires_grad}.values())
             found = torch.autograd.grad(loss, values, retain_graph=True, allow_unused=True)
             weights |= {id(value): weight for value, weight in zip(values, found, strict=True)}
@@ -202,12 +211,9 @@ class TrimmedBatch:
             raise ValueError(f"The loss does not depend on any call of a loss function of torch. {MARK_LOSSES}")
         for tracks in self._groups(used) if used else ():
             self._select(tracks)
-        if loss is not None:
-            self._values = []  # they hold the graph
-            for call in self.calls:
-                call.batch = None  # a circle would keep it until garbage is collected
-            if not self.is_scoring:
-                self.calls = [call for call in self.calls if call.kept is not None]
+        self._values = []  # they hold the graph
+        if not self.is_scoring:
+            self.calls = [call for call in self.calls if call.kept is not None]
 
     @staticmethod
     def _total_weight(call: LossCall, weight: Tensor) -> Tensor:

@@ -12,8 +12,8 @@ of what is compiled:
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -82,7 +82,8 @@ class LossPass:
     def score(self, inputs: Any, *args: Any, **kwargs: Any) -> None:
         """The first pass of a replay: choose the samples, without a graph of the model."""
         self.batch.is_scoring = True
-        with scoring(self.model), torch.enable_grad():  # the model has no graph, but what follows it has
+        # The model has no graph, but what follows it has.
+        with self._explain("scored without a graph"), scoring(self.model), torch.enable_grad():
             self.scored = self._run(copy.copy(inputs), *args, **kwargs)
         self.batch.select(loss_of(self.scored))
         self.kept = self.batch.begin_replay()
@@ -91,10 +92,43 @@ class LossPass:
         """Compute the loss, with the graph of the trimmed one. Returns what `compute_loss` returns."""
         if self.is_left_out:
             return with_loss(self.scored, self.batch.leave_out(loss_of(self.scored), zero_of(self.model)))
-        result = self._run(inputs, *args, **kwargs)
+        with self._explain("run on the kept samples alone") if self.kept is not None else nullcontext():
+            result = self._run(inputs, *args, **kwargs)
         self.batch.select(loss_of(result))
         # Not even a gradient of zero may go into a model with activations that are not finite.
         return with_loss(result, zero_of(self.model)) if self.batch.has_no_graph else result
+
+    @staticmethod
+    @contextmanager
+    def _explain(what: str) -> Iterator[None]:
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, IndexError) as error:
+            raise ValueError(
+                f"This model, or its compute_loss, cannot be {what}, as trim_backward='replay' does: {error} Set "
+                "trim_backward='sparse'."
+            ) from error
+
+    def check_replay(self, result: Any) -> None:
+        """
+        Compare the second pass of a replay with the first.
+
+        Args:
+            result: What [`run`] returned.
+
+        Raises:
+            `ValueError`: If the losses differ: the model's depends on the number of samples, or on other samples.
+        """
+        if self.kept is None or self.is_left_out or self.batch.has_no_graph:
+            return
+        first, second = float(loss_of(self.scored).detach()), float(loss_of(result).detach())
+        if abs(second - first) > 0.05 * abs(first):
+            raise ValueError(
+                f"With the kept samples alone the loss is {second:.4g}, and it was {first:.4g} with all of them: it "
+                "depends on their number, or on other samples. Set trim_backward='sparse'."
+            )
 
     def _run(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         with ExitStack() as stack:
@@ -109,9 +143,11 @@ class LossPass:
     def _call_model(self, forward: Callable, *args: Any, **kwargs: Any) -> Any:
         """The model's forward pass, and what is done around it."""
         batch = self.batch
+        if not torch.is_grad_enabled():  # a teacher's, or for a metric
+            return forward(*args, **kwargs)
         if self.kept is not None:
             args, kwargs = rows_of((args, kwargs), self.kept, batch.batch_size)
-        first, batch.is_in_model = batch.num_calls, batch.is_scoring
+        first, batch.is_in_model = batch.num_calls, batch.is_scoring or self.kept is not None
         with torch.no_grad() if batch.is_scoring else nullcontext():
             outputs = self._run_compiled(forward, *args, **kwargs) if self.is_compiled else forward(*args, **kwargs)
         batch.is_in_model = False

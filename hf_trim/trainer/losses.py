@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from hf_trim.backward._torch_internals import is_transforming
 from hf_trim.backward.eager.rows import Rows
 from hf_trim.backward.eager.sparse import row_gradient
 from hf_trim.trainer.lm_head import LazyLogits, LMHead
@@ -98,6 +99,7 @@ class LossCall:
         self.labelled = self.counts != 0
         self.finite = self.losses.detach().isfinite()
         self.kept: Kept | None = None  # once the items to keep are chosen
+        self.is_unknown = False  # whether the first pass of a replay has not shown what is kept
         self.used = False  # whether the backward pass has come here
         # As the backward pass weighs them: its value, and the difference of the trimmed value from it.
         self.weighted: Tensor | float = 0.0
@@ -106,23 +108,21 @@ class LossCall:
         count = counted.sum()
         mean = torch.where(count != 0, detached.sum() / count, 0)
         self.full: Tensor = {"mean": mean, "sum": mean * self.counts.sum() * scale, "none": detached}[reduction]
-        self.batch: TrimmedBatch | None = None  # until the choice is made
         self._dtype = dtype
 
-    def value(self, batch: "TrimmedBatch") -> Tensor:
+    def value(self, is_scoring: bool) -> Tensor:
         """
         What the caller gets: the value of the whole batch, as a node of the graph.
 
         Args:
-            batch ([`~hf_trim.trainer.batch.TrimmedBatch`]): Chooses the items, at the latest when the backward pass
-                comes here.
+            is_scoring (`bool`): Whether it is the first pass of a replay, in which the model has no graph. What is
+                computed from its outputs has one from here on.
 
         Returns:
             `torch.Tensor`: A scalar; `[B, T]` losses if there is no reduction.
         """
-        self.batch = batch
         full = (self.losses.detach() if self.reduction == "none" else self.full).to(self._dtype)
-        if batch.is_scoring:  # the model has no graph; what is computed from its outputs has one from here on
+        if is_scoring:
             return full.clone().requires_grad_(torch.is_grad_enabled())
         if self.logits is not None:
             return self.logits.attach(full, self._choose)
@@ -130,10 +130,15 @@ class LossCall:
 
     def _choose(self, grad: Tensor) -> tuple[Tensor, Rows | None, Tensor]:
         """The kept losses, their samples, and the gradient of each, from the weight of the mean."""
-        if self.kept is None and self.batch is not None:  # a backward pass before the loss is complete
-            self.batch.select()
+        if self.kept is None:  # a backward pass before the loss is complete, which is not the training's
+            return self._all(grad)
         self.used = True
-        elements, factor, rows = self.kept or Kept(grad.new_zeros(0, dtype=torch.long), grad.new_zeros(()), None)
+        elements, factor, rows = self.kept
+        if self.is_unknown:
+            raise ValueError(
+                "In the second pass of a replay the loss depends on a call of a loss function on which it did not in "
+                "the first one: set trim_backward='sparse'."
+            )
         weights = grad.detach().to(self.losses) * factor
         losses = self.losses.detach().flatten()[elements]
         if self.reduction == "none":
@@ -143,6 +148,12 @@ class LossCall:
         self.weighted = self.weighted + whole
         self.difference = self.difference + ((weights * losses).sum() - whole)
         return elements, rows, grad.to(self.losses) * factor
+
+    def _all(self, grad: Tensor) -> tuple[Tensor, None, Tensor]:
+        """The same for the loss of the whole batch."""
+        elements = (self.finite & self.labelled).flatten().nonzero().flatten()
+        unit: Any = {"mean": 1 / self.counts.flatten()[elements].sum(), "sum": self.scale, "none": 1.0}[self.reduction]
+        return elements, None, grad.to(self.losses) * unit
 
     def gradient(self, grad: Tensor) -> Tensor:
         """
@@ -273,7 +284,9 @@ class LossCalls(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func in UNREDUCED and self.batch.is_recording:
+        if func in UNREDUCED and not torch.is_grad_enabled():
+            self.batch.skip_scored()
+        if func in UNREDUCED and self.batch.is_recording and not is_transforming():
             bound = _SIGNATURES[func].bind(*args, **kwargs)
             bound.apply_defaults()
             arguments = bound.arguments
@@ -284,8 +297,15 @@ class LossCalls(TorchFunctionMode):
             return LazyLogits(*args, **kwargs, keep_all=self.head.keep_all)
         return func(*args, **kwargs)
 
+    def _is_over_the_batch(self, func: Callable, prediction: Tensor) -> bool:
+        """Whether a loss may be over items of the batch. A penalty of parameters or of their products is not."""
+        rows = prediction.shape[0] if prediction.dim() else 1
+        return UNREDUCED[func] is not _row_losses or rows <= self.batch.batch_size or not rows % self.batch.batch_size
+
     def _record(self, func: Callable, arguments: dict[str, Any]) -> Tensor:
-        plain = None
+        plain, first = None, next(iter(arguments.values()))
+        if first.is_leaf and first.requires_grad or not self._is_over_the_batch(func, first):
+            return func(**arguments)
         if self.batch.keeps_all and not isinstance(arguments.get("input"), LazyLogits):
             plain = func(**arguments)
             plain = plain if plain.isfinite() else None  # no label at all, or a NaN
@@ -328,7 +348,7 @@ def mark_losses(losses: Tensor, counts: Tensor | None = None, *, scores: Tensor 
                 f"{name} must have the shape {list(losses.shape)} of the losses, and has {list(value.shape)}."
             )
     batch = _ACTIVE.get()
-    if batch is None or torch.compiler.is_compiling() or not batch.is_recording:
+    if batch is None or torch.compiler.is_compiling() or not batch.is_recording or is_transforming():
         return losses
     if not (losses.requires_grad or batch.is_scoring):
         return losses

@@ -13,7 +13,6 @@ Where to find each step, e.g. of B = 8 samples of which p = 0.25 are kept:
 """
 
 import copy
-import logging
 import random
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -38,12 +37,10 @@ from hf_trim.trainer.logs import TrimmingLogs
 from hf_trim.trainer.loss_functions import SmoothedLoss, UserLoss
 from hf_trim.trainer.loss_pass import LossPass, is_compiled_whole
 from hf_trim.trainer.losses import MARK_LOSSES, loss_of
+from hf_trim.trainer.notices import Notices
 from hf_trim.trainer.process_group import ProcessGroup
 from hf_trim.trainer.schedule import keep_fraction, schedule_unit
 from hf_trim.trainer.step_choice import choose_in_step
-
-
-logger = logging.getLogger(__name__)
 
 
 class TrimmingMixin(PushMixin):
@@ -76,7 +73,7 @@ class TrimmingMixin(PushMixin):
             self.compute_loss_func = UserLoss(self, self.compute_loss_func)
         if self.label_smoother is not None:
             self.label_smoother = cast(Any, SmoothedLoss(self, self.label_smoother))  # it is called in the same way
-        self._stand_around_compute_loss()
+        self._stand_around()
         self._step_inputs: list = []  # the mini-batches of the optimizer step
         self._scored: dict[int, LossPass] = {}  # those that are scored before their turn, by their number
         self._batch: TrimmedBatch | None = None  # the mini-batch whose loss is being computed
@@ -85,16 +82,19 @@ class TrimmingMixin(PushMixin):
         self._number = -1  # which of the step's mini-batches it is
         self._num_batches = 1  # of the step, at most, over the processes that choose together
         self._per_sample: bool | None = None  # whether items are samples, as the last mini-batch showed
+        self._has_loss = False  # whether `compute_loss` was called in it
         self._is_loss_known = False  # whether what the loss is made of was looked at
-        self._warned: set[str | tuple[str, str]] = set()  # what need not be logged again
+        self._is_replay_known = False  # whether the second pass of a replay was compared with the first
+        self._notices = Notices()
         self._trimming_logs = TrimmingLogs()
         reset_fallbacks()
 
-    def _stand_around_compute_loss(self) -> None:
-        """A subclass, or a user, may give a `compute_loss` that does not call ours: ours stands around any."""
-        if self.compute_loss != self._compute_trimmed_loss:
-            self._own_compute_loss = self.compute_loss
-            self.compute_loss = self._compute_trimmed_loss  # type: ignore[method-assign]
+    def _stand_around(self) -> None:
+        """Subclasses and users may give methods that do not call `super()`, so ours stand around them."""
+        for name, ours in (("training_step", self._run_training_step), ("compute_loss", self._compute_trimmed_loss)):
+            method = getattr(self, name)
+            if not (isinstance(method, partial) and method.func == ours):
+                setattr(self, name, partial(ours, method))
 
     @property
     def trim(self) -> TrimmingConfig:
@@ -171,7 +171,7 @@ class TrimmingMixin(PushMixin):
     # ---- a training step ------------------------------------------------------------------------------------------
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
-        self._stand_around_compute_loss()
+        self._stand_around()
         self._step_inputs, num_items_in_batch = super().get_batch_samples(*args, **kwargs)
         self._number, self._scored = -1, {}
         self._num_batches = len(self._step_inputs)
@@ -180,16 +180,22 @@ class TrimmingMixin(PushMixin):
             self._num_batches = int(self.accelerator.gather(own).max())
         return self._step_inputs, num_items_in_batch
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+    def _run_training_step(self, training_step: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        """Stands around `training_step`: the trimmed loss in the place of that of all items."""
         trim = self._current_settings()
-        if not trim.trims:
-            return super().training_step(*args, **kwargs)
+        if not trim.trims or self._batches is not None:
+            return training_step(*args, **kwargs)
         self._number += 1
-        self._batches, self._difference = [], 0.0
+        self._batches, self._difference, self._has_loss = [], 0.0, False
         try:
             with strict(trim.trim_strict), checked(trim.trim_check):
                 with around(self.accelerator, "backward", self._watch_backward):
-                    loss = super().training_step(*args, **kwargs)
+                    loss = training_step(*args, **kwargs)
+            if not self._has_loss:
+                raise ValueError(
+                    f"The training_step of {type(self).__name__} does not call self.compute_loss, which is where the "
+                    "loss is trimmed: let it do so, or set trim_select='none'."
+                )
             if self._batches and not any(call.used for batch in self._batches for call in batch.calls):
                 if not any(batch.has_no_graph for batch in self._batches):
                     raise ValueError(
@@ -201,7 +207,7 @@ class TrimmingMixin(PushMixin):
             self._batches = None
 
     def _watch_backward(self, backward: Callable, loss: Tensor, **kwargs: Any) -> None:
-        """`accelerator.backward`, which finds by how much the trimmed loss differs from the one of all items."""
+        """Stands around `accelerator.backward`: finds by how much the trimmed loss differs from that of all items."""
         scales: list[Tensor] = []  # a factor of the accelerator's for half precision
         calls = [call for batch in self._batches or () for call in batch.calls]
         for call in calls:
@@ -213,17 +219,13 @@ class TrimmingMixin(PushMixin):
             self._difference = self._difference + sum(call.difference for call in calls) / scale
             if calls and not self._is_loss_known:  # in the first mini-batch
                 self._is_loss_known, whole = True, float(loss.detach())
-                part = whole - float(sum(call.weighted for call in calls) / scale)
-                if abs(part) > 0.01 * abs(whole):  # less may be rounding
-                    logger.warning(
-                        "Of the loss %.4g, %.4g is no mean (or sum) of what torch's loss functions returned, and is "
-                        "not trimmed. Mark losses by hand with hf_trim.mark_losses before their mean is taken.",
-                        whole, part,
-                    )  # fmt: skip
+                self._notices.tell_rest(whole, whole - float(sum(call.weighted for call in calls) / scale))
 
-    def _compute_trimmed_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+    def _compute_trimmed_loss(
+        self, compute_loss: Callable[..., Any], model: nn.Module, inputs: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         """
-        In the place of `compute_loss`: the same loss, whose gradient is that of the trimmed one while training.
+        Stands around `compute_loss`: the same loss, whose gradient is that of the trimmed one while training.
 
         Raises:
             `ValueError`: If nothing could be trimmed, because no loss function of torch was called.
@@ -231,18 +233,19 @@ class TrimmingMixin(PushMixin):
         trim = self.trim
         is_training = torch.is_grad_enabled() and (self.is_in_train or self._batches is not None)
         if not (trim.trims and is_training) or self._batch is not None:
-            return self._own_compute_loss(model, inputs, *args, **kwargs)
+            return compute_loss(model, inputs, *args, **kwargs)
+        self._has_loss = True
         keep, inner, compiled = self.keep_fraction, self._inner_model(), compiled_modules(model)
         head = None if is_compiled_whole(inner, compiled) else self._chunked_head(trim, inner, keep)
         if keep == 1 and head is None and self._per_sample is not None:  # the first mini-batch has shown what it is
-            result = self._own_compute_loss(model, inputs, *args, **kwargs)
+            result = compute_loss(model, inputs, *args, **kwargs)
             if loss_of(result).isfinite().all():
                 self._trimming_logs.add_untrimmed()
                 return result
         choose = partial(self._choose_backward, trim, model, keep, head is not None, bool(compiled))
         assumed = self._per_sample is not False
         mode = choose(assumed)[0]
-        new_pass = partial(self._new_pass, trim, keep, model, head, mode, bool(args) or len(kwargs) > 1)
+        new_pass = partial(self._new_pass, compute_loss, trim, keep, model, head, mode, bool(args) or len(kwargs) > 1)
         loss_pass = self._scored.pop(self._number, None) or new_pass(inputs)
         batch = self._batch = loss_pass.batch
         try:
@@ -253,6 +256,9 @@ class TrimmingMixin(PushMixin):
             counted = {} if loss_pass.scored is None else self._counted()
             result = loss_pass.run(inputs, *args, **kwargs)
             vars(self).update(counted)
+            if mode == "replay" and not self._is_replay_known:
+                loss_pass.check_replay(result)
+                self._is_replay_known = True
         finally:
             self._batch = None
         if not batch.calls:
@@ -268,15 +274,9 @@ class TrimmingMixin(PushMixin):
         return result
 
     def _new_pass(
-        self,
-        trim: TrimmingConfig,
-        keep: float,
-        model: nn.Module,
-        head: LMHead | None,
-        mode: str,
-        has_outputs: bool,
-        inputs: Any,
-    ) -> LossPass:
+        self, compute_loss: Callable[..., Any], trim: TrimmingConfig, keep: float, model: nn.Module,
+        head: LMHead | None, mode: str, has_outputs: bool, inputs: Any,
+    ) -> LossPass:  # fmt: skip
         """The way of a mini-batch to its loss."""
         size, labels = self._batch_size(inputs), None
         if isinstance(inputs, Mapping):
@@ -286,10 +286,10 @@ class TrimmingMixin(PushMixin):
         batch = TrimmedBatch(
             trim, keep, size, mode == "sparse", self._generator(trim), labels, self._process_group(trim, keep)
         )
-        is_plain = getattr(self._own_compute_loss, "__func__", None) is Trainer.compute_loss
+        is_plain = getattr(compute_loss, "__func__", None) is Trainer.compute_loss
         is_outside = not is_plain or self.compute_loss_func is not None or self.label_smoother is not None
         return LossPass(
-            self._own_compute_loss,
+            compute_loss,
             model,
             self._inner_model(),
             batch,
@@ -365,23 +365,8 @@ class TrimmingMixin(PushMixin):
         mode, reason = choice
         if trim.trim_strict and mode != "sparse":
             raise ValueError(f"trim_strict=True, and the backward pass would be {mode}: {reason}. Set it to False.")
-        if choice not in self._warned and reason != "asked for":
-            logger.warning("Trimmed batches use the %s backward pass: %s.", mode, reason)
-        self._warned.add(choice)
-        if batch.dropped and "dropped" not in self._warned:
-            self._warned.add("dropped")
-            logger.warning(
-                "%d samples of a mini-batch have losses that are NaN or infinite, and were dropped. Later samples of "
-                "this kind are dropped without a message.", batch.dropped,
-            )  # fmt: skip
-        if batch.most_items <= 1 and "one item" not in self._warned:
-            self._warned.add("one item")
-            logger.warning(
-                "A mini-batch has a single item to choose from, which is kept whatever p is: nothing is trimmed. "
-                "Raise per_device_train_batch_size (and lower gradient_accumulation_steps); choose among the "
-                "accumulated mini-batches with trim_backward='replay' (in one process), or among the processes with "
-                "trim_scope='global'; or use trim_unit='token' where there is a loss per token.",
-            )  # fmt: skip
+        self._notices.tell_backward(mode, reason)
+        self._notices.tell_batch(batch)
 
     # ---- logs -----------------------------------------------------------------------------------------------------
 
@@ -396,10 +381,7 @@ class TrimmingMixin(PushMixin):
         if "loss" in logs and not self.trim.trims:
             logs.update({"keep_fraction": 1.0, "kept_fraction": 1.0, "full_loss": logs["loss"]})
         elif "loss" in logs:
-            if (fallbacks := fallback_report()) and "fallbacks" not in self._warned:
-                counts = ", ".join(f"{name} {count}×" for name, count in fallbacks.items())
-                self._warned.add("fallbacks")
-                logger.warning("Operations without a row-sparse rule ran dense: %s. Gradients are the same.", counts)
+            self._notices.tell_fallbacks(fallback_report())
             logs.update(self._trimming_logs.take(self.accelerator, self.args.device, self.state.global_step))
         super().log(logs, start_time)
 
@@ -420,7 +402,9 @@ class TrimmingTrainer(TrimmingMixin, Trainer):
     [`~hf_trim.trainer.losses.mark_losses`]. A model whose loss cannot be trimmed is refused in its first mini-batch.
 
     A mini-batch counts for what it counts in the plain `Trainer`, with gradient accumulation and in several processes,
-    too. `compute_loss` returns the loss of the whole mini-batch; its gradient is that of the trimmed loss.
+    too. `compute_loss` returns the loss of the whole mini-batch; in the training's backward pass its gradient is that
+    of the trimmed loss. (A function of several means, such as one with learned weights, gets their values over the
+    whole mini-batch. A backward pass of its own inside of `compute_loss` is not trimmed.)
 
     Each training log has: `keep_fraction` (p, the fraction that was asked for), `kept_fraction` (the fraction that was
     really kept, which differs from p by rounding), `trim_threshold` (the lowest loss that was kept, where something

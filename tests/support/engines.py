@@ -76,7 +76,11 @@ def train_all(folder: Path):
     for case in CASES:
         trainer = run(case, folder, int(os.environ["WORLD_SIZE"]))
         if trainer.is_world_process_zero():
-            facts = {"losses": trainer.losses, "engine": engine_of(trainer), "warned": [*map(list, trainer._warned)]}
+            facts = {
+                "losses": trainer.losses,
+                "engine": engine_of(trainer),
+                "warned": [*map(list, trainer._notices.choices)],
+            }
             (folder / case / "facts.json").write_text(json.dumps(facts))
 
 

@@ -83,4 +83,4 @@ def test_what_the_names_do(trainer):
     assert issubclass(HubConnectionError, Exception) and HubConnectionError is not Exception
     with _compat.safe_globals():
         pass
-    assert isinstance(trainer, TrimmingTrainer) and trainer.compute_loss == trainer._compute_trimmed_loss
+    assert isinstance(trainer, TrimmingTrainer) and trainer.compute_loss.func == trainer._compute_trimmed_loss

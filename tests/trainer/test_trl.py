@@ -24,7 +24,7 @@ from tests.support.helpers import digit_texts, grouped, relative_difference, tra
 
 trl = pytest.importorskip("trl")
 
-BY_HAND_WARNING = "of what torch's loss functions returned, and is not trimmed"
+BY_HAND_WARNING = "is no weighted sum of what torch's loss functions returned"
 FALLING = {"trim_keep_start": 1.0, "trim_keep_end": 0.3}  # in two epochs: p = 1, then 0.3
 
 

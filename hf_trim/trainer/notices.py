@@ -1,0 +1,99 @@
+"""
+Between steps 3 and 5 of: batch → per-item losses → keep decision → trimmed backward → logs.
+
+What the user should know of a training, each of it said once. For example, "Trimmed batches use the sparse backward
+pass: no module mixes the samples of a batch."
+"""
+
+import logging
+
+from hf_trim.trainer.batch import TrimmedBatch
+
+
+logger = logging.getLogger(__name__)
+
+
+class Notices:
+    """Warnings in the log, each of them once."""
+
+    def __init__(self):
+        self.choices: list[tuple[str, str]] = []  # the backward passes so far, and their reasons
+        self._said: set[str] = set()
+
+    def say(self, message: str, *values: object) -> None:
+        """
+        Log a warning, unless it was logged before.
+
+        Args:
+            message (`str`): The message, with places for values.
+            values: The values.
+        """
+        if message not in self._said:
+            self._said.add(message)
+            logger.warning(message, *values)
+
+    def tell_backward(self, mode: str, reason: str) -> None:
+        """
+        Tell which backward pass trimmed mini-batches use.
+
+        Args:
+            mode (`str`): `"dense"`, `"sparse"` or `"replay"`.
+            reason (`str`): Why; a pass that was asked for is not mentioned.
+        """
+        if (mode, reason) not in self.choices:
+            self.choices.append((mode, reason))
+            if reason != "asked for":
+                logger.warning("Trimmed batches use the %s backward pass: %s.", mode, reason)
+
+    def tell_batch(self, batch: TrimmedBatch) -> None:
+        """
+        Tell what a mini-batch has shown.
+
+        Args:
+            batch ([`~hf_trim.trainer.batch.TrimmedBatch`]): The mini-batch, of which a part was kept.
+        """
+        if batch.dropped:
+            self.say(
+                "%d samples of a mini-batch have losses that are NaN or infinite, and were dropped. Later samples of "
+                "this kind are dropped without a message.", batch.dropped,
+            )  # fmt: skip
+        if batch.has_unknown_weights:
+            self.say("A replay ranks the samples by the plain sum of the losses in the model's forward pass.")
+        if batch.most_items <= 1 < batch.batch_size:
+            self.say(
+                "Each call of a loss function has a single item to choose from, which is kept whatever p is: nothing "
+                "is trimmed. Compute the losses of all samples in one call, or mark them with hf_trim.mark_losses."
+            )
+        elif batch.most_items <= 1:
+            self.say(
+                "A mini-batch has a single item to choose from, which is kept whatever p is: nothing is trimmed. "
+                "Raise per_device_train_batch_size (and lower gradient_accumulation_steps); choose among the "
+                "accumulated mini-batches with trim_backward='replay' (in one process), or among the processes with "
+                "trim_scope='global'; or use trim_unit='token' where there is a loss per token."
+            )
+
+    def tell_rest(self, loss: float, rest: float) -> None:
+        """
+        Tell what of the loss is not trimmed.
+
+        Args:
+            loss (`float`): The loss of a mini-batch.
+            rest (`float`): What of it does not come from torch's loss functions.
+        """
+        if abs(rest) > 0.01 * abs(loss):  # less may be rounding
+            self.say(
+                "Of the loss %.4g, %.4g is no weighted sum of what torch's loss functions returned. What is made by "
+                "hand is not trimmed: mark losses with hf_trim.mark_losses before their mean is taken. A function of "
+                "means, such as a product, gets their values over the whole mini-batch.", loss, rest,
+            )  # fmt: skip
+
+    def tell_fallbacks(self, fallbacks: dict[str, int]) -> None:
+        """
+        Tell which operations ran dense.
+
+        Args:
+            fallbacks (`dict[str, int]`): Name of the operation → how often.
+        """
+        if fallbacks:
+            counts = ", ".join(f"{name} {count}×" for name, count in fallbacks.items())
+            self.say("Operations without a row-sparse rule ran dense: %s. Gradients are the same.", counts)
