@@ -362,6 +362,12 @@ class TrimmedBatch:
         labelled: Tensor = self.labels.to(call.losses.device).ne(call.ignore_index)
         if not any(torch.equal(num_losses, x.flatten(1).sum(1)) for x in (labelled, labelled[..., 1:])):
             raise self._unknown_samples(int(num_losses.sum()))
+        if call.target is not None and call.target.numel() == call.losses.numel():
+            turned = call.target.reshape(call.losses.shape[::-1]).t()  # [T, B] → [B, T]
+            rows = call.target.reshape(call.losses.shape)
+            for expected in (self.labels, self.labels[..., 1:]):
+                if torch.equal(turned, expected) and not torch.equal(rows, expected):
+                    raise self._unknown_samples(int(num_losses.sum()))
 
     def _unknown_samples(self, count: int) -> ValueError:
         return ValueError(
