@@ -235,9 +235,13 @@ class TrimmingMixin(PushMixin):
         if not (trim.trims and is_training) or self._batch is not None:
             return compute_loss(model, inputs, *args, **kwargs)
         self._has_loss = True
-        keep, inner, compiled = self.keep_fraction, self._inner_model(), compiled_modules(model)
-        head = None if is_compiled_whole(inner, compiled) else self._chunked_head(trim, inner, keep)
-        if keep == 1 and head is None and self._per_sample is not None:  # the first mini-batch has shown what it is
+        keep, inner = self.keep_fraction, self._inner_model()
+        head = self._chunked_head(trim, inner, keep)
+        is_simple = keep == 1 and self._per_sample is not None  # the first mini-batch has shown what the loss is over
+        compiled = [] if is_simple and head is None else compiled_modules(model)
+        if head is not None and is_compiled_whole(inner, compiled):
+            head = None
+        if is_simple and head is None:
             result = compute_loss(model, inputs, *args, **kwargs)
             if loss_of(result).isfinite().all():
                 self._trimming_logs.add_untrimmed()
