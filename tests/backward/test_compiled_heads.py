@@ -55,7 +55,7 @@ class WeightedTrainer(TrimmingTrainer):
         return (loss, outputs) if return_outputs else loss
 
 
-@pytest.mark.parametrize("backward", ["auto", "replay"])
+@pytest.mark.parametrize("backward", ["auto", pytest.param("replay", marks=pytest.mark.extended)])
 @pytest.mark.parametrize("kind", ["tuples", "loss in the trainer"])
 def test_tuples_and_losses_outside_of_a_compiled_model(kind, backward, tmp_path):
     changes = {"return_dict": False} if kind == "tuples" else {}

@@ -264,7 +264,7 @@ def plain(tmp_path_factory):
     )
 
 
-@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("accumulate", [pytest.param(1, marks=pytest.mark.extended), 3])
 @pytest.mark.parametrize("name", CASES)
 def test_sft(name, accumulate, plain, tmp_path, caplog):
     case = CASES[name]
