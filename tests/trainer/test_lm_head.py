@@ -43,8 +43,10 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("unit", ["token", "sample"])
-@pytest.mark.parametrize("keep", [0.3, 1.0])
+@pytest.mark.parametrize(
+    "keep, unit",
+    [(0.3, "token"), (0.3, "sample"), (1.0, "token"), pytest.param(1.0, "sample", marks=pytest.mark.extended)],
+)
 @pytest.mark.parametrize("name", MODELS)
 def test_chunked_head_trains_as_whole_logits(name, keep, unit, tmp_path, monkeypatch):
     if (name, unit) == ("masked-lm-sparse", "sample"):  # it has losses for the masked tokens only

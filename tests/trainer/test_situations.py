@@ -41,7 +41,7 @@ def assert_follows_the_loop(situation, ours, accumulate, fractions):
     return full_losses
 
 
-@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("accumulate", [pytest.param(1, marks=pytest.mark.extended), 3])
 @pytest.mark.parametrize("name", SITUATIONS)
 def test_without_trimming_equals_plain_trainer(name, accumulate, tmp_path):
     situation = SITUATIONS[name]
@@ -70,7 +70,7 @@ def test_without_trimming_equals_plain_trainer(name, accumulate, tmp_path):
             assert entry["full_loss"] == pytest.approx(entry["loss"], rel=1e-6)
 
 
-@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("accumulate", [pytest.param(1, marks=pytest.mark.extended), 3])
 @pytest.mark.parametrize("name", SITUATIONS)
 def test_trimming_follows_the_loop(name, accumulate, tmp_path):
     situation = SITUATIONS[name]
