@@ -10,7 +10,7 @@ from hf_trim.messages import check_choice
 from hf_trim.trainer.selection import NONFINITE_CHOICES, SELECT_CHOICES
 
 
-SCHEDULE_CHOICES = ("epoch", "step")
+SCHEDULE_CHOICES = ("epoch", "step", "adaptive")
 UNIT_CHOICES = ("auto", "sample", "token")
 SCOPE_CHOICES = ("local", "global")
 
@@ -27,8 +27,14 @@ class TrimmingConfig:
         trim_keep_end (`float`, *optional*, defaults to 0.2):
             Fraction p to keep in the last epoch (or step); p falls linearly in between.
         trim_schedule (`str`, *optional*, defaults to `"epoch"`):
-            Whether p falls by `"epoch"`, as in the paper, or by optimizer `"step"`. With one epoch, or if `max_steps`
-            is set, it falls by step.
+            Whether p falls by `"epoch"`, as in the paper, or by optimizer `"step"`; with one epoch, or if `max_steps`
+            is set, it falls by step. `"adaptive"` takes p from each mini-batch's losses: the fewest hardest items are
+            kept that carry the share `trim_mass` of the gradient mass, and the sum of their losses is divided by the
+            number of all items. The update then is that of plain training but for the rest of the mass.
+        trim_mass (`float`, *optional*, defaults to 0.95):
+            Share m of the gradient mass to keep with `trim_schedule="adaptive"`. The mass of an item is 1 − its
+            probability for cross entropy, exp(−loss); for other losses it is the norm of the gradient of its loss for
+            the input of the loss function (Katharopoulos & Fleuret, arXiv 1803.00942).
         trim_select (`str`, *optional*, defaults to `"hardest"`):
             `"hardest"` keeps the highest losses, `"random"` a random subset of the same size (a control), `"none"`
             trains without trimming, with the same logs.
@@ -63,9 +69,14 @@ class TrimmingConfig:
     trim_schedule: str = field(
         default="epoch",
         metadata={
-            "help": "Whether p falls by epoch or by optimizer step (with one epoch: always by step).",
+            "help": "Whether p falls by epoch or by optimizer step (with one epoch: always by step), or follows the "
+            "losses (adaptive).",
             "choices": SCHEDULE_CHOICES,
         },
+    )
+    trim_mass: float = field(
+        default=0.95,
+        metadata={"help": "With trim_schedule=adaptive: the share of the batch's gradient mass to keep."},
     )
     trim_select: str = field(
         default="hardest",
@@ -145,7 +156,7 @@ class TrimmingConfig:
         Raises:
             `ValueError`: If a field has a wrong value.
         """
-        for name in ("trim_keep_start", "trim_keep_end"):
+        for name in ("trim_keep_start", "trim_keep_end", "trim_mass"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
                 raise ValueError(f"{name} must be a fraction in (0, 1], and is {value!r}: 0.2 keeps a fifth.")
@@ -156,6 +167,7 @@ class TrimmingConfig:
                 "constant fraction."
             )
         check_choice("trim_schedule", self.trim_schedule, SCHEDULE_CHOICES)
+        self._check_schedule()
         check_choice("trim_select", self.trim_select, SELECT_CHOICES)
         check_choice("trim_unit", self.trim_unit, UNIT_CHOICES)
         check_choice("trim_backward", self.trim_backward, BACKWARD_CHOICES)
@@ -167,10 +179,28 @@ class TrimmingConfig:
         check_choice("trim_nonfinite", self.trim_nonfinite, NONFINITE_CHOICES)
         check_choice("trim_scope", self.trim_scope, SCOPE_CHOICES)
 
+    def _check_schedule(self) -> None:
+        """Refuse settings that the schedule does not look at."""
+        unused = ("trim_keep_start", "trim_keep_end") if self.is_adaptive else ("trim_mass",)
+        defaults = {x.name: x.default for x in fields(TrimmingConfig)}
+        for name in unused:
+            if getattr(self, name) != defaults[name]:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} has no effect with trim_schedule='{self.trim_schedule}': leave it "
+                    f"out, or set trim_schedule={'to epoch or step' if self.is_adaptive else repr('adaptive')}."
+                )
+
     @property
     def trims(self) -> bool:
         """Whether anything is ever left out; if not, training is plain training."""
-        return self.trim_select != "none" and (self.trim_keep_start < 1 or self.trim_keep_end < 1)
+        if self.trim_select == "none":
+            return False
+        return self.trim_mass < 1 if self.is_adaptive else self.trim_keep_start < 1 or self.trim_keep_end < 1
+
+    @property
+    def is_adaptive(self) -> bool:
+        """Whether p follows the losses."""
+        return self.trim_schedule == "adaptive"
 
 
 @dataclass

@@ -23,7 +23,7 @@ from hf_trim.backward.eager.sparse import DENSE_ABOVE, prepare_rows
 from hf_trim.trainer.arguments import TrimmingConfig
 from hf_trim.trainer.losses import MARK_LOSSES, Kept, LossCall
 from hf_trim.trainer.process_group import ProcessGroup
-from hf_trim.trainer.selection import select_items
+from hf_trim.trainer.selection import num_carrying, num_kept, top_items
 
 
 Track = list[tuple[LossCall, Tensor]]  # calls over the same items, and the weight of each
@@ -63,14 +63,19 @@ class TrimmedBatch:
         self.dropped = 0  # number of samples left out because their losses are not finite
         self.most_items = 0  # among how many items the choice was, at most
         self.has_unknown_weights = False  # whether a replay adds up several losses of the model as they are
-        self.logged: list[Tensor] | None = None  # numbers of kept and of valid items, threshold
+        self.logged: list[Tensor] | None = None  # numbers of kept and of valid items, threshold, mass
         self._values: list[Tensor] = []  # what the calls returned, until the choice is made
         self._joined: list[int] = []  # of each choice together with other processes, the number of calls
 
     @property
     def keeps_all(self) -> bool:
         """Whether nothing is left out."""
-        return self.keep == 1
+        return self.keep == 1 and not self.config.is_adaptive
+
+    @property
+    def counts_all(self) -> bool:
+        """Whether a mean is divided by the number of all items. The items with little mass have hardly a gradient."""
+        return self.config.is_adaptive and self.config.trim_select == "hardest"
 
     # ---- calls ----------------------------------------------------------------------------------------------------
 
@@ -256,21 +261,39 @@ class TrimmedBatch:
     def _select(self, tracks: list[Track]) -> None:
         """Choose among the items of some calls, together with the other processes if there is a process group."""
         ranked = [self._scores(track) for track in tracks]
-        sizes = [len(scores) for scores, _ in ranked]
-        scores, valid = (torch.cat(x) for x in zip(*ranked, strict=True))
+        sizes = [len(scores) for scores, _, _ in ranked]
+        scores, mass, valid = (torch.cat(x) for x in zip(*ranked, strict=True))
         start = 0  # the items of this process begin here
         if self.process_group is not None:
+            mass, _ = self.process_group.union(mass)
             scores, start = self.process_group.union(scores.where(valid, -torch.inf))
             valid = scores > -torch.inf
         self.most_items = max(self.most_items, len(scores))
-        chosen = select_items(scores, self.keep, valid=valid, select=self.config.trim_select, generator=self.generator)
-        self._note_for_logs(scores, valid, chosen)
+        mass = mass.where(valid, 0)
+        chosen = self.choose(scores, mass, valid)
+        self._note_for_logs(scores, mass, valid, chosen)
         kept: list[tuple[LossCall, Tensor, Tensor]] = []
         for track, size in zip(tracks, sizes, strict=True):
             items = chosen[(chosen >= start) & (chosen < start + size)] - start
             start += size
             kept += [(call, items, self._elements(call, items)) for call, _ in track]
         self._keep(kept, is_pooled=len(tracks) > 1)
+
+    def choose(self, scores: Tensor, mass: Tensor, valid: Tensor) -> Tensor:
+        """
+        The items to keep.
+
+        Args:
+            scores (`torch.Tensor`): `[n]` losses of the items.
+            mass (`torch.Tensor`): `[n]` gradient mass of the items.
+            valid (`torch.Tensor`): `[n]`, which of them may be kept.
+
+        Returns:
+            `torch.Tensor`: `[k]` ascending indices.
+        """
+        is_adaptive, select = self.config.is_adaptive, self.config.trim_select
+        count = num_carrying(mass, self.config.trim_mass) if is_adaptive else num_kept(self.keep, int(valid.sum()))
+        return top_items(mass if is_adaptive else scores, count, valid=valid, select=select, generator=self.generator)
 
     def _elements(self, call: LossCall, items: Tensor) -> Tensor:
         """The losses of the kept items: samples 0 and 2 of 3 tokens each have [0, 1, 2, 6, 7, 8]."""
@@ -295,7 +318,8 @@ class TrimmedBatch:
         for (call, _, elements), count, kept_count in zip(kept, counts, kept_counts, strict=True):
             # The engines average over the processes; a mean is over the items of all.
             whole = processes if call.reduction == "mean" else count * call.scale
-            factor = torch.where(kept_count > 0, whole / kept_count, 0)
+            part = count if self.counts_all else kept_count
+            factor = torch.where(part > 0, whole / part, 0)
             call.kept = Kept(elements, factor, rows)
 
     def _rows(self, kept: list[tuple[LossCall, Tensor, Tensor]]) -> Rows | None:
@@ -331,25 +355,30 @@ class TrimmedBatch:
 
     # ---- scores ---------------------------------------------------------------------------------------------------
 
-    def _scores(self, track: Track) -> tuple[Tensor, Tensor]:
-        """For each item: what it is ranked by (its loss, weighted over the calls), and whether it may be kept."""
+    def _scores(self, track: Track) -> tuple[Tensor, Tensor, Tensor]:
+        """For each item: its loss and its gradient mass, weighted over the calls, and whether it may be kept."""
         total = torch.stack([weight for _, weight in track]).abs().sum()
         scores: list[Tensor] = []
+        masses: list[Tensor] = []
         labelled: list[Tensor] = []
         finite: list[Tensor] = []
         for call, weight in track:
             share = torch.where(total != 0, weight / total, 1 / len(track))
             rank, is_labelled, is_finite = call.scores, call.labelled, call.finite | ~call.labelled
+            mass = call.mass() if self.config.is_adaptive else torch.zeros_like(rank)
             if self._is_per_sample(call) and call.losses.shape[1] > 1:
                 self._check_samples(call)
                 counts = call.counts.sum(1)
-                rank = rank.where(is_labelled, 0).sum(1) / counts.where(counts != 0, 1)
+                counts = counts.where(counts != 0, 1)
+                rank, mass = rank.where(is_labelled, 0).sum(1) / counts, mass.sum(1) / counts
                 is_labelled, is_finite = is_labelled.any(1), is_finite.all(1)
             scores.append(share * rank.flatten())
+            masses.append(share.abs() * mass.flatten())
             labelled.append(is_labelled.flatten())
             finite.append(is_finite.flatten())
         may_be_kept: Tensor = self._finite(torch.stack(finite).all(0), track[0][0])
-        return torch.stack(scores).sum(0), torch.stack(labelled).any(0) & may_be_kept
+        valid = torch.stack(labelled).any(0) & may_be_kept
+        return torch.stack(scores).sum(0), torch.stack(masses).sum(0), valid
 
     def _check_samples(self, call: LossCall) -> None:
         """
@@ -392,11 +421,11 @@ class TrimmedBatch:
         self.dropped += int((~finite_samples).sum())
         return finite_samples.repeat_interleave(finite.numel() // self.batch_size)
 
-    def _note_for_logs(self, scores: Tensor, valid: Tensor, kept: Tensor) -> None:
+    def _note_for_logs(self, scores: Tensor, mass: Tensor, valid: Tensor, kept: Tensor) -> None:
         if not kept.numel():
             return
         numbers = [scores.new_tensor(float(kept.numel())), valid.sum().to(scores)]
         if self.logged is None:
-            self.logged = [*numbers, scores[kept].min()]
-        else:  # several kinds of items: the threshold is that of the first kind
+            self.logged = [*numbers, scores[kept].min(), mass[kept].sum(), mass.sum()]
+        else:  # several kinds of items: threshold and mass are those of the first kind
             self.logged[:2] = [x + y for x, y in zip(self.logged, numbers, strict=False)]

@@ -19,7 +19,7 @@ class TrimmingLogs:
     """
 
     def __init__(self):
-        self._sums = dict.fromkeys(("keep_fraction", "kept_fraction", "trim_threshold", "full_loss"), 0.0)
+        self._sums = dict.fromkeys(("keep_fraction", "kept_fraction", "trim_threshold", "kept_mass", "full_loss"), 0.0)
         self._counts = dict.fromkeys(self._sums, 0)
         self._first_step: int | None = None  # the optimizer step in which the sums begin
 
@@ -33,8 +33,12 @@ class TrimmingLogs:
         if batch.keeps_all:
             self.add_untrimmed()
         elif batch.logged is not None:
-            num_kept, num_valid, threshold = batch.logged
-            self._add(keep_fraction=batch.keep, kept_fraction=num_kept / num_valid, trim_threshold=threshold)
+            num_kept, num_valid, threshold, kept_mass, mass = batch.logged
+            kept = num_kept / num_valid
+            keep = kept if batch.config.is_adaptive else batch.keep
+            self._add(keep_fraction=keep, kept_fraction=kept, trim_threshold=threshold)
+            if batch.config.is_adaptive:
+                self._add(kept_mass=torch.where(mass > 0, kept_mass / mass, 1))
 
     def add_untrimmed(self) -> None:
         """Add a mini-batch of which everything is kept."""

@@ -69,6 +69,7 @@ class LossCall:
         logits ([`~hf_trim.trainer.lm_head.LazyLogits`], *optional*): If given, the losses have no graph. The gradients
             of the kept ones are computed from the logits.
         scores (`torch.Tensor`, *optional*): `[n]`, what items are ranked by, if not by their losses.
+        mass (`Callable`, *optional*): Returns the `[n]` gradient mass of the items; without, it is their scores.
         plain (`torch.Tensor`, *optional*): The function's own result, if everything is kept.
     """
 
@@ -85,6 +86,7 @@ class LossCall:
         ignore_index: int | None = IGNORE_INDEX,
         logits: LazyLogits | None = None,
         scores: Tensor | None = None,
+        mass: Callable[[], Tensor] | None = None,
         plain: Tensor | None = None,
     ):
         # One row for each sample, if there are as many losses for each: [B·T] tokens are [B, T].
@@ -96,6 +98,7 @@ class LossCall:
         self.scores = self.losses.detach() if scores is None else scores.detach().reshape(shape).to(self.losses)
         self.reduction, self.scale, self.kind, self.target = reduction, scale, kind, target
         self.ignore_index, self.logits, self.plain = ignore_index, logits, plain
+        self._mass = mass
         self.labelled = self.counts != 0
         self.finite = self.losses.detach().isfinite()
         self.kept: Kept | None = None  # once the items to keep are chosen
@@ -109,6 +112,15 @@ class LossCall:
         mean = torch.where(count != 0, detached.sum() / count, 0)
         self.full: Tensor = {"mean": mean, "sum": mean * self.counts.sum() * scale, "none": detached}[reduction]
         self._dtype = dtype
+
+    def mass(self) -> Tensor:
+        """
+        Returns:
+            `torch.Tensor`: `[B, T]`, how much each item moves the model, up to a factor: the norm of the gradient of
+            its loss for the input of the loss function.
+        """
+        mass = self.scores.clamp(min=0) if self._mass is None else self._mass().detach().reshape(self.losses.shape)
+        return mass.to(self.losses).where(self.labelled & self.finite, 0)
 
     def value(self, is_scoring: bool) -> Tensor:
         """
@@ -201,10 +213,28 @@ def _class_losses(func: Callable, arguments: dict[str, Any], reduction: str) -> 
         valid = torch.ones_like(target, dtype=torch.bool) if ignore_index is None else target != ignore_index
         counts = valid if weight is None else weight[target.where(valid, 0)] * valid
     classes = arguments.get("linear_weight", logits).shape[-1 if logits.dim() == 1 else 1]
+
+    def mass() -> Tensor:
+        # With q the target and p the prediction, the loss is H(q) + KL(q | p). Without label smoothing H(q) is 0 and
+        # the gradient for the logits has the norm u to √2·u, u = 1 − p(target) = 1 − exp(−loss).
+        scale = counts.where(counts != 0, 1).to(losses)
+        return scale * -torch.expm1((_least_loss(arguments, classes) - losses.detach() / scale).clamp(max=0))
+
     return {
         "losses": losses, "counts": counts, "reduction": reduction, "ignore_index": ignore_index, "target": target,
-        "kind": (func, classes), "logits": logits if is_lazy else None,
+        "kind": (func, classes), "logits": logits if is_lazy else None, "mass": mass,
     }  # fmt: skip
+
+
+def _least_loss(arguments: dict[str, Any], classes: int) -> Tensor | float:
+    """The entropy of the target: the cross entropy of the best prediction."""
+    target, smoothing = arguments["target"], arguments.get("label_smoothing", 0.0)
+    if target.is_floating_point():
+        target = target * (1 - smoothing) + smoothing / classes
+        return torch.special.entr(target).sum(-1 if target.dim() == 1 else 1)
+    probabilities = torch.full((classes,), smoothing / classes, dtype=torch.float64)
+    probabilities[0] += 1 - smoothing
+    return float(torch.special.entr(probabilities).sum())
 
 
 def _row_losses(func: Callable, arguments: dict[str, Any], reduction: str) -> dict[str, Any]:
@@ -212,6 +242,7 @@ def _row_losses(func: Callable, arguments: dict[str, Any], reduction: str) -> di
     losses = torch.atleast_1d(func(**arguments))
     losses = losses.flatten(1) if losses.dim() > 1 else losses[:, None]
     fields: dict[str, Any] = {"target": arguments.get("target"), "kind": (func, losses.shape[1])}
+    fields["mass"] = lambda: _gradient_norms(func, arguments, reduction)
     if func in (F.mse_loss, F.l1_loss) and arguments["weight"] is not None:  # their mean is divided by the weights
         counts = arguments["weight"].reshape(losses.shape).sum(1)
         return {**fields, "losses": losses.sum(1), "counts": counts, "reduction": reduction}
@@ -221,15 +252,28 @@ def _row_losses(func: Callable, arguments: dict[str, Any], reduction: str) -> di
     return {**fields, "losses": losses.mean(1), "scale": losses.shape[1], "reduction": reduction}
 
 
+def _gradient_norms(func: Callable, arguments: dict[str, Any], reduction: str) -> Tensor:
+    """The norm of the gradient of each row's loss for the row's prediction, the first argument."""
+    name = next(iter(arguments))
+    with torch.enable_grad():
+        prediction = arguments[name].detach().requires_grad_()
+        arguments = {key: x.detach() if isinstance(x, Tensor) else x for key, x in arguments.items()}
+        losses = _row_losses(func, {**arguments, name: prediction}, reduction)["losses"]
+        (gradient,) = torch.autograd.grad(losses.sum(), prediction)
+    return torch.atleast_1d(gradient).flatten(1).norm(dim=1) if gradient.dim() > 1 else gradient.abs()
+
+
 def _ctc_losses(func: Callable, arguments: dict[str, Any], reduction: str) -> dict[str, Any]:
     """
     From `[T, B, C]` log-probabilities: one loss for each sequence. In a mean, torch divides it by the length of its
     target first.
     """
     losses = func(**arguments)
+    mass = -torch.expm1(-losses.detach())  # 1 − the probability of the target
     if reduction == "mean":
         losses = losses / torch.as_tensor(arguments["target_lengths"], device=losses.device).clamp(min=1)
-    return {"losses": losses, "counts": torch.ones_like(losses, requires_grad=False), "reduction": reduction}
+    counts = torch.ones_like(losses, requires_grad=False)
+    return {"losses": losses, "counts": counts, "reduction": reduction, "mass": lambda: mass}
 
 
 # Loss function → a function that computes its unreduced losses, from its arguments with reduction="none".

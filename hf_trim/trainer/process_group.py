@@ -66,5 +66,6 @@ class ProcessGroup:
         Args:
             num_calls (`int`): Number of calls of loss functions.
         """
-        self.union(torch.zeros(0, device=self.device))
+        for _ in range(2):  # mass and scores
+            self.union(torch.zeros(0, device=self.device))
         self.sum([torch.zeros((), device=self.device)] * (2 * num_calls))

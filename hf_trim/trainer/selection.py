@@ -3,6 +3,7 @@ Step 3 (keep decision) of: batch → per-item losses → keep decision → trimm
 
 The items to keep, from their losses and the fraction p. For example, losses `[4]` = (0.1, 2.0, 0.5, 2.0) and p = 0.5:
 k = 2 items are kept, those with the indices (1, 3). With p = 0.25 it is item 1: of equal losses the first is kept.
+With a share m of the mass in the place of p, e.g. (0.1, 0.6, 0.1, 0.2) and m = 0.75: items 1 and 3 carry 0.8.
 """
 
 import torch
@@ -54,15 +55,54 @@ def select_items(
         `torch.Tensor`: `[k]` ascending indices into `losses.flatten()`; empty if no item is valid.
     """
     n = losses.numel() if valid is None else int(valid.sum())
-    k = n if select == "none" else num_kept(keep, n)
+    return top_items(losses, num_kept(keep, n), valid=valid, select=select, generator=generator)
+
+
+def num_carrying(mass: Tensor, share: float) -> int:
+    """
+    The number of the largest items that together carry a share of the mass.
+
+    Args:
+        mass (`torch.Tensor`): Mass of each item, of any shape; 0 for those that are no items.
+        share (`float`): Share m of the mass to carry, in (0, 1].
+
+    Returns:
+        `int`: The smallest number whose mass is at least m times that of all; 1 if none has a mass.
+    """
+    # In float64, so that a share of 1 is carried by all items that have a mass.
+    carried = mass.detach().flatten().double().sort(descending=True).values.cumsum(0)
+    return min(len(carried), 1 + int((carried < share * carried[-1]).sum())) if len(carried) else 0
+
+
+def top_items(
+    scores: Tensor,
+    count: int,
+    *,
+    valid: Tensor | None = None,
+    select: str = "hardest",
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """
+    A number of items with the highest scores, or of random ones.
+
+    Args:
+        scores (`torch.Tensor`): Scores of any shape.
+        count (`int`): Number k of items to keep.
+        valid, select, generator: As in [`select_items`].
+
+    Returns:
+        `torch.Tensor`: `[k]` ascending indices into `scores.flatten()`; empty if no item is valid.
+    """
+    n = scores.numel() if valid is None else int(valid.sum())
+    k = n if select == "none" else min(n, count)
     if k == n:
         if valid is None:
-            return torch.arange(n, device=losses.device)
+            return torch.arange(n, device=scores.device)
         return valid.flatten().nonzero().flatten()
     if select == "random":
-        scores = torch.rand(losses.numel(), generator=generator).to(losses.device)
+        scores = torch.rand(scores.numel(), generator=generator).to(scores.device)
     else:
-        scores = losses.detach().flatten()
+        scores = scores.detach().flatten()
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if valid is not None:
         scores = scores.masked_fill(~valid.flatten(), -torch.inf)

@@ -12,7 +12,6 @@ from torch import Tensor
 from hf_trim.trainer.batch import TrimmedBatch
 from hf_trim.trainer.loss_pass import LossPass
 from hf_trim.trainer.losses import Kept
-from hf_trim.trainer.selection import select_items
 
 
 def choose_in_step(passes: list[LossPass]) -> None:
@@ -30,12 +29,12 @@ def choose_in_step(passes: list[LossPass]) -> None:
     scores = torch.stack(
         [torch.tensor(-torch.inf) if x.logged is None else x.logged[2].float().cpu() for x in batches]
     )
-    chosen = select_items(
-        scores, first.keep, valid=scores > -torch.inf, select=first.config.trim_select, generator=first.generator
-    )
+    mass = torch.stack([torch.zeros(()) if x.logged is None else x.logged[4].float().cpu() for x in batches])
+    chosen = first.choose(scores, mass, scores > -torch.inf)
     is_kept = torch.zeros(len(batches), dtype=torch.bool).index_fill(0, chosen, True)
     counts = torch.stack([_count(batch) for batch in batches])
-    ratio = counts.sum() / counts[is_kept].sum() if len(chosen) else torch.zeros(())
+    part = counts if first.counts_all else counts[is_kept]
+    ratio = counts.sum() / part.sum() if len(chosen) else torch.zeros(())
     for loss_pass, kept in zip(passes, is_kept.tolist(), strict=True):
         batch, loss_pass.is_left_out = loss_pass.batch, not kept
         batch.most_items = len(batches)
@@ -44,8 +43,9 @@ def choose_in_step(passes: list[LossPass]) -> None:
                 elements, factor, _ = call.kept
                 call.kept = Kept(elements, factor * ratio.to(factor), None)
         if batch.logged is not None:
-            num_kept, num_valid, threshold = batch.logged
-            batch.logged = [num_kept * float(kept), num_valid, scores[chosen].min().to(threshold)]
+            num_kept, num_valid, threshold, _, own = batch.logged
+            shared = [scores[chosen].min().to(threshold), mass[chosen].sum().to(own), mass.sum().to(own)]
+            batch.logged = [num_kept * float(kept), num_valid, *shared]
 
 
 def _count(batch: TrimmedBatch) -> Tensor:

@@ -122,10 +122,15 @@ class TrimmingMixin(PushMixin):
 
     @property
     def keep_fraction(self) -> float:
-        """The fraction p of the next mini-batch that shall be kept; how p falls is in `schedule.py`."""
+        """
+        The fraction p of the next mini-batch that shall be kept; how p falls is in `schedule.py`. If it follows the
+        losses, it is at most this: the share m of the mass is carried by no more than the same share of the items.
+        """
         args, state, trim = self.args, self.state, self.trim
         if not trim.trims:
             return 1.0
+        if trim.is_adaptive:
+            return trim.trim_mass
         return keep_fraction(
             trim.trim_keep_start,
             trim.trim_keep_end,
