@@ -13,7 +13,7 @@ from hf_trim.report.summary import ARMS, TITLES
 from hf_trim.run.records import metric_name, test_score
 
 
-COLORS = {"plain": "tab:gray", "trimmed": "tab:red", "random": "tab:blue"}
+COLORS = {"plain": "tab:gray", "trimmed": "tab:red", "adaptive": "tab:green", "random": "tab:blue"}
 
 
 def plot(records: list[dict], path: Path, title: str) -> None:
@@ -85,7 +85,11 @@ def _plot_fractions(epochs: Axes, trimmed: list[dict]) -> None:
 
 def _plot_differences(seeds: Axes, runs_of: dict[str, list[dict]]) -> None:
     plain = {run["seed"]: test_score(run) for run in runs_of["plain"]}
-    for shift, arm in ((-0.1, "trimmed"), (0.1, "random")):  # side by side, so that no point hides another
+    for shift, arm in (
+        (-0.15, "trimmed"),
+        (0.0, "adaptive"),
+        (0.15, "random"),
+    ):  # side by side, so that no point hides another
         points = [
             (run["seed"] + shift, test_score(run) - plain[run["seed"]]) for run in runs_of[arm] if run["seed"] in plain
         ]

@@ -10,10 +10,9 @@ from typing import NamedTuple
 import numpy as np
 from scipy.stats import bootstrap
 
-from hf_trim.run.records import UNITS, metric_name, test_score
+from hf_trim.run.records import ARMS, UNITS, metric_name, test_score
 
 
-ARMS = ("plain", "trimmed", "random")
 TITLES = {metric: f"test {metric}{unit}" for metric, unit in UNITS.items()}
 # Test error in percent without and with trimming, mean of 10 runs (arXiv 2110.13058, Table 1).
 PAPER = {
@@ -31,7 +30,7 @@ class Summary(NamedTuple):
     One arm of a comparison.
 
     Args:
-        arm (`str`): `"plain"`, `"trimmed"` or `"random"`.
+        arm (`str`): One of `ARMS`.
         runs (`int`): Number of runs.
         metric (`str`): `"error"` or `"perplexity"`.
         mean (`float`): Its mean on the test split; of the error, in percent.

@@ -29,7 +29,7 @@ def table_rows(records: list[dict]) -> tuple[list[str], list[list[str]]]:
         speedup = "–" if summary.speedup is None else f"{summary.speedup:.2f}×"
         score, difference = _format_score(summary), _format_difference(summary)
         rows.append([summary.arm, str(summary.runs), score, difference, wins, seconds, speedup])
-        if recipe in PAPER and summary.arm != "random":  # the paper has no random arm
+        if recipe in PAPER and summary.arm in ("plain", "trimmed"):  # the paper has no other arms
             plain, trimmed = PAPER[recipe]
             error, change = (plain, "–") if summary.arm == "plain" else (trimmed, _format_signed(trimmed - plain))
             rows.append([f"{summary.arm} (paper)", "10", f"{error:.2f}", change, "–", "–", "–"])
@@ -46,7 +46,8 @@ def overview_rows(groups: dict[str, list[dict]]) -> tuple[list[str], list[list[s
     """
     metrics = {TITLES[metric_name(records[0])] for records in groups.values()}
     head = ["runs of", "seeds", *(f"{arm}, {' or '.join(sorted(metrics))}" for arm in ARMS)]
-    head += ["trimmed − plain (95 % interval)", "random − plain"]
+    first, *others = ARMS[1:]
+    head += [f"{first} − {ARMS[0]} (95 % interval)", *(f"{arm} − {ARMS[0]}" for arm in others)]
     rows = []
     for title, records in groups.items():
         summary_of = {summary.arm: summary for summary in summarize(records)}
@@ -59,7 +60,7 @@ def overview_rows(groups: dict[str, list[dict]]) -> tuple[list[str], list[list[s
         if recipe in PAPER:
             plain, trimmed = PAPER[recipe]
             change = _format_signed(trimmed - plain)
-            rows.append([f"{title} (paper)", "10", f"{plain:.2f}", f"{trimmed:.2f}", "–", change, "–"])
+            rows.append([f"{title} (paper)", "10", f"{plain:.2f}", f"{trimmed:.2f}", "–", "–", change, "–", "–"])
     return head, rows
 
 

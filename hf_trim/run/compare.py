@@ -3,6 +3,7 @@
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -13,14 +14,36 @@ from hf_trim.report import find_records, group, plot, print_report, print_table,
 from hf_trim.run.clock import samples_per_second
 from hf_trim.run.grid import expand
 from hf_trim.run.recipe import Job, RecipeError, parse, user_errors
-from hf_trim.run.records import UNITS, make_record, metric_name, read_record, test_score
+from hf_trim.run.records import ARMS, UNITS, make_record, metric_name, read_record, test_score
 from hf_trim.run.train import check_settings, save_run
 from hf_trim.run.trainer import load_job_data, make_trainer
+from hf_trim.trainer.arguments import TrimmingConfig
 from hf_trim.trainer.checkpoints import last_complete_checkpoint
 
 
-# The arms of a comparison, and the `trim_select` of each.
-ARMS = {"plain": "none", "trimmed": "hardest", "random": "random"}
+# The arguments of each arm that differ from the recipe's.
+CHANGES: dict[str, dict[str, Any]] = {
+    "plain": {"trim_select": "none"},
+    "trimmed": {"trim_select": "hardest"},
+    "adaptive": {
+        "trim_select": "hardest", "trim_schedule": "adaptive", "trim_keep_start": TrimmingConfig.trim_keep_start,
+        "trim_keep_end": TrimmingConfig.trim_keep_end,
+    },
+    "random": {"trim_select": "random"},
+}  # fmt: skip
+
+
+def arms_of(job: Job) -> list[str]:
+    """
+    The arms that a comparison trains.
+
+    Args:
+        job ([`Job`]): The recipe. If p follows the losses in it anyway, there is no other adaptive arm.
+
+    Returns:
+        `list[str]`: Names of arms, plain first.
+    """
+    return [arm for arm in ARMS if arm in job.run.arms and not (arm == "adaptive" and job.training.is_adaptive)]
 
 
 def record_path(job: Job, arm: str, seed: int) -> Path:
@@ -29,7 +52,7 @@ def record_path(job: Job, arm: str, seed: int) -> Path:
 
     Args:
         job ([`Job`]): The recipe.
-        arm (`str`): `"plain"`, `"trimmed"` or `"random"`.
+        arm (`str`): One of `ARMS`.
         seed (`int`): The seed.
 
     Returns:
@@ -45,14 +68,14 @@ def finish_run(job: Job, data: Data, arm: str, seed: int) -> dict:
     Args:
         job ([`Job`]): The recipe.
         data ([`Data`]): Its data.
-        arm (`str`): `"plain"`, `"trimmed"` or `"random"`.
+        arm (`str`): One of `ARMS`.
         seed (`int`): The seed.
 
     Returns:
         `dict`: The record.
     """
     folder = job.output_dir / f"{arm}-seed{seed}"
-    trainer = make_trainer(job, data, ARMS[arm], seed, folder)
+    trainer = make_trainer(job, data, CHANGES[arm], seed, folder)
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder))
     metrics = trainer.evaluate()
     record = make_record(job.name, arm, seed, job.settings, metrics, trainer.state.log_history)
@@ -76,7 +99,7 @@ def compare(job: Job) -> None:
     """
     data = None
     seeds = range(job.training.seed, job.training.seed + job.run.seeds)
-    runs = [(seed, arm) for seed in seeds for arm in ARMS]
+    runs = [(seed, arm) for seed in seeds for arm in arms_of(job)]
     records = []
     for number, (seed, arm) in enumerate(runs, start=1):
         label, path = f"[{number}/{len(runs)}] {job.name}: {arm}, seed {seed}", record_path(job, arm, seed)

@@ -13,8 +13,9 @@ import yaml
 from transformers import HfArgumentParser
 
 from hf_trim.data import DataArguments
-from hf_trim.messages import closest
+from hf_trim.messages import check_choice, closest
 from hf_trim.run.models import ModelArguments
+from hf_trim.run.records import ARMS
 from hf_trim.trainer.arguments import TrimmingArguments
 
 
@@ -28,6 +29,8 @@ class RunArguments:
 
     Args:
         compare (`bool`): Train with and without trimming, and with a random subset as a control.
+        arms (`list[str]`): What a comparison trains: `"plain"`, `"trimmed"` (the recipe's schedule), `"adaptive"` (p
+            follows the losses) and `"random"` (subsets of the size of the trimmed arm's).
         seeds (`int`): Number of seeds of a comparison, counted from `seed` on.
         l2_weight_decay (`float`, *optional*): Use `torch.optim.Adam` with this L2 penalty on all parameters (the
             paper's optimizer) in place of `optim`.
@@ -41,6 +44,10 @@ class RunArguments:
 
     compare: bool = field(
         default=False, metadata={"help": "Train with and without trimming, and with a random subset as a control."}
+    )
+    arms: list[str] = field(
+        default_factory=lambda: list(ARMS),
+        metadata={"help": f"What a comparison trains, of {', '.join(ARMS)}.", "choices": ARMS},
     )
     seeds: int = field(default=3, metadata={"help": "Number of seeds of a comparison, counted from --seed on."})
     l2_weight_decay: float | None = field(
@@ -59,6 +66,8 @@ class RunArguments:
     expected_time: str = field(default="unknown", metadata={"help": "The time of a run, as --list shows it."})
 
     def __post_init__(self):
+        for arm in self.arms:
+            check_choice("arms", arm, ARMS)
         if self.seeds < 1:
             raise ValueError(f"seeds must be at least 1, and is {self.seeds}.")
         if self.l2_weight_decay is not None and self.l2_weight_decay < 0:
@@ -197,7 +206,7 @@ def as_options(fields: dict) -> list[str]:
 
 
 # Fields on which a result does not depend, or which differ between the runs of a comparison.
-NOT_SETTINGS = {"compare", "disable_tqdm", "expected_time", "license", "output_dir", "report_to", "run_name",
+NOT_SETTINGS = {"arms", "compare", "disable_tqdm", "expected_time", "license", "output_dir", "report_to", "run_name",
                "save_total_limit", "seed", "seeds", "trim_select"}  # fmt: skip
 # Fields of the Hub. They are kept out of records, because one of them is the user's token.
 HUB_PREFIXES = ("hub_", "push_")
@@ -259,7 +268,7 @@ def parse(recipe: str, command_line: list[str]) -> Job:
         choices = [option for action in parser._actions for option in action.option_strings]
         raise RecipeError(f"unknown argument '{unknown[0]}'.{closest(unknown[0].split('=')[0], choices)}")
     settings = {key: value for key, value in _set_fields(parser, options).items() if key not in NOT_SETTINGS}
-    hidden = NOT_SETTINGS - {"compare", "seed", "seeds", "trim_select"}
+    hidden = NOT_SETTINGS - {"arms", "compare", "seed", "seeds", "trim_select"}
     changes = {key: value for key, value in _set_fields(parser, command_line).items() if key not in hidden}
     command = ["python", "-m", "hf_trim.run", Path(recipe).name, *as_options(changes)]
     return Job(name, run, model, data, training, settings, shlex.join(command))

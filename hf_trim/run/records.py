@@ -8,6 +8,8 @@ from hf_trim.environment import hardware, versions
 from hf_trim.run.clock import train_seconds
 
 
+# The arms of a comparison, in the order in which they are trained and shown.
+ARMS = ("plain", "trimmed", "adaptive", "random")
 # The unit of each metric, as it stands after a value.
 UNITS = {"error": " %", "perplexity": ""}
 
@@ -18,7 +20,7 @@ def make_record(recipe: str, arm: str, seed: int, settings: dict, metrics: dict,
 
     Args:
         recipe (`str`): The recipe's name.
-        arm (`str`): `"plain"`, `"trimmed"` or `"random"`.
+        arm (`str`): One of `ARMS`.
         seed (`int`): Seed of weights, data order and random control.
         settings (`dict`): Values of all arguments that were set.
         metrics (`dict`): Metrics on the test split after training: `eval_loss`, and `eval_error` in percent or

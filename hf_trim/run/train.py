@@ -58,7 +58,7 @@ def train(job: Job) -> None:
         return
     data = load_job_data(job)
     args = job.training
-    trainer = make_trainer(job, data, args.trim_select, args.seed, job.output_dir, args.push_to_hub)
+    trainer = make_trainer(job, data, {}, args.seed, job.output_dir, args.push_to_hub)
     metrics = trainer.train(resume_from_checkpoint=last_complete_checkpoint(job.output_dir)).metrics
     metrics["train_seconds"] = train_seconds(trainer.state.log_history)
     metrics.update(samples_per_second(trainer))

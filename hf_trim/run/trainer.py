@@ -3,6 +3,7 @@
 import copy
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import set_seed
@@ -87,7 +88,7 @@ def choose_metric(data: Data) -> Metric:
 
 
 def make_trainer(
-    job: Job, data: Data, trim_select: str, seed: int, output_dir: Path, push_to_hub: bool = False
+    job: Job, data: Data, changes: dict[str, Any], seed: int, output_dir: Path, push_to_hub: bool = False
 ) -> RecipeTrainer:
     """
     Make a new model and its trainer. The seed sets the weights, the data order and dropout. Two trainers with one seed
@@ -96,7 +97,7 @@ def make_trainer(
     Args:
         job ([`Job`]): The recipe.
         data ([`Data`]): Its data.
-        trim_select (`str`): What to keep: `"none"` (everything), `"hardest"` or `"random"`.
+        changes (`dict`): Training arguments that differ from the recipe's, those of an arm of a comparison.
         seed (`int`): The seed.
         output_dir (`Path`): Folder of the checkpoints.
         push_to_hub (`bool`, *optional*, defaults to `False`): Whether checkpoints go to the Hub (`hub_strategy`).
@@ -110,7 +111,8 @@ def make_trainer(
     # A copy, because a comparison makes several trainers of one job.
     args = copy.copy(job.training)
     args.push_to_hub = push_to_hub
-    args.output_dir, args.seed, args.trim_select = str(output_dir), seed, trim_select
+    args.output_dir, args.seed = str(output_dir), seed
+    vars(args).update(changes)
     # Progress bars fill a log file, and so do warnings of data loaders about memory that they cannot pin.
     args.disable_tqdm = args.disable_tqdm or not sys.stderr.isatty()
     args.dataloader_pin_memory = args.dataloader_pin_memory and torch.accelerator.is_available()

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageClassification, 
 
 from hf_trim.run.__main__ import main
 from hf_trim.run.clock import train_seconds
-from hf_trim.run.compare import ARMS
+from hf_trim.run.compare import CHANGES
 from hf_trim.run.recipe import parse
 from hf_trim.run.trainer import load_job_data, make_trainer
 from hf_trim.trainer.checkpoints import last_complete_checkpoint
@@ -54,7 +54,7 @@ def test_arms_of_a_seed_start_from_the_same_weights(recipe):
     data = load_job_data(job)
     weights = {
         (arm, seed): torch.cat(
-            [p.flatten() for p in make_trainer(job, data, ARMS[arm], seed, "unused").model.parameters()]
+            [p.flatten() for p in make_trainer(job, data, CHANGES[arm], seed, "unused").model.parameters()]
         )
         for arm, seed in (("plain", 1), ("trimmed", 1), ("random", 1), ("plain", 2))
     }
@@ -66,7 +66,7 @@ def test_arms_of_a_seed_start_from_the_same_weights(recipe):
 def test_optimizer_and_learning_rate_of_the_paper(recipe, tmp_path):
     options = ["--l2_weight_decay", "0.0001", "--lr_milestones", "1", "2", "--output_dir", str(tmp_path)]
     job = parse(recipe, options)
-    trainer = make_trainer(job, load_job_data(job), "none", 0, tmp_path)
+    trainer = make_trainer(job, load_job_data(job), {"trim_select": "none"}, 0, tmp_path)
     trainer.train()
     assert type(trainer.optimizer.optimizer) is torch.optim.Adam
     assert [group["weight_decay"] for group in trainer.optimizer.param_groups] == [1e-4]
