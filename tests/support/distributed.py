@@ -31,6 +31,13 @@ GLOBAL = {
     "tokens, accumulated": ("llama", 2, 16, 4, {"gradient_accumulation_steps": 2}),
     "tokens of texts": ("masked-lm", 2, 16, 4, {"trim_unit": "sample"}),
     "labels": ("token-classification", 2, 16, 4, {}),
+    "adaptive, tokens": (
+        "llama", 2, 12, 4,
+        {
+            "gradient_accumulation_steps": 2, "accelerator_config": {"even_batches": False},
+            "trim_schedule": "adaptive", "trim_mass": 0.7,
+        },
+    ),
     "samples": ("question-answering", 2, 16, 4, {"gradient_accumulation_steps": 2}),
     "random": ("question-answering", 2, 16, 4, {"trim_select": "random"}),
     "replay": ("next-sentence", 2, 16, 4, {"trim_backward": "replay"}),
@@ -60,6 +67,8 @@ def run_global(case: str, folder: Path, processes: int):
     """The processes take parts of the mini-batches that one takes as a whole."""
     head, planned, samples, size, changes = GLOBAL[case]
     arguments = {"trim_keep_start": 0.6, "trim_keep_end": 0.3, "num_train_epochs": 2, **changes}
+    if "trim_mass" in arguments:
+        del arguments["trim_keep_start"], arguments["trim_keep_end"]
     if processes == 1:
         samples = samples + 2 if case == "three processes, filled up" else samples  # with its first ones, again
         size = size * planned

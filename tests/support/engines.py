@@ -27,6 +27,7 @@ CASES = {
     "tokens": ("llama", {}),
     "one process keeps nothing": ("decoder-classification", {"trim_keep_start": 0.1, "trim_keep_end": 0.1}),
     "everything": ("llama", {"trim_keep_start": 1.0, "trim_keep_end": 1.0}),
+    "adaptive": ("decoder-classification", {"trim_schedule": "adaptive", "trim_mass": 0.7}),
     "replay": ("decoder-classification", {"trim_backward": "replay"}),
 }
 
@@ -35,6 +36,8 @@ def run(case: str, folder: Path, processes: int):
     head, changes = CASES[case]
     arguments = {"trim_keep_start": 0.6, "trim_keep_end": 0.3, "trim_scope": "global", "max_grad_norm": 0.0, **changes}
     size = arguments.pop("per_device_train_batch_size", 8)
+    if "trim_mass" in arguments:
+        del arguments["trim_keep_start"], arguments["trim_keep_end"]
     rows, model = HEADS[head][1]()[:16], make(head)
     is_larger = processes == 1 and head not in COUNTING and is_believed_to_count(model, rows[0])
     trainer = train(
