@@ -98,7 +98,8 @@ def summarize_training(
         "split": "the evaluation data",
         "metrics": {key: value for key, value in metrics.items() if key not in (*SPEED_METRICS, "epoch", "step")},
         "trim": {
-            key: getattr(trim, key) for key in ("trim_keep_start", "trim_keep_end", "trim_schedule", "trim_select")
+            key: getattr(trim, key)
+            for key in ("trim_keep_start", "trim_keep_end", "trim_schedule", "trim_mass", "trim_select")
         },
         "epochs": trainer.state.epoch,
         "history": [log for log in history if len(log) > 1],
@@ -140,6 +141,8 @@ def render_card(summary: dict, repo: str, folder: Path | None = None) -> ModelCa
     start, end = trim["trim_keep_start"], trim["trim_keep_end"]
     fractions = [(log["epoch"], round(log["keep_fraction"], 3)) for log in history if "keep_fraction" in log]
     schedule = f"p fell from {start} to {end} by {trim['trim_schedule']}, over {summary['epochs']:g} epochs"
+    if trim["trim_schedule"] == "adaptive":
+        schedule = f"p followed the losses: a share of {trim['trim_mass']} of the gradient mass was kept"
     seconds, evaluation = summary["train_seconds"], "with" if summary["includes_evaluation"] else "without"
     limits = [
         "It was tested on data of the same kind as it was trained on, and on no other.",
