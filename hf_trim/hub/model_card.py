@@ -230,11 +230,12 @@ def _comparison(folder: Path | None) -> dict:
     metric = metric_name(records[0])
     scores = {(record["seed"], record["arm"]): f"{test_score(record):.2f}" for record in records}
     seeds = sorted({seed for seed, _ in scores})
-    rows = [[str(seed), *(scores.get((seed, arm), "–") for arm in ARMS)] for seed in seeds]
+    arms = [arm for arm in ARMS if any(arm == trained for _, trained in scores)]
+    rows = [[str(seed), *(scores.get((seed, arm), "–") for arm in arms)] for seed in seeds]
     summaries = {s.arm: s for s in summarize(records)}
     return {
         "comparison": markdown_table(*table_rows(records)),
-        "seeds": markdown_table(["seed", *ARMS], rows),
+        "seeds": markdown_table(["seed", *arms], rows),
         "metric": f"test {metric}{UNITS[metric]}",
         "verdict": _verdict(summaries.get("trimmed"), summaries.get("random")),
     }

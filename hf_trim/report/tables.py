@@ -45,13 +45,15 @@ def overview_rows(groups: dict[str, list[dict]]) -> tuple[list[str], list[list[s
         `tuple[list[str], list[list[str]]]`: Head and rows, one a group, as text.
     """
     metrics = {TITLES[metric_name(records[0])] for records in groups.values()}
-    head = ["runs of", "seeds", *(f"{arm}, {' or '.join(sorted(metrics))}" for arm in ARMS)]
-    first, *others = ARMS[1:]
-    head += [f"{first} − {ARMS[0]} (95 % interval)", *(f"{arm} − {ARMS[0]}" for arm in others)]
+    trained = {record["arm"] for records in groups.values() for record in records}
+    arms = [arm for arm in ARMS if arm in trained or arm != "adaptive"]  # older records have no adaptive arm
+    first, *others = arms[1:]
+    head = ["runs of", "seeds", *(f"{arm}, {' or '.join(sorted(metrics))}" for arm in arms)]
+    head += [f"{first} − {arms[0]} (95 % interval)", *(f"{arm} − {arms[0]}" for arm in others)]
     rows = []
     for title, records in groups.items():
         summary_of = {summary.arm: summary for summary in summarize(records)}
-        summaries = [summary_of.get(arm) for arm in ARMS]
+        summaries = [summary_of.get(arm) for arm in arms]
         row = [title, str(max(summary.runs for summary in summary_of.values()))]
         row += ["–" if summary is None else _format_score(summary) for summary in summaries]
         row += ["–" if summary is None else _format_difference(summary) for summary in summaries[1:]]
@@ -59,8 +61,10 @@ def overview_rows(groups: dict[str, list[dict]]) -> tuple[list[str], list[list[s
         recipe = records[0].get("recipe")
         if recipe in PAPER:
             plain, trimmed = PAPER[recipe]
-            change = _format_signed(trimmed - plain)
-            rows.append([f"{title} (paper)", "10", f"{plain:.2f}", f"{trimmed:.2f}", "–", "–", change, "–", "–"])
+            paper = {"plain": f"{plain:.2f}", "trimmed": f"{trimmed:.2f}"}
+            change = {"trimmed": _format_signed(trimmed - plain)}
+            row = [f"{title} (paper)", "10", *(paper.get(arm, "–") for arm in arms)]
+            rows.append([*row, *(change.get(arm, "–") for arm in arms[1:])])
     return head, rows
 
 

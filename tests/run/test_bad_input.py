@@ -29,6 +29,8 @@ OPTIONS = [
         "trim_keep_end (0.5) must not be above trim_keep_start (0.3)",
     ),
     (["--trim_schedule", "steps"], "Did you mean 'step'?"),
+    (["--trim_mass", "0.9"], "trim_mass=0.9 has no effect with trim_schedule='epoch'"),
+    (["--arms", "plain", "adaptve", "--compare"], "Did you mean 'adaptive'?"),
     (["--trim_select", "easiest"], "Did you mean 'hardest'?"),
     (["--trim_unit", "word"], "invalid choice: 'word' (choose from"),
     (["--trim_unit", "token"], "trim_unit='token' needs a loss per token"),

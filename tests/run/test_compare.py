@@ -32,7 +32,7 @@ def test_a_killed_comparison_goes_on_and_gives_the_same_table(recipe, tmp_path, 
     options = [recipe, "--compare", "--seeds", "1", "--output_dir"]
     assert main([*options, str(whole)]) == 0
     printed = capsys.readouterr().out
-    assert "[3/3] tiny: random, seed 42: test error" in printed
+    assert "[4/4] tiny: random, seed 42: test error" in printed
     assert (whole / "comparison.png").stat().st_size > 10_000
     assert not list(whole.glob("*-seed*"))  # checkpoints of finished runs
 
@@ -133,7 +133,7 @@ def test_language_models_are_compared_by_perplexity(small_gpt2, tmp_path, capsys
     assert "bbc-gpt2: trimmed, seed 42: test perplexity" in printed and "test perplexity" in printed.split("┃")[3]
     records = {arm: read_record(tmp_path / "out" / "records" / f"{arm}-seed42.json") for arm in ARMS}
     assert all(r["metric"] == "perplexity" for r in records.values())
-    assert len({r["test_perplexity"] for r in records.values()}) == 3
+    assert len({r["test_perplexity"] for r in records.values()}) == 4
     assert all(1000 < r["test_perplexity"] < 50_000 for r in records.values())
 
 
