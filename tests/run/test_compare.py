@@ -128,12 +128,13 @@ def test_grids_of_the_package_parse():
 
 def test_language_models_are_compared_by_perplexity(small_gpt2, tmp_path, capsys, no_plots):
     options = [*small_gpt2, "--max_train_samples", "48", "--compare", "--seeds", "1", "--output_dir", tmp_path / "out"]
+    options += ["--arms", "plain", "trimmed"]
     assert main([str(option) for option in options]) == 0
     printed = capsys.readouterr().out
     assert "bbc-gpt2: trimmed, seed 42: test perplexity" in printed and "test perplexity" in printed.split("┃")[3]
-    records = {arm: read_record(tmp_path / "out" / "records" / f"{arm}-seed42.json") for arm in ARMS}
+    records = {arm: read_record(tmp_path / "out" / "records" / f"{arm}-seed42.json") for arm in ("plain", "trimmed")}
     assert all(r["metric"] == "perplexity" for r in records.values())
-    assert len({r["test_perplexity"] for r in records.values()}) == 4
+    assert len({r["test_perplexity"] for r in records.values()}) == 2
     assert all(1000 < r["test_perplexity"] < 50_000 for r in records.values())
 
 

@@ -152,6 +152,7 @@ def test_an_output_folder_that_cannot_be_written(checkpoints, tmp_path, capsys):
 
 def test_what_was_finished_before_a_full_disk_stays(checkpoints, tmp_path):
     arguments = [str(checkpoints / "tiny.yaml"), "--compare", "--seeds", "1", "--output_dir", str(tmp_path / "out")]
+    arguments += ["--arms", "plain", "trimmed", "random"]
     assert main(arguments) == 0
     records = tmp_path / "out" / "records"
     kept = (records / "plain-seed42.json").read_bytes()
