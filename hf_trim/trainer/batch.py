@@ -21,7 +21,7 @@ from torch import Tensor
 from hf_trim.backward.eager.rows import Rows
 from hf_trim.backward.eager.sparse import DENSE_ABOVE, prepare_rows
 from hf_trim.trainer.arguments import TrimmingConfig
-from hf_trim.trainer.losses import MARK_LOSSES, Kept, LossCall
+from hf_trim.trainer.losses import NO_PART, Kept, LossCall
 from hf_trim.trainer.process_group import ProcessGroup
 from hf_trim.trainer.selection import num_carrying, num_kept, top_items
 
@@ -213,7 +213,7 @@ class TrimmedBatch:
             if (weight := weights[id(value)]) is not None
         ]
         if pending and not used:
-            raise ValueError(f"The loss does not depend on any call of a loss function of torch. {MARK_LOSSES}")
+            raise ValueError(NO_PART)
         for tracks in self._groups(used) if used else ():
             self._select(tracks)
         self._values = []  # they hold the graph
@@ -229,7 +229,7 @@ class TrimmedBatch:
 
     def _is_per_sample(self, call: LossCall) -> bool:
         rows, length = call.losses.shape
-        if self.config.trim_unit == "sample" and rows != self.batch_size and rows > self.batch_size:
+        if self.config.trim_unit == "sample" and rows > self.batch_size:
             raise self._unknown_samples(rows)
         return rows == self.batch_size and (length == 1 or self.config.trim_unit == "sample")
 
@@ -265,11 +265,12 @@ class TrimmedBatch:
         scores, mass, valid = (torch.cat(x) for x in zip(*ranked, strict=True))
         start = 0  # the items of this process begin here
         if self.process_group is not None:
-            mass, _ = self.process_group.union(mass)
+            if self.config.is_adaptive:  # or the mass decides nothing, and is not sent around
+                mass, _ = self.process_group.union(mass)
             scores, start = self.process_group.union(scores.where(valid, -torch.inf))
             valid = scores > -torch.inf
         self.most_items = max(self.most_items, len(scores))
-        mass = mass.where(valid, 0)
+        mass = mass.where(valid, 0) if self.config.is_adaptive else torch.zeros_like(scores)
         chosen = self.choose(scores, mass, valid)
         self._note_for_logs(scores, mass, valid, chosen)
         kept: list[tuple[LossCall, Tensor, Tensor]] = []
@@ -351,7 +352,7 @@ class TrimmedBatch:
         """Take part in the choice of processes that have one mini-batch more; needs `process_group`."""
         assert self.process_group is not None
         for num_calls in self._joined:
-            self.process_group.join_without_items(num_calls)
+            self.process_group.join_without_items(num_calls, num_unions=2 if self.config.is_adaptive else 1)
 
     # ---- scores ---------------------------------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from hf_trim.backward._torch_internals import around_call, compiled_modules, tree_map
+from hf_trim.backward._torch_internals import around_call, tree_map
 from hf_trim.backward.compiled.backend import keep_backward_graphs
 from hf_trim.backward.replay import rows_of, scoring
 from hf_trim.trainer.batch import TrimmedBatch
@@ -52,6 +52,7 @@ class LossPass:
         compute_loss (`Callable`): The trainer's own `compute_loss`.
         model (`torch.nn.Module`): The model, with its wrappers.
         inner (`torch.nn.Module`): The model without them.
+        compiled (`list[torch.nn.Module]`): The parts of the model that were compiled.
         batch ([`~hf_trim.trainer.batch.TrimmedBatch`]): The mini-batch.
         head ([`~hf_trim.trainer.lm_head.LMHead`], *optional*): The layer whose logits are computed in chunks.
         fused_loss (`str`, *optional*): The `loss_type` of TRL's `SFTTrainer`.
@@ -63,6 +64,7 @@ class LossPass:
         compute_loss: Callable,
         model: nn.Module,
         inner: nn.Module,
+        compiled: list[nn.Module],
         batch: TrimmedBatch,
         head: LMHead | None,
         fused_loss: str | None,
@@ -70,8 +72,7 @@ class LossPass:
     ):
         self.compute_loss, self.model, self.inner, self.batch = compute_loss, model, inner, batch
         self.fused_loss, self.keeps_outputs = fused_loss, keeps_outputs
-        self.compiled = compiled_modules(model)
-        self.is_compiled = is_compiled_whole(inner, self.compiled)
+        self.compiled, self.is_compiled = compiled, is_compiled_whole(inner, compiled)
         self.calls = LossCalls(batch, head)
         self.kept: Tensor | None = None  # in the second pass of a replay
         self.scored: Any = None  # what `compute_loss` returned in the first one

@@ -36,6 +36,8 @@ MARK_LOSSES = (
     "compute_loss_func=f, where f(outputs, labels, num_items_in_batch=None) returns them unreduced."
 )
 
+NO_PART = f"The loss does not depend on any call of a loss function of torch. {MARK_LOSSES}"
+
 
 class Kept(NamedTuple):
     """

@@ -58,14 +58,15 @@ class ProcessGroup:
         padded = self.gather(torch.nn.functional.pad(scores, (0, max(sizes) - len(scores))))
         return torch.cat([x[:size] for x, size in zip(padded, sizes, strict=True)]), sum(sizes[: self.rank])
 
-    def join_without_items(self, num_calls: int) -> None:
+    def join_without_items(self, num_calls: int, num_unions: int) -> None:
         """
         Take part in a choice without any item, because other processes have one mini-batch more. Without this the
         collectives of those processes would wait for ever. The calls are those of `TrimmedBatch`, in the same order.
 
         Args:
             num_calls (`int`): Number of calls of loss functions.
+            num_unions (`int`): Number of unions: of the scores alone, or of mass and scores.
         """
-        for _ in range(2):  # mass and scores
+        for _ in range(num_unions):
             self.union(torch.zeros(0, device=self.device))
         self.sum([torch.zeros((), device=self.device)] * (2 * num_calls))

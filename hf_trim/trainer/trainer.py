@@ -36,7 +36,7 @@ from hf_trim.trainer.lm_head import LMHead, find_lm_head
 from hf_trim.trainer.logs import TrimmingLogs
 from hf_trim.trainer.loss_functions import SmoothedLoss, UserLoss
 from hf_trim.trainer.loss_pass import LossPass, is_compiled_whole
-from hf_trim.trainer.losses import MARK_LOSSES, loss_of
+from hf_trim.trainer.losses import MARK_LOSSES, NO_PART, loss_of
 from hf_trim.trainer.notices import Notices
 from hf_trim.trainer.process_group import ProcessGroup
 from hf_trim.trainer.schedule import keep_fraction, schedule_unit
@@ -203,9 +203,7 @@ class TrimmingMixin(PushMixin):
                 )
             if self._batches and not any(call.used for batch in self._batches for call in batch.calls):
                 if not any(batch.has_no_graph for batch in self._batches):
-                    raise ValueError(
-                        f"The loss does not depend on any call of a loss function of torch. {MARK_LOSSES}"
-                    )
+                    raise ValueError(NO_PART)
             self._trimming_logs.add_loss(loss, self.state.global_step)
             return (loss + self._difference).to(loss.dtype)
         finally:
@@ -251,10 +249,12 @@ class TrimmingMixin(PushMixin):
             if loss_of(result).isfinite().all():
                 self._trimming_logs.add_untrimmed()
                 return result
+            compiled = compiled_modules(model)  # a loss that is not finite is looked at as any other
         choose = partial(self._choose_backward, trim, model, keep, head is not None, bool(compiled))
         assumed = self._per_sample is not False
         mode = choose(assumed)[0]
-        new_pass = partial(self._new_pass, compute_loss, trim, keep, model, head, mode, bool(args) or len(kwargs) > 1)
+        has_outputs = bool(args) or len(kwargs) > 1
+        new_pass = partial(self._new_pass, compute_loss, trim, keep, model, compiled, head, mode, has_outputs)
         loss_pass = self._scored.pop(self._number, None) or new_pass(inputs)
         batch = self._batch = loss_pass.batch
         try:
@@ -284,13 +284,13 @@ class TrimmingMixin(PushMixin):
 
     def _new_pass(
         self, compute_loss: Callable[..., Any], trim: TrimmingConfig, keep: float, model: nn.Module,
-        head: LMHead | None, mode: str, has_outputs: bool, inputs: Any,
+        compiled: list[nn.Module], head: LMHead | None, mode: str, has_outputs: bool, inputs: Any,
     ) -> LossPass:  # fmt: skip
         """The way of a mini-batch to its loss."""
         size, labels = self._batch_size(inputs), None
         if isinstance(inputs, Mapping):
             labels = inputs.get("shift_labels", inputs.get("labels"))
-            if trim.trim_backward in ("auto", "sparse") and compiled_modules(model):
+            if trim.trim_backward in ("auto", "sparse") and compiled:
                 mark_batch_dynamic(inputs, size)
         batch = TrimmedBatch(
             trim, keep, size, mode == "sparse", self._generator(trim), labels, self._process_group(trim, keep)
@@ -301,6 +301,7 @@ class TrimmingMixin(PushMixin):
             compute_loss,
             model,
             self._inner_model(),
+            compiled,
             batch,
             head,
             self._fused_loss(),
