@@ -35,6 +35,10 @@ class TrimmingConfig:
             Share m of the gradient mass to keep with `trim_schedule="adaptive"`. The mass of an item is 1 − its
             probability for cross entropy, exp(−loss); for other losses it is the norm of the gradient of its loss for
             the input of the loss function (Katharopoulos & Fleuret, arXiv 1803.00942).
+        trim_skip_hardest (`float`, *optional*, defaults to 0.0):
+            Share of the hardest items of each mini-batch that is left out as suspect, where labels may be wrong; with
+            every schedule. The kept items then are the next ones. (DORO, Zhai et al., arXiv 2106.06142; adaptive-k,
+            arXiv 2203.14165.)
         trim_select (`str`, *optional*, defaults to `"hardest"`):
             `"hardest"` keeps the highest losses, `"random"` a random subset of the same size (a control), `"none"`
             trains without trimming, with the same logs.
@@ -77,6 +81,10 @@ class TrimmingConfig:
     trim_mass: float = field(
         default=0.95,
         metadata={"help": "With trim_schedule=adaptive: the share of the batch's gradient mass to keep."},
+    )
+    trim_skip_hardest: float = field(
+        default=0.0,
+        metadata={"help": "Share of the hardest items to leave out as suspect, where labels may be wrong."},
     )
     trim_select: str = field(
         default="hardest",
@@ -160,6 +168,9 @@ class TrimmingConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
                 raise ValueError(f"{name} must be a fraction in (0, 1], and is {value!r}: 0.2 keeps a fifth.")
+        skip = self.trim_skip_hardest
+        if isinstance(skip, bool) or not isinstance(skip, (int, float)) or not 0 <= skip < 1:
+            raise ValueError(f"trim_skip_hardest must be a share in [0, 1), and is {skip!r}: 0.1 skips a tenth.")
         if self.trim_keep_end > self.trim_keep_start:
             raise ValueError(
                 f"trim_keep_end ({self.trim_keep_end}) must not be above trim_keep_start ({self.trim_keep_start}): "
@@ -195,6 +206,8 @@ class TrimmingConfig:
         """Whether anything is ever left out; if not, training is plain training."""
         if self.trim_select == "none":
             return False
+        if self.trim_skip_hardest > 0:
+            return True
         return self.trim_mass < 1 if self.is_adaptive else self.trim_keep_start < 1 or self.trim_keep_end < 1
 
     @property

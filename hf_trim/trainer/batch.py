@@ -13,7 +13,8 @@ A batch may have several calls of loss functions. What they are over decides whi
 - any others (tokens and pairs of sentences, two tasks of which each sample has one) are ranked separately.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -23,10 +24,15 @@ from hf_trim.backward.eager.sparse import DENSE_ABOVE, prepare_rows
 from hf_trim.trainer.arguments import TrimmingConfig
 from hf_trim.trainer.losses import NO_PART, Kept, LossCall
 from hf_trim.trainer.process_group import ProcessGroup
-from hf_trim.trainer.selection import num_carrying, num_kept, top_items
+from hf_trim.trainer.selection import num_carrying, num_kept, top_items, without_hardest
 
 
 Track = list[tuple[LossCall, Tensor]]  # calls over the same items, and the weight of each
+
+
+def _part(items: Tensor, start: int, size: int) -> Tensor:
+    """Of indices into a joined list, those into one part of it: of (1, 4, 6) and the 2 from 3 on, (1,)."""
+    return items[(items >= start) & (items < start + size)] - start
 
 
 @dataclass
@@ -43,6 +49,8 @@ class TrimmedBatch:
         labels (`torch.Tensor`, *optional*): `[B, ...]` labels, to verify which losses belong to which sample.
         process_group ([`~hf_trim.trainer.process_group.ProcessGroup`], *optional*): The processes that choose the
             hardest items together; without, this process chooses among its own.
+        mean_masses (`list[float]`): For each group of items that are ranked together, their mean mass in the training
+            so far.
     """
 
     config: TrimmingConfig
@@ -52,6 +60,7 @@ class TrimmedBatch:
     generator: torch.Generator | None = None
     labels: Tensor | None = None
     process_group: ProcessGroup | None = None
+    mean_masses: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.calls: list[LossCall] = []
@@ -64,6 +73,7 @@ class TrimmedBatch:
         self.most_items = 0  # among how many items the choice was, at most
         self.has_unknown_weights = False  # whether a replay adds up several losses of the model as they are
         self.logged: list[Tensor] | None = None  # numbers of kept and of valid items, threshold, mass
+        self.masses: list[Tensor] = []  # of each group of items: `[2]`, the mass of one's own and their number
         self._values: list[Tensor] = []  # what the calls returned, until the choice is made
         self._joined: list[int] = []  # of each choice together with other processes, the number of calls
 
@@ -134,7 +144,7 @@ class TrimmedBatch:
         """
         scored, self.calls, self.is_scoring = self.calls, [], False
         if not self.per_sample or self.samples is None:
-            self.logged, self.dropped = None, 0  # all is done again
+            self.logged, self.masses, self.dropped = None, [], 0  # all is done again
             return None
         self.scored = scored
         # Without a valid item the first sample is run, so that there is a graph.
@@ -183,6 +193,18 @@ class TrimmedBatch:
             count = call.losses.numel() if elements.numel() else 0
             elements, call.full = torch.arange(count, device=elements.device), scored.full
         call.kept = Kept(elements, factor, None)
+
+    def rank_by(self, score: Callable[[Tensor], Tensor]) -> None:
+        """
+        Rank the items by something else than their losses.
+
+        Args:
+            score (`Callable`): The losses of a call, `[B]` or `[B, T]`, to their scores.
+        """
+        if not self.keeps_all:
+            for call in self.calls:
+                if call.kept is None:
+                    call.rank_by(score, self.config.trim_unit == "sample")
 
     # ---- the choice -----------------------------------------------------------------------------------------------
 
@@ -263,24 +285,28 @@ class TrimmedBatch:
         ranked = [self._scores(track) for track in tracks]
         sizes = [len(scores) for scores, _, _ in ranked]
         scores, mass, valid = (torch.cat(x) for x in zip(*ranked, strict=True))
-        start = 0  # the items of this process begin here
+        own_mass, start = mass.where(valid, 0), 0  # the items of this process begin at `start`
+        mass, number = own_mass, len(self.masses)
+        self.masses.append(torch.stack([mass.sum(), valid.sum().to(mass)]))
         if self.process_group is not None:
             if self.config.is_adaptive:  # or the mass decides nothing, and is not sent around
                 mass, _ = self.process_group.union(mass)
             scores, start = self.process_group.union(scores.where(valid, -torch.inf))
             valid = scores > -torch.inf
         self.most_items = max(self.most_items, len(scores))
-        mass = mass.where(valid, 0) if self.config.is_adaptive else torch.zeros_like(scores)
-        chosen = self.choose(scores, mass, valid)
-        self._note_for_logs(scores, mass, valid, chosen)
+        chosen, rest = self.choose(scores, mass, valid, number)
+        self._note_for_logs(scores, valid, chosen, own_mass, _part(chosen, start, len(own_mass)))
+        divided = rest.nonzero().flatten() if self.counts_all else chosen
         kept: list[tuple[LossCall, Tensor, Tensor]] = []
+        divisors: list[Tensor] = []
         for track, size in zip(tracks, sizes, strict=True):
-            items = chosen[(chosen >= start) & (chosen < start + size)] - start
+            items, counted = _part(chosen, start, size), _part(divided, start, size)
             start += size
             kept += [(call, items, self._elements(call, items)) for call, _ in track]
-        self._keep(kept, is_pooled=len(tracks) > 1)
+            divisors += [call.counts.flatten()[self._elements(call, counted)].sum() for call, _ in track]
+        self._keep(kept, divisors, is_pooled=len(tracks) > 1)
 
-    def choose(self, scores: Tensor, mass: Tensor, valid: Tensor) -> Tensor:
+    def choose(self, scores: Tensor, mass: Tensor, valid: Tensor, number: int = 0) -> tuple[Tensor, Tensor]:
         """
         The items to keep.
 
@@ -288,13 +314,21 @@ class TrimmedBatch:
             scores (`torch.Tensor`): `[n]` losses of the items.
             mass (`torch.Tensor`): `[n]` gradient mass of the items.
             valid (`torch.Tensor`): `[n]`, which of them may be kept.
+            number (`int`, *optional*, defaults to 0): Which group of items it is.
 
         Returns:
-            `torch.Tensor`: `[k]` ascending indices.
+            `tuple[torch.Tensor, torch.Tensor]`: `[k]` ascending indices, and `[n]`, which items they were chosen from:
+            all but the hardest, if `trim_skip_hardest` leaves these out.
         """
-        is_adaptive, select = self.config.is_adaptive, self.config.trim_select
-        count = num_carrying(mass, self.config.trim_mass) if is_adaptive else num_kept(self.keep, int(valid.sum()))
-        return top_items(mass if is_adaptive else scores, count, valid=valid, select=select, generator=self.generator)
+        config = self.config
+        rest = without_hardest(scores, valid, config.trim_skip_hardest)
+        if config.is_adaptive:
+            mass = scores = mass.where(rest, 0)
+            mean_mass = self.mean_masses[number] if number < len(self.mean_masses) else 0.0
+            count = num_carrying(mass, config.trim_mass, mean_mass * int(rest.sum()))
+        else:
+            count = num_kept(self.keep, int(valid.sum()))
+        return top_items(scores, count, valid=rest, select=config.trim_select, generator=self.generator), rest
 
     def _elements(self, call: LossCall, items: Tensor) -> Tensor:
         """The losses of the kept items: samples 0 and 2 of 3 tokens each have [0, 1, 2, 6, 7, 8]."""
@@ -303,25 +337,22 @@ class TrimmedBatch:
             return items
         return (items[:, None] * length + torch.arange(length, device=items.device)).flatten()
 
-    def _keep(self, kept: list[tuple[LossCall, Tensor, Tensor]], is_pooled: bool) -> None:
-        """Note what is kept of the calls in a group, and what each kept loss counts for."""
+    def _keep(self, kept: list[tuple[LossCall, Tensor, Tensor]], divisors: list[Tensor], is_pooled: bool) -> None:
+        """Note what is kept of the calls in a group, and what each kept loss counts for: a mean has these divisors."""
         counts = [call.counts.sum() for call, _, _ in kept]
-        kept_counts = [call.counts.flatten()[elements].sum() for call, _, elements in kept]
         processes = 1
         if self.process_group is not None:
             self._joined.append(len(kept))
             processes = self.process_group.size
-            sums = self.process_group.sum(counts + kept_counts)
-            counts, kept_counts = sums[: len(kept)], sums[len(kept) :]
+            sums = self.process_group.sum(counts + divisors)
+            counts, divisors = sums[: len(kept)], sums[len(kept) :]
         if is_pooled:
-            counts, kept_counts = [sum(counts)] * len(kept), [sum(kept_counts)] * len(kept)  # type: ignore[list-item]
+            counts, divisors = [sum(counts)] * len(kept), [sum(divisors)] * len(kept)  # type: ignore[list-item]
         rows = self._rows(kept)
-        for (call, _, elements), count, kept_count in zip(kept, counts, kept_counts, strict=True):
+        for (call, _, elements), count, divisor in zip(kept, counts, divisors, strict=True):
             # The engines average over the processes; a mean is over the items of all.
             whole = processes if call.reduction == "mean" else count * call.scale
-            part = count if self.counts_all else kept_count
-            factor = torch.where(part > 0, whole / part, 0)
-            call.kept = Kept(elements, factor, rows)
+            call.kept = Kept(elements, torch.where(divisor > 0, whole / divisor, 0), rows)
 
     def _rows(self, kept: list[tuple[LossCall, Tensor, Tensor]]) -> Rows | None:
         """The kept samples of a group, if its backward pass is row-sparse."""
@@ -366,7 +397,7 @@ class TrimmedBatch:
         for call, weight in track:
             share = torch.where(total != 0, weight / total, 1 / len(track))
             rank, is_labelled, is_finite = call.scores, call.labelled, call.finite | ~call.labelled
-            mass = call.mass() if self.config.is_adaptive else torch.zeros_like(rank)
+            mass = call.mass()
             if self._is_per_sample(call) and call.losses.shape[1] > 1:
                 self._check_samples(call)
                 counts = call.counts.sum(1)
@@ -422,11 +453,12 @@ class TrimmedBatch:
         self.dropped += int((~finite_samples).sum())
         return finite_samples.repeat_interleave(finite.numel() // self.batch_size)
 
-    def _note_for_logs(self, scores: Tensor, mass: Tensor, valid: Tensor, kept: Tensor) -> None:
+    def _note_for_logs(self, scores: Tensor, valid: Tensor, kept: Tensor, mass: Tensor, own: Tensor) -> None:
+        """Note what was `kept` of the items of all processes that choose together, and the `mass` of one's own."""
         if not kept.numel():
             return
         numbers = [scores.new_tensor(float(kept.numel())), valid.sum().to(scores)]
         if self.logged is None:
-            self.logged = [*numbers, scores[kept].min(), mass[kept].sum(), mass.sum()]
+            self.logged = [*numbers, scores[kept].min(), mass[own].sum(), mass.sum()]
         else:  # several kinds of items: threshold and mass are those of the first kind
             self.logged[:2] = [x + y for x, y in zip(self.logged, numbers, strict=False)]

@@ -14,12 +14,14 @@ from hf_trim.trainer.batch import TrimmedBatch
 class TrimmingLogs:
     """
     Averages of what is logged beside `loss`: `keep_fraction` (p, the fraction that was asked for), `kept_fraction`
-    (the fraction that was really kept: k items of n, so that it differs from p by rounding), `trim_threshold` (the
-    lowest loss that was kept) and `full_loss` (the loss of the whole mini-batches, as plain `Trainer` would log it).
+    (the fraction that was really kept: k items of n, so that it differs from p by rounding), `kept_mass` (the share of
+    the gradient mass that was kept), `trim_threshold` (the lowest loss that was kept) and `full_loss` (the loss of the
+    whole mini-batches, as plain `Trainer` would log it).
     """
 
     def __init__(self):
-        self._sums = dict.fromkeys(("keep_fraction", "kept_fraction", "trim_threshold", "kept_mass", "full_loss"), 0.0)
+        names = ("keep_fraction", "kept_fraction", "trim_threshold", "kept_mass", "mass", "full_loss")
+        self._sums = dict.fromkeys(names, 0.0)
         self._counts = dict.fromkeys(self._sums, 0)
         self._first_step: int | None = None  # the optimizer step in which the sums begin
 
@@ -37,8 +39,7 @@ class TrimmingLogs:
             kept = num_kept / num_valid
             keep = kept if batch.config.is_adaptive else batch.keep
             self._add(keep_fraction=keep, kept_fraction=kept, trim_threshold=threshold)
-            if batch.config.is_adaptive:
-                self._add(kept_mass=torch.where(mass > 0, kept_mass / mass, 1))
+            self._add(kept_mass=kept_mass, mass=mass)
 
     def add_untrimmed(self) -> None:
         """Add a mini-batch of which everything is kept."""
@@ -82,5 +83,7 @@ class TrimmingLogs:
             for name, value, count in zip(self._sums, sums.tolist(), counts.tolist(), strict=True)
             if count and (name != "full_loss" or num_steps > 0)
         }
+        if (mass := averages.pop("mass", None)) is not None:
+            averages["kept_mass"] = averages["kept_mass"] / mass if mass > 0 else 1.0
         self.__init__()  # type: ignore[misc]
         return averages

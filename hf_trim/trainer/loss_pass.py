@@ -14,6 +14,7 @@ import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -25,6 +26,9 @@ from hf_trim.backward.replay import rows_of, scoring
 from hf_trim.trainer.batch import TrimmedBatch
 from hf_trim.trainer.lm_head import LMHead
 from hf_trim.trainer.losses import MARK_LOSSES, LossCalls, loss_of, mark_losses, with_loss
+
+
+REFERENCE_COLUMN = "reference_loss"
 
 
 def is_compiled_whole(inner: nn.Module, compiled: list[nn.Module]) -> bool:
@@ -44,6 +48,13 @@ def zero_of(model: nn.Module) -> Tensor:
     return cast(Tensor, sum(p.sum() * 0 for p in model.parameters() if p.requires_grad))
 
 
+def without_reference(inputs: Any) -> Any:
+    """The inputs of the model: without the column that is there for `trim_score` only."""
+    if not (isinstance(inputs, Mapping) and REFERENCE_COLUMN in inputs):
+        return inputs
+    return {name: value for name, value in inputs.items() if name != REFERENCE_COLUMN}
+
+
 class LossPass:
     """
     The way from a mini-batch to its loss, through `compute_loss` and the model.
@@ -55,6 +66,7 @@ class LossPass:
         compiled (`list[torch.nn.Module]`): The parts of the model that were compiled.
         batch ([`~hf_trim.trainer.batch.TrimmedBatch`]): The mini-batch.
         head ([`~hf_trim.trainer.lm_head.LMHead`], *optional*): The layer whose logits are computed in chunks.
+        score (`Callable`, *optional*): `f(outputs, inputs, losses)`, what items are ranked by instead of their losses.
         fused_loss (`str`, *optional*): The `loss_type` of TRL's `SFTTrainer`.
         keeps_outputs (`bool`): Whether a replay shall return the outputs of all samples.
     """
@@ -67,15 +79,17 @@ class LossPass:
         compiled: list[nn.Module],
         batch: TrimmedBatch,
         head: LMHead | None,
+        score: Callable[[Any, Any, Tensor], Tensor] | None,
         fused_loss: str | None,
         keeps_outputs: bool,
     ):
         self.compute_loss, self.model, self.inner, self.batch = compute_loss, model, inner, batch
-        self.fused_loss, self.keeps_outputs = fused_loss, keeps_outputs
+        self.score_of, self.fused_loss, self.keeps_outputs = score, fused_loss, keeps_outputs
         self.compiled, self.is_compiled = compiled, is_compiled_whole(inner, compiled)
         self.calls = LossCalls(batch, head)
         self.kept: Tensor | None = None  # in the second pass of a replay
         self.scored: Any = None  # what `compute_loss` returned in the first one
+        self.last_outputs: Any = None  # of the model, for `score`
         self.is_left_out = False  # whether other mini-batches of the step were chosen (`step_choice.py`)
         self._outputs: list[Any] = []  # of the first pass
         self._divisors: tuple[dict, ...] = ()  # what a compiled model divides its loss by, once that is known
@@ -86,7 +100,7 @@ class LossPass:
         # The model has no graph, but what follows it has.
         with self._explain("scored without a graph"), scoring(self.model), torch.enable_grad():
             self.scored = self._run(copy.copy(inputs), *args, **kwargs)
-        self.batch.select(loss_of(self.scored))
+        self._select(self.scored, inputs)
         self.kept = self.batch.begin_replay()
 
     def run(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -94,10 +108,18 @@ class LossPass:
         if self.is_left_out:
             return with_loss(self.scored, self.batch.leave_out(loss_of(self.scored), zero_of(self.model)))
         with self._explain("run on the kept samples alone") if self.kept is not None else nullcontext():
-            result = self._run(inputs, *args, **kwargs)
-        self.batch.select(loss_of(result))
+            # A `compute_loss` may take the labels out of its inputs.
+            result = self._run(inputs if self.score_of is None else copy.copy(inputs), *args, **kwargs)
+        self._select(result, inputs)
         # Not even a gradient of zero may go into a model with activations that are not finite.
         return with_loss(result, zero_of(self.model)) if self.batch.has_no_graph else result
+
+    def _select(self, result: Any, inputs: Any) -> None:
+        """Choose the items to keep, once the loss is known."""
+        if self.score_of is not None:
+            self.batch.rank_by(partial(self.score_of, self.last_outputs, inputs))
+        self.last_outputs = None
+        self.batch.select(loss_of(result))
 
     @staticmethod
     @contextmanager
@@ -139,6 +161,7 @@ class LossPass:
                 stack.enter_context(keep_backward_graphs())
             stack.enter_context(around_call(self.model, self._call_model))
             stack.enter_context(self.calls)
+            inputs = inputs if self.score_of is None else without_reference(inputs)
             return self.compute_loss(self.model, inputs, *args, **kwargs)
 
     def _call_model(self, forward: Callable, *args: Any, **kwargs: Any) -> Any:
@@ -160,6 +183,8 @@ class LossPass:
             outputs = self._outputs_of_all(self._outputs.pop(0), outputs)
         if self.fused_loss is not None and getattr(outputs, "log_probs", None) is not None:
             outputs = self._mark_log_probs(outputs)
+        if self.score_of is not None:
+            self.last_outputs = outputs
         return outputs
 
     @staticmethod

@@ -115,6 +115,33 @@ class LossCall:
         self.full: Tensor = {"mean": mean, "sum": mean * self.counts.sum() * scale, "none": detached}[reduction]
         self._dtype = dtype
 
+    def rank_by(self, score: Callable[[Tensor], Tensor], may_be_per_sample: bool) -> None:
+        """
+        Rank the items by what a function of their losses returns. That is their mass as well.
+
+        Args:
+            score (`Callable`): `[B, T]` losses, or `[B]` if there is one for each sample, to scores of that shape.
+            may_be_per_sample (`bool`): Whether it may return one score `[B]` for each sample, where T is above 1.
+
+        Raises:
+            `ValueError`: If the scores have another shape, or are not finite.
+        """
+        losses = self.losses.detach()
+        losses = losses[:, 0] if losses.shape[1] == 1 else losses
+        with torch.no_grad():
+            scores = score(losses)
+        shapes = [losses.shape] + [losses.shape[:1]] * may_be_per_sample
+        if not isinstance(scores, Tensor) or scores.shape not in shapes:
+            found = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+            hint = "" if may_be_per_sample else " (or use trim_unit='sample', and return one for each sample)"
+            raise ValueError(f"trim_score must return one score for each of the losses {list(losses.shape)}, and "
+                             f"returned {found}: return that shape{hint}.")  # fmt: skip
+        scores = scores.to(self.losses)
+        scores = scores[:, None].expand_as(self.losses) if scores.dim() == 1 else scores
+        if count := int((~scores.isfinite() & self.labelled).sum()):
+            raise ValueError(f"trim_score returned {count} scores that are NaN or infinite: items cannot be ranked.")
+        self.scores, self._mass = scores.where(self.labelled, 0), None
+
     def mass(self) -> Tensor:
         """
         Returns:

@@ -6,8 +6,13 @@ pass: no module mixes the samples of a batch."
 """
 
 import logging
+from typing import Any
 
+from transformers import TrainingArguments
+
+from hf_trim.trainer.arguments import TrimmingConfig
 from hf_trim.trainer.batch import TrimmedBatch
+from hf_trim.trainer.guard import evaluates_worse, unlearns
 
 
 logger = logging.getLogger(__name__)
@@ -59,6 +64,12 @@ class Notices:
             )  # fmt: skip
         if batch.has_unknown_weights:
             self.say("A replay ranks the samples by the plain sum of the losses in the model's forward pass.")
+        skip = batch.config.trim_skip_hardest
+        if skip and round(skip * batch.most_items) == 0:
+            self.say(
+                f"trim_skip_hardest={skip} skips none of the {batch.most_items} items of a mini-batch. Raise it, or "
+                "per_device_train_batch_size."
+            )
         if batch.most_items <= 1 < batch.batch_size:
             self.say(
                 "Each call of a loss function has a single item to choose from, which is kept whatever p is: nothing "
@@ -85,6 +96,30 @@ class Notices:
                 "Of the loss %.4g, %.4g is no weighted sum of what torch's loss functions returned. What is made by "
                 "hand is not trimmed: mark losses with hf_trim.mark_losses before their mean is taken. A function of "
                 "means, such as a product, gets their values over the whole mini-batch.", loss, rest,
+            )  # fmt: skip
+
+    def tell_harm(self, history: list[dict[str, Any]], args: TrainingArguments, trim: TrimmingConfig) -> None:
+        """
+        Tell where the logs show that trimming does harm.
+
+        Args:
+            history (`list[dict]`): `TrainerState.log_history`.
+            args ([`~transformers.TrainingArguments`]): Its metric for the best model is looked at, or the loss.
+            trim ([`~hf_trim.trainer.arguments.TrimmingConfig`]): What is trimmed.
+        """
+        name = args.metric_for_best_model or "eval_loss"
+        name = name if name.startswith("eval_") else f"eval_{name}"
+        greater_is_better = bool(args.greater_is_better) and name != "eval_loss"
+        advice = "trim_mass" if trim.is_adaptive else "trim_keep_end, or set trim_schedule='adaptive'"
+        if (rise := unlearns(history)) is not None:
+            self.say(
+                "The loss over all items (full_loss) has risen from %.4g, when p was %.2f, to %.4g at p = %.2f: the "
+                f"model unlearns the easy items that are left out. Raise {advice}.", *rise
+            )  # fmt: skip
+        if (worse := evaluates_worse(history, name, greater_is_better)) is not None:
+            self.say(
+                f"{name} was %.4g when p was %.2f, and is %.4g at p = %.2f. Compare with trim_select='none': if that "
+                f"does better, raise {advice}.", *worse
             )  # fmt: skip
 
     def tell_fallbacks(self, fallbacks: dict[str, int]) -> None:

@@ -3,7 +3,8 @@ Step 3 (keep decision) of: batch → per-item losses → keep decision → trimm
 
 The items to keep, from their losses and the fraction p. For example, losses `[4]` = (0.1, 2.0, 0.5, 2.0) and p = 0.5:
 k = 2 items are kept, those with the indices (1, 3). With p = 0.25 it is item 1: of equal losses the first is kept.
-With a share m of the mass in the place of p, e.g. (0.1, 0.6, 0.1, 0.2) and m = 0.75: items 1 and 3 carry 0.8.
+With a share m of the mass in the place of p, e.g. (0.1, 0.6, 0.1, 0.2) and m = 0.75: items 1 and 3 carry 0.8. If the
+mini-batches so far had a mass of 2, 0.5 may be left out: item 1 is enough.
 """
 
 import torch
@@ -58,20 +59,44 @@ def select_items(
     return top_items(losses, num_kept(keep, n), valid=valid, select=select, generator=generator)
 
 
-def num_carrying(mass: Tensor, share: float) -> int:
+def num_carrying(mass: Tensor, share: float, least_total: float = 0.0) -> int:
     """
-    The number of the largest items that together carry a share of the mass.
+    The number of the largest items that together carry all of the mass but a share.
 
     Args:
         mass (`torch.Tensor`): Mass of each item, of any shape; 0 for those that are no items.
         share (`float`): Share m of the mass to carry, in (0, 1].
+        least_total (`float`, *optional*, defaults to 0.0): What is left out is at most 1 − m of the mass of all items,
+            or of this, if it is more.
 
     Returns:
-        `int`: The smallest number whose mass is at least m times that of all; 1 if none has a mass.
+        `int`: The smallest such number, but at least 1.
     """
+    if not mass.numel():
+        return 0
     # In float64, so that a share of 1 is carried by all items that have a mass.
     carried = mass.detach().flatten().double().sort(descending=True).values.cumsum(0)
-    return min(len(carried), 1 + int((carried < share * carried[-1]).sum())) if len(carried) else 0
+    total = carried[-1]
+    least = total - (1 - share) * total.clamp(min=least_total) if least_total else share * total
+    return min(len(carried), 1 + int((carried < least).sum()))
+
+
+def without_hardest(scores: Tensor, valid: Tensor, share: float) -> Tensor:
+    """
+    Leave out the items with the highest scores. Where labels are wrong, these are the first suspects (DORO, Zhai et
+    al., arXiv 2106.06142; adaptive-k, arXiv 2203.14165).
+
+    Args:
+        scores (`torch.Tensor`): `[n]` scores.
+        valid (`torch.Tensor`): `[n]`, which of them are items.
+        share (`float`): Share of the n items to leave out, in [0, 1); rounded to a number, and one item stays.
+
+    Returns:
+        `torch.Tensor`: `[n]`, which of them are left.
+    """
+    n = int(valid.sum()) if share else 0
+    count = min(n - 1, round(share * n))
+    return valid if count <= 0 else valid.index_fill(0, top_items(scores, count, valid=valid), False)
 
 
 def top_items(

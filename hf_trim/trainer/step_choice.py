@@ -30,10 +30,10 @@ def choose_in_step(passes: list[LossPass]) -> None:
         [torch.tensor(-torch.inf) if x.logged is None else x.logged[2].float().cpu() for x in batches]
     )
     mass = torch.stack([torch.zeros(()) if x.logged is None else x.logged[4].float().cpu() for x in batches])
-    chosen = first.choose(scores, mass, scores > -torch.inf)
+    chosen, rest = first.choose(scores, mass, scores > -torch.inf)
     is_kept = torch.zeros(len(batches), dtype=torch.bool).index_fill(0, chosen, True)
     counts = torch.stack([_count(batch) for batch in batches])
-    part = counts if first.counts_all else counts[is_kept]
+    part = counts[rest if first.counts_all else is_kept]
     ratio = counts.sum() / part.sum() if len(chosen) else torch.zeros(())
     for loss_pass, kept in zip(passes, is_kept.tolist(), strict=True):
         batch, loss_pass.is_left_out = loss_pass.batch, not kept

@@ -35,8 +35,9 @@ from hf_trim.trainer.checks import check_liger_kernel, check_settings
 from hf_trim.trainer.lm_head import LMHead, find_lm_head
 from hf_trim.trainer.logs import TrimmingLogs
 from hf_trim.trainer.loss_functions import SmoothedLoss, UserLoss
-from hf_trim.trainer.loss_pass import LossPass, is_compiled_whole
+from hf_trim.trainer.loss_pass import REFERENCE_COLUMN, LossPass, is_compiled_whole, without_reference
 from hf_trim.trainer.losses import MARK_LOSSES, NO_PART, loss_of
+from hf_trim.trainer.mass_history import MassHistory
 from hf_trim.trainer.notices import Notices
 from hf_trim.trainer.process_group import ProcessGroup
 from hf_trim.trainer.schedule import keep_fraction, schedule_unit
@@ -52,16 +53,29 @@ class TrimmingMixin(PushMixin):
         pass
     ```
 
-    It takes the trainer's arguments. To set the `trim_*` fields, let the training arguments inherit from
+    It takes the trainer's arguments, and one more. To set the `trim_*` fields, let the training arguments inherit from
     [`~hf_trim.trainer.arguments.TrimmingConfig`] as well: `@dataclass class Args(TrimmingConfig,
     Seq2SeqTrainingArguments)`. What is trimmed are the means that torch's loss functions take while the trainer's
     `compute_loss` runs ([`TrimmingTrainer`]).
+
+    Args:
+        args: Arguments of the trainer.
+        trim_score (`Callable`, *optional*): What items are ranked by, if not by their losses ([`TrimmingTrainer`]).
+        kwargs: Arguments of the trainer.
 
     Raises:
         `ValueError`: If the way of training is not supported.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, trim_score: Callable[[Any, Any, Tensor], Tensor] | None = None, **kwargs: Any
+    ) -> None:
+        if trim_score is not None and not callable(trim_score):
+            raise ValueError(
+                "trim_score must be a function f(outputs, inputs, losses) that returns scores, and is "
+                f"{trim_score!r}. Leave it out to rank items by their losses."
+            )
+        self._score = trim_score
         for value in (*args, *kwargs.values()):
             if isinstance(value, TrainingArguments):
                 check_liger_kernel(value, TrimmingConfig.of(value))
@@ -85,6 +99,7 @@ class TrimmingMixin(PushMixin):
         self._has_loss = False  # whether `compute_loss` was called in it
         self._is_loss_known = False  # whether what the loss is made of was looked at
         self._is_replay_known = False  # whether the second pass of a replay was compared with the first
+        self._masses = MassHistory()
         self._notices = Notices()
         self._trimming_logs = TrimmingLogs()
         reset_fallbacks()
@@ -107,6 +122,8 @@ class TrimmingMixin(PushMixin):
         settings = trim.values()
         if settings != self._checked_settings:
             check_settings(self.args, trim, max(self.get_cp_size(), self.get_sp_size()), cast(nn.Module, self.model))
+            if self._score is not None and trim.trim_select == "random" and not trim.is_adaptive:
+                raise ValueError("trim_score has no effect with trim_select='random': leave one of them out.")
             self._checked_settings = settings
         return trim
 
@@ -131,7 +148,7 @@ class TrimmingMixin(PushMixin):
             return 1.0
         if trim.is_adaptive:
             return trim.trim_mass
-        return keep_fraction(
+        fraction = keep_fraction(
             trim.trim_keep_start,
             trim.trim_keep_end,
             schedule_unit(trim.trim_schedule, args.num_train_epochs, args.max_steps),
@@ -140,6 +157,7 @@ class TrimmingMixin(PushMixin):
             step=state.global_step,
             num_steps=state.max_steps,
         )
+        return min(fraction, 1 - trim.trim_skip_hardest)
 
     def _generator(self, trim: TrimmingConfig) -> torch.Generator | None:
         """For a random choice: seeded by the trainer's state alone, so that a resumed training repeats the choice."""
@@ -173,6 +191,11 @@ class TrimmingMixin(PushMixin):
             assert self.model is not None and self.state.best_model_checkpoint is not None  # it was just loaded
             load_converted_weights(self.model, self.state.best_model_checkpoint)
 
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if self._score is not None and REFERENCE_COLUMN not in cast(list, self._signature_columns):
+            cast(list, self._signature_columns).append(REFERENCE_COLUMN)  # a column that is not removed
+
     # ---- a training step ------------------------------------------------------------------------------------------
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
@@ -204,6 +227,11 @@ class TrimmingMixin(PushMixin):
             if self._batches and not any(call.used for batch in self._batches for call in batch.calls):
                 if not any(batch.has_no_graph for batch in self._batches):
                     raise ValueError(NO_PART)
+            if trim.is_adaptive:
+                for batch in self._batches:
+                    self._masses.add(batch)
+                if self._number + 1 >= len(self._step_inputs):
+                    self._masses.end_step(self.state, self.accelerator)
             self._trimming_logs.add_loss(loss, self.state.global_step)
             return (loss + self._difference).to(loss.dtype)
         finally:
@@ -235,8 +263,9 @@ class TrimmingMixin(PushMixin):
         """
         trim = self.trim
         is_training = torch.is_grad_enabled() and (self.is_in_train or self._batches is not None)
+        model_inputs = inputs if self._score is None else without_reference(inputs)
         if not (trim.trims and is_training) or self._batch is not None:
-            return compute_loss(model, inputs, *args, **kwargs)
+            return compute_loss(model, model_inputs, *args, **kwargs)
         self._has_loss = True
         keep, inner = self.keep_fraction, self._inner_model()
         head = self._chunked_head(trim, inner, keep)
@@ -245,7 +274,7 @@ class TrimmingMixin(PushMixin):
         if head is not None and is_compiled_whole(inner, compiled):
             head = None
         if is_simple and head is None:
-            result = compute_loss(model, inputs, *args, **kwargs)
+            result = compute_loss(model, model_inputs, *args, **kwargs)
             if loss_of(result).isfinite().all():
                 self._trimming_logs.add_untrimmed()
                 return result
@@ -293,7 +322,14 @@ class TrimmingMixin(PushMixin):
             if trim.trim_backward in ("auto", "sparse") and compiled:
                 mark_batch_dynamic(inputs, size)
         batch = TrimmedBatch(
-            trim, keep, size, mode == "sparse", self._generator(trim), labels, self._process_group(trim, keep)
+            trim,
+            keep,
+            size,
+            mode == "sparse",
+            self._generator(trim),
+            labels,
+            self._process_group(trim, keep),
+            self._masses.means(self.state) if trim.is_adaptive else [],
         )
         is_plain = getattr(compute_loss, "__func__", None) is Trainer.compute_loss
         is_outside = not is_plain or self.compute_loss_func is not None or self.label_smoother is not None
@@ -304,6 +340,7 @@ class TrimmingMixin(PushMixin):
             compiled,
             batch,
             head,
+            self._score,
             self._fused_loss(),
             is_outside or has_outputs,
         )
@@ -394,6 +431,8 @@ class TrimmingMixin(PushMixin):
             self._notices.tell_fallbacks(fallback_report())
             logs.update(self._trimming_logs.take(self.accelerator, self.args.device, self.state.global_step))
         super().log(logs, start_time)
+        if self.trim.trims and self.is_in_train:
+            self._notices.tell_harm(self.state.log_history, self.args, self.trim)
 
 
 class TrimmingTrainer(TrimmingMixin, Trainer):
@@ -417,8 +456,10 @@ class TrimmingTrainer(TrimmingMixin, Trainer):
     whole mini-batch. A backward pass of its own inside of `compute_loss` is not trimmed.)
 
     Each training log has: `keep_fraction` (p, the fraction that was asked for), `kept_fraction` (the fraction that was
-    really kept, which differs from p by rounding), `trim_threshold` (the lowest loss that was kept, where something
-    was left out) and `full_loss` (what the plain `Trainer` would log as `loss`). `loss` is the trimmed one.
+    really kept, which differs from p by rounding) and `full_loss` (what the plain `Trainer` would log as `loss`); and
+    where something was left out, `trim_threshold` (the lowest loss that was kept) and `kept_mass` (the share of the
+    gradient mass that was kept). `loss` is the trimmed one. If `full_loss` rises while p falls, or an evaluation is
+    well below the best one, a warning says what to change.
 
     Args:
         args ([`TrimmingArguments`] or [`~transformers.TrainingArguments`], *optional*):
@@ -430,6 +471,12 @@ class TrimmingTrainer(TrimmingMixin, Trainer):
             per label, of which those of −100 are no items; or a tuple of losses of any shape and of what each counts
             for in the mean, a weight, or 0 for no item. The training loss then is the sum of the losses, divided by
             the sum of the counts, for the mini-batch's share of the labels of the step. Evaluation reports the mean.
+        trim_score (`Callable`, *optional*):
+            `f(outputs, inputs, losses)`, what items are ranked by in place of their losses. It gets the model's
+            outputs, the mini-batch, and its losses `[B]` (`[B, T]` if there is one for each token), and returns scores
+            of the same shape; higher ones are kept. A column `reference_loss` of the data set is in `inputs`, but not
+            given to the model: `losses - inputs["reference_loss"]` is the excess over a reference model. With
+            `trim_schedule="adaptive"` scores above 0 are the mass.
         kwargs: All other arguments of [`~transformers.Trainer`].
 
     Raises:
