@@ -13,7 +13,8 @@ from hf_trim.report.summary import ARMS, TITLES
 from hf_trim.run.records import metric_name, test_score
 
 
-COLORS = {"plain": "tab:gray", "trimmed": "tab:red", "adaptive": "tab:green", "random": "tab:blue"}
+COLORS = {"plain": "tab:gray", "trimmed": "tab:red", "adaptive": "tab:green", "random": "tab:blue",
+          "random-adaptive": "tab:cyan"}  # fmt: skip
 
 
 def plot(records: list[dict], path: Path, title: str) -> None:
@@ -85,11 +86,8 @@ def _plot_fractions(epochs: Axes, trimmed: list[dict]) -> None:
 
 def _plot_differences(seeds: Axes, runs_of: dict[str, list[dict]]) -> None:
     plain = {run["seed"]: test_score(run) for run in runs_of["plain"]}
-    for shift, arm in (
-        (-0.15, "trimmed"),
-        (0.0, "adaptive"),
-        (0.15, "random"),
-    ):  # side by side, so that no point hides another
+    for number, arm in enumerate(ARMS[1:]):
+        shift = 0.1 * number - 0.15  # side by side, so that no point hides another
         points = [
             (run["seed"] + shift, test_score(run) - plain[run["seed"]]) for run in runs_of[arm] if run["seed"] in plain
         ]

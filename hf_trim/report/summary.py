@@ -39,6 +39,7 @@ class Summary(NamedTuple):
             points for errors; `None` for the plain arm.
         interval (`tuple[float, float]` or `None`): 95 % bootstrap interval of that mean; needs two seeds.
         wins (`int` or `None`): Number of seeds with a lower value than the plain arm's.
+        kept (`float` or `None`): The fraction p that was kept, on average over the training's logs.
         seconds (`float` or `None`): Mean seconds of training per run, without evaluation; `None` if a record has none
             (`null`: other work on the machine disturbed the clock).
         speedup (`float` or `None`): The plain arm's seconds over this arm's, on the seeds they share.
@@ -52,6 +53,7 @@ class Summary(NamedTuple):
     difference: float | None
     interval: tuple[float, float] | None
     wins: int | None
+    kept: float | None
     seconds: float | None
     speedup: float | None
 
@@ -74,6 +76,7 @@ def _summarize_arm(arm: str, runs: dict[int, dict], plain: dict[int, dict]) -> S
     # The seed fixes the first weights and the order of the data, so runs are compared seed by seed.
     shared = sorted(runs.keys() & plain.keys()) if arm != "plain" else []
     differences = [test_score(runs[seed]) - test_score(plain[seed]) for seed in shared]
+    fractions = [log["keep_fraction"] for run in runs.values() for log in run["history"] if "keep_fraction" in log]
     seconds = speedup = None
     if all(run["train_seconds"] is not None for run in [*runs.values(), *plain.values()]):
         seconds = statistics.mean(run["train_seconds"] for run in runs.values())
@@ -91,6 +94,7 @@ def _summarize_arm(arm: str, runs: dict[int, dict], plain: dict[int, dict]) -> S
         difference=statistics.mean(differences) if differences else None,
         interval=paired_interval(differences),
         wins=sum(difference < 0 for difference in differences) if differences else None,
+        kept=statistics.mean(fractions) if fractions else None,
         seconds=seconds,
         speedup=speedup,
     )

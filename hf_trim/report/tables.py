@@ -21,18 +21,20 @@ def table_rows(records: list[dict]) -> tuple[list[str], list[list[str]]]:
         `tuple[list[str], list[list[str]]]`: Head and rows of the table, one an arm, as text.
     """
     recipe, metric = records[0].get("recipe", ""), TITLES[metric_name(records[0])]
-    head = ["arm", "runs", metric, "difference to plain (95 % interval)", "better", "train time per run", "speed-up"]
+    head = ["arm", "runs", metric, "difference to plain (95 % interval)", "better", "kept",
+            "train time", "speed-up"]  # fmt: skip
     rows = []
     for summary in summarize(records):
         wins = "–" if summary.wins is None else f"{summary.wins} of {summary.runs}"
         seconds = "–" if summary.seconds is None else f"{summary.seconds:.1f} s"
         speedup = "–" if summary.speedup is None else f"{summary.speedup:.2f}×"
         score, difference = _format_score(summary), _format_difference(summary)
-        rows.append([summary.arm, str(summary.runs), score, difference, wins, seconds, speedup])
+        kept = "–" if summary.kept is None else f"{100 * summary.kept:.0f} %"
+        rows.append([summary.arm, str(summary.runs), score, difference, wins, kept, seconds, speedup])
         if recipe in PAPER and summary.arm in ("plain", "trimmed"):  # the paper has no other arms
             plain, trimmed = PAPER[recipe]
             error, change = (plain, "–") if summary.arm == "plain" else (trimmed, _format_signed(trimmed - plain))
-            rows.append([f"{summary.arm} (paper)", "10", f"{error:.2f}", change, "–", "–", "–"])
+            rows.append([f"{summary.arm} (paper)", "10", f"{error:.2f}", change, "–", "–", "–", "–"])
     return head, rows
 
 
@@ -46,7 +48,7 @@ def overview_rows(groups: dict[str, list[dict]]) -> tuple[list[str], list[list[s
     """
     metrics = {TITLES[metric_name(records[0])] for records in groups.values()}
     trained = {record["arm"] for records in groups.values() for record in records}
-    arms = [arm for arm in ARMS if arm in trained or arm != "adaptive"]  # older records have no adaptive arm
+    arms = [arm for arm in ARMS if arm in trained or "adaptive" not in arm]
     first, *others = arms[1:]
     head = ["runs of", "seeds", *(f"{arm}, {' or '.join(sorted(metrics))}" for arm in arms)]
     head += [f"{first} − {arms[0]} (95 % interval)", *(f"{arm} − {arms[0]}" for arm in others)]

@@ -31,6 +31,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     },
     "random": {"trim_select": "random"},
 }  # fmt: skip
+CHANGES["random-adaptive"] = {**CHANGES["adaptive"], "trim_select": "random"}
 
 
 def arms_of(job: Job) -> list[str]:
@@ -38,12 +39,12 @@ def arms_of(job: Job) -> list[str]:
     The arms that a comparison trains.
 
     Args:
-        job ([`Job`]): The recipe. If p follows the losses in it anyway, there is no other adaptive arm.
+        job ([`Job`]): The recipe. If p follows the losses in it anyway, there are no other adaptive arms.
 
     Returns:
         `list[str]`: Names of arms, plain first.
     """
-    return [arm for arm in ARMS if arm in job.run.arms and not (arm == "adaptive" and job.training.is_adaptive)]
+    return [arm for arm in ARMS if arm in job.run.arms and not ("adaptive" in arm and job.training.is_adaptive)]
 
 
 def record_path(job: Job, arm: str, seed: int) -> Path:

@@ -15,7 +15,7 @@ from transformers import HfArgumentParser
 from hf_trim.data import DataArguments
 from hf_trim.messages import check_choice, closest
 from hf_trim.run.models import ModelArguments
-from hf_trim.run.records import ARMS
+from hf_trim.run.records import ARMS, DEFAULT_ARMS
 from hf_trim.trainer.arguments import TrimmingArguments
 
 
@@ -30,7 +30,8 @@ class RunArguments:
     Args:
         compare (`bool`): Train with and without trimming, and with a random subset as a control.
         arms (`list[str]`): What a comparison trains: `"plain"`, `"trimmed"` (the recipe's schedule), `"adaptive"` (p
-            follows the losses) and `"random"` (subsets of the size of the trimmed arm's).
+            follows the losses), `"random"` (subsets of the size of the trimmed arm's) and, if asked for,
+            `"random-adaptive"` (of the size that the adaptive rule gives).
         seeds (`int`): Number of seeds of a comparison, counted from `seed` on.
         l2_weight_decay (`float`, *optional*): Use `torch.optim.Adam` with this L2 penalty on all parameters (the
             paper's optimizer) in place of `optim`.
@@ -46,7 +47,7 @@ class RunArguments:
         default=False, metadata={"help": "Train with and without trimming, and with a random subset as a control."}
     )
     arms: list[str] = field(
-        default_factory=lambda: list(ARMS),
+        default_factory=lambda: list(DEFAULT_ARMS),
         metadata={"help": f"What a comparison trains, of {', '.join(ARMS)}.", "choices": ARMS},
     )
     seeds: int = field(default=3, metadata={"help": "Number of seeds of a comparison, counted from --seed on."})

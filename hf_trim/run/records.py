@@ -9,7 +9,8 @@ from hf_trim.run.clock import train_seconds
 
 
 # The arms of a comparison, in the order in which they are trained and shown.
-ARMS = ("plain", "trimmed", "adaptive", "random")
+ARMS = ("plain", "trimmed", "adaptive", "random", "random-adaptive")
+DEFAULT_ARMS = ARMS[:4]  # those of a comparison without `--arms`
 # The unit of each metric, as it stands after a value.
 UNITS = {"error": " %", "perplexity": ""}
 

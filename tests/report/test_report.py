@@ -36,7 +36,7 @@ def test_summary():
     assert -1.5 <= low < trimmed.difference < high <= 0.5  # between the extremes of the three differences
     assert paired_interval([1.0]) is None
     assert paired_interval([1.0, 2.0, 4.0]) == paired_interval([1.0, 2.0, 4.0])
-    assert table_rows(three_seeds()[:1])[1] == [["plain", "1", "5.00", "–", "–", "10.0 s", "–"]]
+    assert table_rows(three_seeds()[:1])[1] == [["plain", "1", "5.00", "–", "–", "100 %", "10.0 s", "–"]]
 
 
 def test_a_clock_that_was_disturbed_gives_no_times():
@@ -48,8 +48,8 @@ def test_a_clock_that_was_disturbed_gives_no_times():
 def test_the_papers_numbers_stand_beside_ours():
     records = three_seeds(recipe="cifar10-densenet121")
     rows = table_rows(records)[1]
-    assert rows[1] == ["plain (paper)", "10", "10.10", "–", "–", "–", "–"]
-    assert rows[3] == ["trimmed (paper)", "10", "10.19", "+0.09", "–", "–", "–"]
+    assert rows[1] == ["plain (paper)", "10", "10.10", "–", "–", "–", "–", "–"]
+    assert rows[3] == ["trimmed (paper)", "10", "10.19", "+0.09", "–", "–", "–", "–"]
     head, (ours, paper) = overview_rows(group(records))
     assert ours[:6] == ["cifar10-densenet121", "3", rows[0][2], rows[2][2], "–", rows[2][3]]
     assert paper == ["cifar10-densenet121 (paper)", "10", "10.10", "10.19", "–", "+0.09", "–"]

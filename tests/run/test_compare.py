@@ -12,9 +12,9 @@ from filelock import FileLock
 from hf_trim.files import write_json
 from hf_trim.report import table_rows
 from hf_trim.run.__main__ import main
-from hf_trim.run.compare import ARMS
 from hf_trim.run.grid import expand
 from hf_trim.run.recipe import parse, recipe_names
+from hf_trim.run.records import DEFAULT_ARMS as ARMS
 from hf_trim.run.records import read_record
 from tests.support.forked import Forked
 from tests.support.helpers import record
