@@ -99,7 +99,14 @@ def summarize_training(
         "metrics": {key: value for key, value in metrics.items() if key not in (*SPEED_METRICS, "epoch", "step")},
         "trim": {
             key: getattr(trim, key)
-            for key in ("trim_keep_start", "trim_keep_end", "trim_schedule", "trim_mass", "trim_select")
+            for key in (
+                "trim_keep_start",
+                "trim_keep_end",
+                "trim_schedule",
+                "trim_mass",
+                "trim_select",
+                "trim_skip_hardest",
+            )
         },
         "epochs": trainer.state.epoch,
         "history": [log for log in history if len(log) > 1],
@@ -142,7 +149,9 @@ def render_card(summary: dict, repo: str, folder: Path | None = None) -> ModelCa
     fractions = [(log["epoch"], round(log["keep_fraction"], 3)) for log in history if "keep_fraction" in log]
     schedule = f"p fell from {start} to {end} by {trim['trim_schedule']}, over {summary['epochs']:g} epochs"
     if trim["trim_schedule"] == "adaptive":
-        schedule = f"p followed the losses: a share of {trim['trim_mass']} of the gradient mass was kept"
+        schedule = f"p followed the losses, so that a share of {trim['trim_mass']} of the gradient mass was kept"
+    if trim.get("trim_skip_hardest"):
+        schedule += f"; the hardest {100 * trim['trim_skip_hardest']:g} % of each mini-batch were left out as suspect"
     seconds, evaluation = summary["train_seconds"], "with" if summary["includes_evaluation"] else "without"
     limits = [
         "It was tested on data of the same kind as it was trained on, and on no other.",

@@ -28,13 +28,14 @@ class TrimmingConfig:
             Fraction p to keep in the last epoch (or step); p falls linearly in between.
         trim_schedule (`str`, *optional*, defaults to `"epoch"`):
             Whether p falls by `"epoch"`, as in the paper, or by optimizer `"step"`; with one epoch, or if `max_steps`
-            is set, it falls by step. `"adaptive"` takes p from each mini-batch's losses: the fewest hardest items are
-            kept that carry the share `trim_mass` of the gradient mass, and the sum of their losses is divided by the
-            number of all items. The update then is that of plain training but for the rest of the mass.
+            is set, it falls by step. `"adaptive"` takes p from the losses: the fewest hardest items are kept, such
+            that those left out have at most the share 1 − `trim_mass` of the gradient mass; and the sum of the kept
+            losses is divided by the number of all items. The update then is nearly that of plain training.
         trim_mass (`float`, *optional*, defaults to 0.95):
-            Share m of the gradient mass to keep with `trim_schedule="adaptive"`. The mass of an item is 1 − its
-            probability for cross entropy, exp(−loss); for other losses it is the norm of the gradient of its loss for
-            the input of the loss function (Katharopoulos & Fleuret, arXiv 1803.00942).
+            With `trim_schedule="adaptive"`: what is left out has at most the share 1 − m of the mini-batch's gradient
+            mass, or of that of an average mini-batch of the training so far, if it is more. The mass of an item is 1 −
+            its probability for cross entropy, exp(−loss); for other losses it is the norm of the gradient of its loss
+            for the input of the loss function (Katharopoulos & Fleuret, arXiv 1803.00942).
         trim_skip_hardest (`float`, *optional*, defaults to 0.0):
             Share of the hardest items of each mini-batch that is left out as suspect, where labels may be wrong; with
             every schedule. The kept items then are the next ones. (DORO, Zhai et al., arXiv 2106.06142; adaptive-k,
@@ -80,7 +81,7 @@ class TrimmingConfig:
     )
     trim_mass: float = field(
         default=0.95,
-        metadata={"help": "With trim_schedule=adaptive: the share of the batch's gradient mass to keep."},
+        metadata={"help": "With trim_schedule=adaptive: the share of the gradient mass to keep."},
     )
     trim_skip_hardest: float = field(
         default=0.0,

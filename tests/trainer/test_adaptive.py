@@ -3,9 +3,14 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
+from transformers import TrainerState
 
 from hf_trim import TrimmingArguments
+from hf_trim.trainer.arguments import TrimmingConfig
+from hf_trim.trainer.batch import TrimmedBatch
 from hf_trim.trainer.losses import _SIGNATURES, UNREDUCED
+from hf_trim.trainer.mass_history import MassHistory
 from hf_trim.trainer.selection import num_carrying
 from tests.support.heads import HEADS, ctc, make, share
 from tests.support.helpers import (
@@ -160,6 +165,30 @@ def test_samples_follow_the_rule(task, backward, tmp_path):
     assert all(log["keep_fraction"] == log["kept_fraction"] and 0 < log["kept_mass"] <= 1 for log in logs)
     assert logs[0]["kept_mass"] >= 0.7 - 1e-6
     assert min(kept) < 0.9
+
+
+def test_near_convergence_an_average_of_the_training_so_far_decides():
+    """All losses are small and alike: a share of their own mass would keep most of them."""
+    config = TrimmingConfig(trim_schedule="adaptive", trim_mass=0.9)
+    mass = torch.tensor([0.02, 0.019, 0.018, 0.017])
+    for means, count in (([], 4), ([0.1], 2), ([0.4], 1), ([0.01, 0.4], 4)):  # of the first group of items
+        batch = TrimmedBatch(config, 0.9, 4, False, mean_masses=means)
+        assert len(batch.choose(mass, mass, torch.ones(4, dtype=torch.bool))[0]) == count
+
+
+def test_the_average_is_over_steps_and_part_of_the_trainers_state(tmp_path):
+    state, history = TrainerState(), MassHistory()
+    accelerator = Accelerator(cpu=True)
+    assert history.means(state) == []
+    for step in ([(3.0, 4.0), (1.0, 4.0)], [(1.0, 2.0)], []):  # mini-batches: mass and number of items
+        for sums in step:
+            batch = TrimmedBatch(TrimmingConfig(), 1.0, 4, False)
+            batch.masses = [torch.tensor(sums), torch.tensor([1.0, 0.0])]  # the second group has no item
+            history.add(batch)
+        history.end_step(state, accelerator)
+    assert history.means(state) == [0.5, 0.0]
+    state.save_to_json(str(tmp_path / "state.json"))
+    assert MassHistory().means(TrainerState.load_from_json(str(tmp_path / "state.json"))) == [0.5, 0.0]
 
 
 def head_items(head, outputs, batch):
