@@ -15,6 +15,8 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 # Models are so small here that threads would mostly wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import pytest  # noqa: E402
+
 # After the variables, and before any test imports transformers: it repairs torchvision where torch has no CUDA.
 import torch  # noqa: E402
 
@@ -31,6 +33,13 @@ for backend in (torch.cuda, torch.xpu):
 # The last module to end decides how long two workers take: those that start processes or compile come first.
 SLOW = ("compare", "engines", "faults", "distributed", "bench", "compiled", "compiled_models", "compiled_trainer",
         "compiled_heads", "backward")  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def untimed(request, monkeypatch):
+    """`trim_backward="auto"` takes the sparse backward pass where it may: tiny models would be faster without it."""
+    if "timed" not in request.keywords:
+        monkeypatch.setattr("hf_trim.trainer.timing.TRIAL_STEPS", 0)
 
 
 def pytest_collection_modifyitems(items):

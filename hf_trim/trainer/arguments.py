@@ -50,7 +50,8 @@ class TrimmingConfig:
             How the backward pass is run: `"dense"` is ordinary autograd; `"sparse"` costs only what is kept, with the
             same gradients; `"replay"` scores without gradients and runs forward and backward again on the kept
             samples (least memory; draws dropout masks anew; calls `compute_loss` twice; with one sample a mini-batch,
-            chooses among the accumulated ones); `"auto"` is the fastest that suits the model.
+            chooses among the accumulated ones); `"auto"` is the fastest that suits the model: the first trimmed steps
+            time `"dense"` and `"sparse"` in turn, unless `full_determinism` asks for trainings without a clock.
         trim_strict (`bool`, *optional*, defaults to `False`): With `trim_backward="sparse"`: raise an error where an
             operation has no row-sparse rule, or a compiled graph cannot run on the kept rows. Without it, they run
             dense.

@@ -42,6 +42,7 @@ from hf_trim.trainer.notices import Notices
 from hf_trim.trainer.process_group import ProcessGroup
 from hf_trim.trainer.schedule import keep_fraction, schedule_unit
 from hf_trim.trainer.step_choice import choose_in_step
+from hf_trim.trainer.timing import BackwardTiming, is_timed
 
 
 class TrimmingMixin(PushMixin):
@@ -100,6 +101,8 @@ class TrimmingMixin(PushMixin):
         self._is_loss_known = False  # whether what the loss is made of was looked at
         self._is_replay_known = False  # whether the second pass of a replay was compared with the first
         self._masses = MassHistory()
+        self._timing = BackwardTiming()
+        self._training_inputs: Any = None  # of the training step under way
         self._notices = Notices()
         self._trimming_logs = TrimmingLogs()
         reset_fallbacks()
@@ -215,6 +218,7 @@ class TrimmingMixin(PushMixin):
             return training_step(*args, **kwargs)
         self._number += 1
         self._batches, self._difference, self._has_loss = [], 0.0, False
+        self._training_inputs = (*args, *kwargs.values())
         try:
             with strict(trim.trim_strict), checked(trim.trim_check):
                 with around(self.accelerator, "backward", self._watch_backward):
@@ -227,15 +231,26 @@ class TrimmingMixin(PushMixin):
             if self._batches and not any(call.used for batch in self._batches for call in batch.calls):
                 if not any(batch.has_no_graph for batch in self._batches):
                     raise ValueError(NO_PART)
-            if trim.is_adaptive:
-                for batch in self._batches:
-                    self._masses.add(batch)
-                if self._number + 1 >= len(self._step_inputs):
-                    self._masses.end_step(self.state, self.accelerator)
+            self._end_training_step(trim, self._batches)
             self._trimming_logs.add_loss(loss, self.state.global_step)
             return (loss + self._difference).to(loss.dtype)
         finally:
-            self._batches = None
+            self._batches = self._training_inputs = None
+
+    def _end_training_step(self, trim: TrimmingConfig, batches: list[TrimmedBatch]) -> None:
+        """Note in the trainer's state what later steps depend on."""
+        if trim.is_adaptive:
+            for batch in batches:
+                self._masses.add(batch)
+        if self._number + 1 < len(self._step_inputs):
+            return  # the optimizer step is not complete
+        kept = None
+        if trim.is_adaptive:
+            self._masses.end_step(self.state, self.accelerator)
+            fractions = [batch.logged[0] / batch.logged[1] for batch in batches if batch.logged is not None]
+            kept = torch.stack(fractions).mean() if fractions else torch.ones(())
+        if is_timed(self.args, trim):
+            self._timing.end_step(self.state, self.accelerator, self.keep_fraction, kept)
 
     def _watch_backward(self, backward: Callable, loss: Tensor, **kwargs: Any) -> None:
         """Stands around `accelerator.backward`: finds by how much the trimmed loss differs from that of all items."""
@@ -245,7 +260,8 @@ class TrimmingMixin(PushMixin):
             call.weighted = call.difference = 0.0
         if loss.requires_grad:
             loss.register_hook(lambda scale: scales.append(scale.detach()))
-        backward(loss, **kwargs)
+        with self._timing.measure(self._training_inputs, self.args.device):
+            backward(loss, **kwargs)
         for scale in scales[:1]:
             self._difference = self._difference + sum(call.difference for call in calls) / scale
             if calls and not self._is_loss_known:  # in the first mini-batch
@@ -399,7 +415,10 @@ class TrimmingMixin(PushMixin):
         if keep == 1:
             return "dense", "asked for"  # nothing is left out
         refused = CUDA_GRAPHS if graphs_on_rows and uses_cuda_graphs(model) else next(iter(REFUSED_GRAPHS), "")
-        return choose_backward(trim.trim_backward, model, per_sample, keep, has_head, refused)
+        mode, reason = choose_backward(trim.trim_backward, model, per_sample, keep, has_head, refused)
+        if mode == "sparse" and is_timed(self.args, trim):
+            return self._timing.choose(self.state, None if trim.is_adaptive else keep)
+        return mode, reason
 
     def _note(self, trim: TrimmingConfig, batch: TrimmedBatch, choice: tuple[str, str]) -> None:
         """What the mini-batch has shown: log each choice and its reason once, and what the user should know."""
