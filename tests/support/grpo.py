@@ -64,7 +64,7 @@ def make_trainer(options) -> Trainer:
 
 
 def make_batch(options) -> dict:
-    """Prompts and answers of random tokens; the first answers have an advantage."""
+    """Prompts and answers of random tokens; some answers have an advantage."""
     shape = options.batch_size, options.seq_length // 2
     ids, mask = torch.randint(1, options.vocab_size, (2, *shape)), torch.ones(shape, dtype=torch.long)
     kept = round(options.batch_size * (1 - options.zero))
