@@ -10,7 +10,10 @@ from torch.utils.checkpoint import checkpoint
 
 import hf_trim
 from hf_trim.backward import fallback_report, reset_fallbacks, skip_zero_rows, strict
+from hf_trim.backward.eager import zero_rows
+from hf_trim.backward.eager.sparse import row_gradient
 from hf_trim.backward.eager.tensor import RowSparseTensor, densify
+from tests.support.programs import WIDTH, Program, draw_program
 
 
 LABELS = torch.tensor([2, 0, 0, 0, 1, 2])
@@ -347,6 +350,7 @@ def test_without_a_graph_it_is_the_tensor_itself():
         skip_zero_rows(hidden.sum())
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("kind", ["sparse", "nested", "sparse gradient", "meta"])
 def test_tensors_without_readable_rows(kind):
     x = torch.randn(6, 3, requires_grad=True, device="meta" if kind == "meta" else None)
@@ -375,6 +379,29 @@ def test_the_graph_is_freed():
             loss.backward(retain_graph=True)
         del loss
         assert saved() is None
+
+
+def test_random_programs(monkeypatch):
+    """Behind each op of a program, wherever its rows are by then."""
+    monkeypatch.setattr("hf_trim.backward.eager.saved.MIN_ELEMENTS", 0)
+    calls = []
+    monkeypatch.setattr(zero_rows, "row_gradient", lambda *args: calls.append(args) or row_gradient(*args))
+    kept = torch.tensor([0, 2])
+
+    def run(seed, skip):
+        ops, head = draw_program(seed)
+        torch.manual_seed(seed)
+        program = Program([lambda x, w, op=op: skip(op(x, w)) for op in ops], head)
+        x = torch.randn(5, 6, WIDTH, dtype=torch.float64, requires_grad=True)
+        program(x, torch.arange(5) % WIDTH)[kept].mean().backward()
+        return nn.utils.parameters_to_vector(
+            [p if p.grad is None else p.grad for p in (x, *program.parameters())]
+        ).detach()
+
+    for seed in range(40):
+        plain, skipped = run(seed, identity), run(seed, lambda x: skip_zero_rows(x, 1.0))
+        torch.testing.assert_close(skipped, plain, rtol=1e-10, atol=1e-12)
+    assert len(calls) > 30
 
 
 # ---- compiled models and processes ----------------------------------------------------------------------------------
