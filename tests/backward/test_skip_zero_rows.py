@@ -190,6 +190,12 @@ def test_several_in_one_graph():
     assert_exact(loss_of, [None, 3, 1])
 
 
+def test_one_behind_another():
+    """The second looks at nothing."""
+    with strict():
+        assert_exact(lambda net, x, skip: weighted(net, x, lambda x: skip(skip(x))), 3)
+
+
 def test_retained_graph_and_other_rows():
     """The second backward pass through a graph has other rows than the first, and the third has none of zero."""
     net = Net()
@@ -298,25 +304,29 @@ def test_inside_of_a_checkpoint(reentrant):
     assert_exact(loss_of, 3)
 
 
-def test_graphs_and_checks_of_the_backward_pass():
-    """`create_graph`, anomaly mode, several gradients at once: all are dense."""
+def test_graphs_and_checks_of_the_backward_pass(monkeypatch):
+    """`create_graph`, anomaly mode, several gradients at once: all are dense, and nothing is prepared."""
 
     def penalty(loss_of):
         def double(net, x, skip):
-            (grad,) = torch.autograd.grad(loss_of(net, x, skip), x, create_graph=True)
+            with monkeypatch.context() as patch:
+                patch.setattr(zero_rows, "prepare_graph", None)
+                (grad,) = torch.autograd.grad(loss_of(net, x, skip), x, create_graph=True)
             net.rows.clear()
             return grad.square().sum()
 
         return double
 
     assert_exact(penalty(weighted), None)
+    monkeypatch.setattr(zero_rows, "prepare_graph", None)
     with torch.autograd.set_detect_anomaly(True):
         assert_exact(weighted, None)
 
     def at_once(net, x, skip):
         scores = skip(net(x))
         factors = torch.stack([ROWS, ROWS.roll(1)])[..., None].expand(2, 6, 3)
-        return torch.autograd.grad(scores, x, factors, is_grads_batched=True)[0]
+        pull_back = torch.func.vmap(lambda factor: torch.autograd.grad(scores, x, factor, retain_graph=True)[0])
+        return pull_back(factors), *torch.autograd.grad(scores, x, factors, is_grads_batched=True)
 
     torch.testing.assert_close(*(at_once(Net(), inputs().requires_grad_(), x) for x in (identity, skip_zero_rows)))
 
@@ -330,6 +340,11 @@ def test_transforms_and_forward_mode():
     x = inputs()
     for transform in (torch.func.grad, lambda f: lambda x: torch.func.jvp(f, (x,), (x,)), torch.func.jacrev):
         torch.testing.assert_close(transform(loss_of(skip_zero_rows))(x), transform(loss_of(identity))(x))
+    out, pull_back = torch.func.vjp(loss_of(skip_zero_rows), x)
+    with torch.no_grad():  # outside of the transform
+        (grad,) = pull_back(torch.ones_like(out))
+    assert type(grad) is torch.Tensor
+    torch.testing.assert_close(grad, torch.func.grad(loss_of(identity))(x))
     per_row = torch.func.vmap(torch.func.grad(lambda x, skip=skip_zero_rows: skip(x * weight.sum(1)).sum()))
     torch.testing.assert_close(per_row(x), weight.sum(1).expand(6, 4))
     with torch.autograd.forward_ad.dual_level():
