@@ -5,6 +5,7 @@ from hf_trim.torchvision_cpu import import_torchvision
 
 import_torchvision()  # before transformers imports it: a CUDA build of torchvision fails beside a CPU build of torch
 
+from hf_trim.backward import skip_zero_rows
 from hf_trim.trainer import (
     TrimmingArguments,
     TrimmingConfig,
@@ -27,6 +28,7 @@ __all__ = [
     "linear_fraction",
     "mark_losses",
     "select_items",
+    "skip_zero_rows",
     "trimmed_linear_cross_entropy",
     "trimmed_mean",
 ]

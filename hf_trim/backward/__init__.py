@@ -10,6 +10,7 @@ from torch import Tensor
 from hf_trim.backward.dense import take_rows_dense
 from hf_trim.backward.eager.rows import NotRowwiseError
 from hf_trim.backward.eager.sparse import take_rows_sparse
+from hf_trim.backward.eager.zero_rows import skip_zero_rows
 from hf_trim.backward.registry import implements
 from hf_trim.backward.settings import checked, fallback_report, reset_fallbacks, strict
 
@@ -21,6 +22,7 @@ __all__ = [
     "fallback_report",
     "implements",
     "reset_fallbacks",
+    "skip_zero_rows",
     "strict",
     "take_kept",
     "take_rows_sparse",

@@ -262,6 +262,11 @@ def is_transforming() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def is_batched_gradient(grad: Tensor) -> bool:
+    """Whether a gradient stands for several at once: `torch.autograd.grad(..., is_grads_batched=True)`."""
+    return torch._C._functorch.is_legacy_batchedtensor(grad)
+
+
 # ---- benchmarks ---------------------------------------------------------------------------------------------------
 
 

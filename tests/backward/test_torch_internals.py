@@ -37,6 +37,8 @@ NAMES = {
     "torch._C._dispatch_has_kernel_for_dispatch_key": "taking composite ops apart",
     "torch._C._dispatch_tls_local_exclude_set": "recomputing all rows of a checkpoint",
     "torch._C._dispatch_tls_local_include_set": "recomputing all rows of a checkpoint",
+    "torch._C._functorch.is_legacy_batchedtensor": "several gradients at once",
+    "torch._C._functorch.peek_interpreter_stack": "telling torch.func's transforms",
     "torch._C._ForceDispatchKeyGuard": "recomputing all rows of a checkpoint",
     "torch._C.DispatchKey.AutogradFunctionality": "recomputing all rows of a checkpoint",
     "torch._C.DispatchKey.ADInplaceOrView": "recomputing all rows of a checkpoint",

@@ -23,6 +23,7 @@ from hf_trim import (
     linear_fraction,
     mark_losses,
     select_items,
+    skip_zero_rows,
     trimmed_linear_cross_entropy,
     trimmed_mean,
 )
@@ -132,6 +133,10 @@ def kept_losses(losses: Tensor, labels: Tensor, backward: str) -> Tensor:
     if backward not in BACKWARD_CHOICES:
         return assert_type(take_rows_sparse(losses, kept), Tensor)
     return assert_type(take_kept(losses, kept, backward), Tensor)
+
+
+def hinge(scores: Tensor, labels: Tensor) -> Tensor:
+    return torch.nn.functional.multi_margin_loss(assert_type(skip_zero_rows(scores), Tensor), labels)
 
 
 # ---- the backward pass --------------------------------------------------------------------------------------------

@@ -5,19 +5,18 @@ from dataclasses import dataclass, field
 from functools import cache
 
 import pytest
-import tokenizers
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from transformers import (
     LlamaConfig,
     LlamaForSequenceClassification,
-    PreTrainedTokenizerFast,
     TrainerCallback,
     set_seed,
 )
 
 from hf_trim import TrimmingConfig, TrimmingMixin
+from tests.support.grpo import skip, tokenizer
 from tests.support.heads import LLAMA, make
 from tests.support.helpers import digit_texts, grouped, relative_difference, train, weights
 
@@ -35,20 +34,6 @@ class TrimmingSFTTrainer(TrimmingMixin, trl.SFTTrainer):
 @dataclass
 class TrimmingSFTConfig(TrimmingConfig, trl.SFTConfig):
     pass
-
-
-CHAT = (
-    "{% for message in messages %}{% if message.role == 'assistant' %}{% generation %}{{ message.content }} 2"
-    "{% endgeneration %}{% else %}{{ message.content }} 1 {% endif %}{% endfor %}"
-)
-
-
-def tokenizer():
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({str(n): n for n in range(20)}, unk_token="19"))
-    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="0", eos_token="2", unk_token="19", chat_template=CHAT
-    )
 
 
 def token_rows(n=35):
@@ -430,3 +415,38 @@ def test_a_part_by_hand_is_not_trimmed_in_silence(name, tmp_path, caplog):
         caplog.clear()
         train_by_hand(name, tmp_path, module=module, trim_keep_start=start, trim_keep_end=0.3)
         assert caplog.text.count(BY_HAND_WARNING) == 1
+
+
+# ---- a loss by hand that leaves samples out ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_grpo_skips_answers_without_an_advantage(checkpointing, tmp_path):
+    skipped, expected, trained = [], [], []
+
+    def reward(prompts, completions, **kwargs):
+        """Two of three prompts are too hard: all answers to them get the same."""
+        hard = [sum(map(int, prompt.split())) % 3 > 0 for prompt in prompts]
+        rewards = torch.tensor([0.0 if x else len(y) % 3 for x, y in zip(hard, completions, strict=True)])
+        expected.append(int((rewards.view(4, 4) == rewards.view(4, 4).mean(1, keepdim=True)).sum()))
+        return rewards.tolist()
+
+    def note(module, args, output):
+        if output.requires_grad:
+            output.register_hook(lambda grad: skipped.append(grad.rows.batch - grad.rows.count))
+
+    start = parameters(llama().double())
+    for skips in (False, True):
+        model = llama().double()
+        if skips:
+            model.base_model.norm.register_forward_hook(note)
+            model.base_model.register_forward_hook(skip)
+        train(
+            model, Dataset.from_list(prompts()), tmp_path, trainer_cls=trl.GRPOTrainer, args_cls=trl.GRPOConfig,
+            collator=None, max_steps=4, per_device_train_batch_size=16, num_generations=4, max_completion_length=4,
+            trainer_kwargs={"processing_class": tokenizer(), "reward_funcs": reward}, bf16=False,
+            gradient_checkpointing=checkpointing,
+        )  # fmt: skip
+        trained.append(parameters(model) - start)
+    assert expected == skipped * 2 and min(skipped) > 3
+    assert relative_difference(*trained) < 1e-10

@@ -101,12 +101,16 @@ def row_gradient(payload: Tensor, rows: Rows, inner: int = 1) -> Tensor:
     Returns:
         `torch.Tensor`: Of shape `[B·inner, ...]`; row-sparse unless something needs an ordinary tensor.
     """
-    # A graph of the backward pass, and the NaN checks of anomaly mode, are for ordinary tensors.
-    if torch.is_grad_enabled() or torch.is_anomaly_enabled() or torch.compiler.is_compiling():
+    if needs_ordinary_gradients():
         dense = payload.new_zeros(rows.batch, inner, *payload.shape[1:])
         return dense.index_copy(0, rows.index, payload.unflatten(0, (rows.count, inner))).flatten(0, 1)
     rows.backward_pass = current_backward_pass()
     return RowSparseTensor(payload.contiguous(), rows, 0, 1, inner)
+
+
+def needs_ordinary_gradients() -> bool:
+    """Whether the backward pass under way is for ordinary tensors: it has a graph, is traced, or checked for NaN."""
+    return torch.is_grad_enabled() or torch.is_anomaly_enabled() or torch.compiler.is_compiling()
 
 
 class _TakeRows(torch.autograd.Function):
