@@ -32,6 +32,12 @@ def needed(name: str, use: str):
 
 # Name → what hf_trim does with it. Of these it is enough to be there.
 NAMES = {
+    "torch._assert_async": "refusing rows that are named twice",
+    "torch._neg_view": "taking rows of a lazy negative",
+    "torch._C._functorch.is_batchedtensor": "telling batched gradients",
+    "torch._C._functorch.is_legacy_batchedtensor": "telling batched gradients",
+    "torch._C._get_obj_in_tls": "settings in autograd's threads",
+    "torch._C._is_key_in_tls": "settings in autograd's threads",
     "torch._C._current_graph_task_id": "telling backward passes apart",
     "torch._C._disabled_torch_function_impl": "RowTensor",
     "torch._C._dispatch_has_kernel_for_dispatch_key": "taking composite ops apart",
