@@ -38,11 +38,11 @@ def take_kept(losses: Tensor, kept: Tensor, backward: str) -> Tensor:
 
     Args:
         losses (`torch.Tensor`): Unreduced losses of any shape, n in all.
-        kept (`torch.Tensor`): `[k]` ascending indices into `losses.flatten()`.
+        kept (`torch.Tensor`): `[k]` different indices into `losses.flatten()`, in any order.
         backward (`str`): `"dense"` for ordinary autograd, `"sparse"` for row-sparse gradients.
 
     Returns:
-        `torch.Tensor`: `[k]` losses.
+        `torch.Tensor`: `[k]` losses, in the order of `kept`; in their own where all are kept.
     """
     losses = losses.flatten()
     if kept.numel() == losses.numel():

@@ -7,6 +7,7 @@ e.g. an in-place op in a rule: `is_mutable(aten.add_.Tensor)` is true, `function
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from contextvars import Context
 from copy import deepcopy
 from functools import cache, partial
 from operator import attrgetter
@@ -77,6 +78,7 @@ def decompose(op: OpOverload, *args, **kwargs) -> Any:
 # ---- tensors and tensor subclasses --------------------------------------------------------------------------------
 
 make_wrapper_subclass = Tensor._make_wrapper_subclass
+negative_view = torch._neg_view  # the lazy negative of a tensor; the tensor without the bit, if it is one
 disabled_torch_function = torch._C._disabled_torch_function_impl
 version_of = attrgetter("_version")  # how often the memory of a tensor was written to
 
@@ -89,6 +91,11 @@ _saved_names: dict[type, list[str]] = {}
 def current_backward_pass() -> int:
     """The number of the backward pass under way; −1 outside of one."""
     return torch._C._current_graph_task_id()
+
+
+def context_of_backward() -> Context | None:
+    """The context of the thread that called `backward`, in any that autograd runs it in; older versions lack it."""
+    return torch._C._get_obj_in_tls("context") if torch._C._is_key_in_tls("context") else None
 
 
 def function_of(node: Node) -> type | None:
@@ -262,9 +269,14 @@ def is_transforming() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
-def is_batched_gradient(grad: Tensor) -> bool:
-    """Whether a gradient stands for several at once: `torch.autograd.grad(..., is_grads_batched=True)`."""
-    return torch._C._functorch.is_legacy_batchedtensor(grad)
+def is_batched(x: Tensor) -> bool:
+    """Whether a tensor stands for many, as gradients do with `torch.autograd.grad(..., is_grads_batched=True)`."""
+    return torch._C._functorch.is_legacy_batchedtensor(x) or torch._C._functorch.is_batchedtensor(x)
+
+
+def assert_later(condition: Tensor, message: str) -> None:
+    """Has the device raise an error, without waiting for it, if a boolean tensor is false."""
+    torch._assert_async(condition, message)
 
 
 # ---- benchmarks ---------------------------------------------------------------------------------------------------

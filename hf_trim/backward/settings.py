@@ -9,39 +9,79 @@ is no rule: the gradient becomes an ordinary `[B, C]`, and `fallback_report()` i
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from hf_trim.backward._torch_internals import context_of_backward
 
 
+@dataclass(frozen=True)
 class Settings:
-    """Switches of the row-sparse backward pass, changed through [`strict`] and [`checked`]."""
+    """
+    Switches of the row-sparse backward pass, changed through [`strict`] and [`checked`], and what it counted.
 
-    strict = False
-    check_compiled = True  # whether a compiled graph's first gradients on the kept rows are compared with dense ones
+    Args:
+        strict (`bool`, *optional*, defaults to `False`): Whether an op without a rule is an error.
+        check_compiled (`bool`, *optional*, defaults to `True`):
+            Whether a compiled graph's first gradients on the kept rows are compared with dense ones.
+        fallbacks (`Counter`, *optional*): Op or autograd node → how often it ran dense for want of a rule.
+        refused_graphs (`Counter`, *optional*): Reason → how often a compiled graph ran on the whole batch for it.
+    """
+
+    strict: bool = False
+    check_compiled: bool = True
+    fallbacks: Counter = field(default_factory=Counter)
+    refused_graphs: Counter = field(default_factory=Counter)
 
 
-FALLBACKS: Counter = Counter()  # op or autograd node → how often it ran dense for want of a rule
-REFUSED_GRAPHS: Counter = Counter()  # reason → how often a compiled graph ran on the whole batch for it
+_SETTINGS: ContextVar[Settings | None] = ContextVar("hf_trim_backward_settings", default=None)
+
+
+def current_settings() -> Settings:
+    """
+    The settings and counters of this thread (of this context, see `contextvars`). Autograd runs the backward pass of a
+    GPU in a thread of its own: there they are those of the thread that called `backward`.
+
+    Returns:
+        [`Settings`]: Shared by all who ask in this thread.
+    """
+    context = context_of_backward()
+    settings = (context and context.get(_SETTINGS)) or _SETTINGS.get() or Settings()
+    _SETTINGS.set(settings)  # a backward pass that begins in autograd's thread has them too
+    return settings
 
 
 def fallback_report() -> dict[str, int]:
     """
-    The ops that had no row-sparse rule and ran dense, since the last reset.
+    The ops that had no row-sparse rule and ran dense in this thread, since the last reset.
 
     Returns:
         `dict[str, int]`: Name of the op or autograd node → how often, most frequent first.
     """
-    return dict(FALLBACKS.most_common())
+    return dict(current_settings().fallbacks.most_common())
+
+
+def refused_graphs() -> dict[str, int]:
+    """
+    Why compiled graphs ran on the whole batch in this thread, since the last reset.
+
+    Returns:
+        `dict[str, int]`: Reason → how often, the first one first.
+    """
+    return dict(current_settings().refused_graphs)
 
 
 def reset_fallbacks() -> None:
-    """Forgets the ops counted so far."""
-    FALLBACKS.clear()
-    REFUSED_GRAPHS.clear()
+    """Forgets the ops and graphs counted so far in this thread."""
+    current_settings().fallbacks.clear()
+    current_settings().refused_graphs.clear()
 
 
 @contextmanager
 def strict(enabled: bool = True) -> Iterator[None]:
     """
-    Within this context, a backward pass raises where it would otherwise run an op dense.
+    Within this context, a backward pass that this thread starts raises where it would otherwise run an op dense.
 
     Args:
         enabled (`bool`, *optional*, defaults to `True`): Whether to raise.
@@ -49,7 +89,7 @@ def strict(enabled: bool = True) -> Iterator[None]:
     Raises:
         `RuntimeError`: Names the op and the shapes of its arguments.
     """
-    with _setting("strict", enabled):
+    with _changed(strict=enabled):
         yield
 
 
@@ -61,15 +101,14 @@ def checked(enabled: bool = True) -> Iterator[None]:
     Args:
         enabled (`bool`, *optional*, defaults to `True`): Whether they are, as they are by default.
     """
-    with _setting("check_compiled", enabled):
+    with _changed(check_compiled=enabled):
         yield
 
 
 @contextmanager
-def _setting(name: str, value: bool) -> Iterator[None]:
-    previous = getattr(Settings, name)
-    setattr(Settings, name, value)
+def _changed(**changes: Any) -> Iterator[None]:
+    token = _SETTINGS.set(replace(current_settings(), **changes))
     try:
         yield
     finally:
-        setattr(Settings, name, previous)
+        _SETTINGS.reset(token)

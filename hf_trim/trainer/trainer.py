@@ -26,7 +26,7 @@ from hf_trim._compat import find_batch_size, unwrap_peft_model
 from hf_trim.backward._torch_internals import around, compiled_modules, without_compilation
 from hf_trim.backward.choice import choose_backward
 from hf_trim.backward.compiled.backend import CUDA_GRAPHS, mark_batch_dynamic, uses_cuda_graphs
-from hf_trim.backward.settings import REFUSED_GRAPHS, checked, fallback_report, reset_fallbacks, strict
+from hf_trim.backward.settings import checked, fallback_report, refused_graphs, reset_fallbacks, strict
 from hf_trim.hub.push import PushMixin
 from hf_trim.trainer.arguments import TrimmingConfig
 from hf_trim.trainer.batch import TrimmedBatch
@@ -414,7 +414,7 @@ class TrimmingMixin(PushMixin):
         """The backward pass of this mini-batch, and the reason for it."""
         if keep == 1:
             return "dense", "asked for"  # nothing is left out
-        refused = CUDA_GRAPHS if graphs_on_rows and uses_cuda_graphs(model) else next(iter(REFUSED_GRAPHS), "")
+        refused = CUDA_GRAPHS if graphs_on_rows and uses_cuda_graphs(model) else next(iter(refused_graphs()), "")
         mode, reason = choose_backward(trim.trim_backward, model, per_sample, keep, has_head, refused)
         if mode == "sparse" and is_timed(self.args, trim):
             return self._timing.choose(self.state, None if trim.is_adaptive else keep)

@@ -15,7 +15,7 @@ from hf_trim.backward.compiled import plan, symbols
 from hf_trim.backward.compiled.backend import keep_backward_graphs
 from hf_trim.backward.compiled.proof import Proof
 from hf_trim.backward.eager.sparse import take_rows_sparse
-from hf_trim.backward.settings import REFUSED_GRAPHS, checked, fallback_report, strict
+from hf_trim.backward.settings import checked, fallback_report, refused_graphs, strict
 from tests.support.compiled import DECOMPOSED, Do, Net, check, dense_take, gradients_of, net_losses, step
 from tests.support.helpers import relative_difference
 from tests.support.models import KEPT, TRANSFORMERS, build, difference, gradients
@@ -67,7 +67,7 @@ def test_lengths_may_vary(runs):
         x = torch.randn(6, 3, length)
         expected = step(call, net, x, labels, 0.5, dense_take)
         assert relative_difference(step(call, net, x, labels, 0.5), expected) <= 1e-5
-    assert not REFUSED_GRAPHS and len(runs) == 3 and counters["stats"]["unique_graphs"] <= 2
+    assert not refused_graphs() and len(runs) == 3 and counters["stats"]["unique_graphs"] <= 2
 
 
 def test_tokens_in_front_of_samples(runs):
@@ -127,7 +127,7 @@ def test_a_graph_may_be_run_backward_twice():
         once = gradients_of(net)
         loss.backward()
     assert relative_difference(gradients_of(net), 2 * once) <= 1e-6
-    assert not REFUSED_GRAPHS
+    assert not refused_graphs()
 
 
 def test_one_line_in_a_loop_without_a_trainer(runs):
@@ -193,7 +193,7 @@ def test_what_mixes_rows_runs_dense(name, backend, runs, caplog):
         for _ in range(2):
             assert relative_difference(step(call, net, x, labels, 0.5), expected) <= 1e-5
     assert not runs
-    assert sum(REFUSED_GRAPHS.values()) == 2 and len(REFUSED_GRAPHS) == 1
+    assert sum(refused_graphs().values()) == 2 and len(refused_graphs()) == 1
     warnings = [record.message for record in caplog.records if "runs on the whole batch" in record.message]
     assert len(warnings) == 1
     assert any(part in warnings[0] for part in reason.split("|")), warnings
@@ -210,7 +210,7 @@ def test_what_only_some_graphs_tell_is_exact_or_refused(function, backend, runs)
     x, labels = torch.randn(6, 3, 2, 2), torch.tensor([0, 1, 2] * 2)
     expected = step(call, net, x, labels, 0.5, dense_take)
     assert relative_difference(step(call, net, x, labels, 0.5), expected) <= 1e-5
-    assert bool(runs) != bool(REFUSED_GRAPHS)
+    assert bool(runs) != bool(refused_graphs())
 
 
 def test_frozen_batch_norm_does_not_mix(runs):
@@ -223,7 +223,7 @@ def test_a_graph_for_one_batch_size(runs):
     x, labels = torch.randn(6, 3, 2, 2), torch.tensor([0, 1, 2] * 2)
     expected = step(call, net, x, labels, 0.5, dense_take)
     assert relative_difference(step(call, net, x, labels, 0.5), expected) <= 1e-6
-    assert not runs and "for one batch size" in next(iter(REFUSED_GRAPHS))
+    assert not runs and "for one batch size" in next(iter(refused_graphs()))
 
 
 def test_a_length_that_equals_the_batch_size_by_chance(runs):
@@ -249,7 +249,7 @@ def test_a_graph_without_guards_for_a_number_of_rows_runs_dense(monkeypatch):
     x, labels = torch.randn(6, 3, 2, 2), torch.tensor([0, 1, 2] * 2)
     expected = step(call, net, x, labels, 0.5, dense_take)
     assert relative_difference(step(call, net, x, labels, 0.5), expected) <= 1e-6
-    assert "batch sizes that 3 is not one of" in next(iter(REFUSED_GRAPHS))
+    assert "batch sizes that 3 is not one of" in next(iter(refused_graphs()))
 
 
 def test_a_proof_that_is_wrong_is_found_out(monkeypatch, caplog):
@@ -272,7 +272,7 @@ def test_a_proof_that_is_wrong_is_found_out(monkeypatch, caplog):
             error = relative_difference(step(call, net, x, labels, 0.5), expected)
         assert error <= 1e-5 if on else error > 1e-2
         assert ("gave other gradients than on the whole batch" in caplog.text) == on
-    assert "gave other gradients" in next(iter(REFUSED_GRAPHS))
+    assert "gave other gradients" in next(iter(refused_graphs()))
 
 
 def test_the_cache_leaves_no_graph(monkeypatch):
@@ -285,4 +285,4 @@ def test_the_cache_leaves_no_graph(monkeypatch):
         traced.meta = {}
     expected = step(call, net, x, labels, 0.5, dense_take)
     assert relative_difference(step(call, net, x, labels, 0.5), expected) <= 1e-6
-    assert "backend='hf_trim' compiles without that cache" in next(iter(REFUSED_GRAPHS))
+    assert "backend='hf_trim' compiles without that cache" in next(iter(refused_graphs()))

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch._dynamo.utils import counters
 
-from hf_trim.backward.settings import REFUSED_GRAPHS
+from hf_trim.backward.settings import refused_graphs
 from tests.support.compiled import Do, one_block_resnet, one_layer_bert
 from tests.support.helpers import digit_texts, digits, relative_difference, train, weights
 
@@ -41,7 +41,7 @@ def test_the_trainer_compiles_for_rows(backward, tmp_path, caplog, runs):
         one_layer_bert(), digit_texts(44), tmp_path, trim_backward=backward, trim_strict=backward == "sparse",
         torch_compile=True, torch_compile_backend="aot_eager", **arguments,
     )  # fmt: skip
-    assert not REFUSED_GRAPHS
+    assert not refused_graphs()
     assert len(runs) == 3 * 6  # the last of the 6 mini-batches of an epoch is short
     assert counters["stats"]["unique_graphs"] == 1
     assert compiled.losses == pytest.approx(eager.losses, rel=1e-4)
@@ -59,7 +59,7 @@ def test_a_model_that_comes_compiled(tmp_path, runs):
     for model in (whole, regions):
         compiled = train(model, rows, tmp_path, **arguments)
         assert relative_difference(weights(compiled), weights(eager)) < 1e-5
-    assert len(runs) == 6 and not REFUSED_GRAPHS
+    assert len(runs) == 6 and not refused_graphs()
 
 
 @pytest.mark.extended
@@ -81,4 +81,4 @@ def test_auto_does_not_try_batch_norm(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         train(one_block_resnet(), digits(), tmp_path, torch_compile=True, torch_compile_backend="aot_eager",
               max_steps=1, trim_keep_start=0.5, trim_keep_end=0.5)  # fmt: skip
-    assert "dense" in caplog.text and "batch-norm modules" in caplog.text and not REFUSED_GRAPHS
+    assert "dense" in caplog.text and "batch-norm modules" in caplog.text and not refused_graphs()

@@ -2,7 +2,7 @@
 
 import pytest
 
-from hf_trim.backward.settings import REFUSED_GRAPHS, fallback_report
+from hf_trim.backward.settings import fallback_report, refused_graphs
 from tests.support.programs import HEADS, MIXING, ROW_BY_ROW, difference, draw_program
 
 
@@ -27,5 +27,5 @@ def test_random_programs_compiled(fresh_compiler):
     refused = 0
     for seed in range(6):
         assert difference(*draw_program(seed), seed, compiled=True) < 1e-10, seed
-        refused += bool(REFUSED_GRAPHS)
+        refused += bool(refused_graphs())
     assert 0 < refused < 6

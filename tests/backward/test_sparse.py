@@ -137,3 +137,20 @@ def test_arguments_are_checked():
         take_rows_sparse(torch.tensor(0.0), KEPT)
     with pytest.raises(ValueError, match="Expected"):
         take_rows_sparse(torch.zeros(2), KEPT[:0])
+
+
+@pytest.mark.parametrize("kept", [[3, 1], [0, 2, 1, 3], [4, 0, 2]])
+def test_kept_indices_in_any_order(kept):
+    torch.manual_seed(0)
+    kept, x, factors = torch.tensor(kept), torch.rand(6, 3, requires_grad=True), torch.rand(len(kept))
+    losses = (x @ torch.rand(3, 3)).sin().sum(1)
+    close(take_rows_sparse(losses, kept), losses[kept])
+    for taken in (take_rows_sparse(losses, kept, 1.0), losses[kept]):
+        (taken @ factors).backward(retain_graph=True)
+        factors = -factors
+    close(x.grad, torch.zeros_like(x))
+
+
+def test_kept_indices_are_different(losses):
+    with pytest.raises(ValueError, match=r"different, and are \[3, 1, 3\]"):
+        take_rows_sparse(losses[-1], torch.tensor([3, 1, 3]))

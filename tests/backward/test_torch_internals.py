@@ -32,12 +32,17 @@ def needed(name: str, use: str):
 
 # Name → what hf_trim does with it. Of these it is enough to be there.
 NAMES = {
+    "torch._assert_async": "refusing rows that are named twice",
+    "torch._neg_view": "taking rows of a lazy negative",
+    "torch._C._functorch.is_batchedtensor": "telling batched gradients",
+    "torch._C._functorch.is_legacy_batchedtensor": "telling batched gradients",
+    "torch._C._get_obj_in_tls": "settings in autograd's threads",
+    "torch._C._is_key_in_tls": "settings in autograd's threads",
     "torch._C._current_graph_task_id": "telling backward passes apart",
     "torch._C._disabled_torch_function_impl": "RowTensor",
     "torch._C._dispatch_has_kernel_for_dispatch_key": "taking composite ops apart",
     "torch._C._dispatch_tls_local_exclude_set": "recomputing all rows of a checkpoint",
     "torch._C._dispatch_tls_local_include_set": "recomputing all rows of a checkpoint",
-    "torch._C._functorch.is_legacy_batchedtensor": "several gradients at once",
     "torch._C._functorch.peek_interpreter_stack": "telling torch.func's transforms",
     "torch._C._ForceDispatchKeyGuard": "recomputing all rows of a checkpoint",
     "torch._C.DispatchKey.AutogradFunctionality": "recomputing all rows of a checkpoint",

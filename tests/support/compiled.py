@@ -7,7 +7,7 @@ from torch import nn
 
 from hf_trim.backward.compiled.backend import mark_batch_dynamic
 from hf_trim.backward.eager.sparse import take_rows_sparse
-from hf_trim.backward.settings import REFUSED_GRAPHS, fallback_report
+from hf_trim.backward.settings import fallback_report, refused_graphs
 from tests.support.models import (
     KEPT,
     TIMM_MODELS,
@@ -35,7 +35,7 @@ def check(model, runs, losses_of=classification_losses, kept=KEPT, autocast=None
     kept = torch.tensor(kept)
     dense = gradients(model, lambda x: x[kept], losses, autocast)
     sparse = gradients(model, lambda x: take_rows_sparse(x, kept), losses, autocast)
-    assert not REFUSED_GRAPHS and not fallback_report()
+    assert not refused_graphs() and not fallback_report()
     assert runs == [(len(kept), max(2, len(kept)))] * graphs
     assert difference(sparse, dense) <= tolerance
 

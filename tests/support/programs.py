@@ -19,7 +19,7 @@ from torch import nn
 
 from hf_trim.backward.compiled.backend import keep_backward_graphs
 from hf_trim.backward.eager.sparse import take_rows_sparse
-from hf_trim.backward.settings import REFUSED_GRAPHS, checked, fallback_report, reset_fallbacks
+from hf_trim.backward.settings import checked, fallback_report, refused_graphs, reset_fallbacks
 from tests.support.compiled import DECOMPOSED
 
 
@@ -232,7 +232,7 @@ if __name__ == "__main__":
         error = difference(*draw_program(seed), seed, args.compiled)
         assert error < 1e-10, (seed, error)
         on_rows += not fallback_report()
-        reasons.update(REFUSED_GRAPHS.keys())
+        reasons.update(refused_graphs())
     print(f"{args.count} programs as dense, {on_rows} of them on the kept rows alone")
     for reason, count in reasons.most_common():
         print(f"{count} graphs refused: {reason}")

@@ -62,9 +62,10 @@ def test_it_looks_again_when_p_has_fallen_by_a_quarter(clock, tmp_path, caplog):
     assert caplog.text.count("use the dense backward pass: it takes 20 ms, and the sparse one 30 ms at p = 0.6") == 1
 
 
-@pytest.mark.parametrize(
-    "schedule", [ARGUMENTS, {"trim_schedule": "adaptive", "trim_mass": 0.5}], ids=["step", "adaptive"]
-)
+SCHEDULES = {"step": ARGUMENTS, "adaptive": {"trim_schedule": "adaptive", "trim_mass": 0.5, "num_train_epochs": 5}}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
 def test_a_resumed_training_repeats_the_choice(schedule, clock, tmp_path):
     arguments = {**SCHEDULES[schedule], "save_strategy": "steps", "save_steps": 5}
     whole = train(tiny_vit(), digits(48), tmp_path, **arguments)

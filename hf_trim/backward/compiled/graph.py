@@ -31,7 +31,7 @@ from hf_trim.backward.compiled.plan import BackwardCall, InputSlice, Plan, Plann
 from hf_trim.backward.compiled.slices import clear_padding, holds_row_numbers, pad_rows, take_rows, to_row_sparse
 from hf_trim.backward.compiled.symbols import Values
 from hf_trim.backward.eager.tensor import RowSparseTensor, RowTensor, densify
-from hf_trim.backward.settings import FALLBACKS, REFUSED_GRAPHS, Settings
+from hf_trim.backward.settings import current_settings
 
 
 logger = logging.getLogger(__name__)
@@ -107,17 +107,18 @@ class CompiledBackward:
         return self.run_dense(ctx, args)
 
     def _refuse(self, reason: str) -> None:
-        if Settings.strict:
+        settings = current_settings()
+        if settings.strict:
             raise RuntimeError(f"A compiled backward graph cannot run on the kept rows: {reason}.")
-        if reason not in REFUSED_GRAPHS:
+        if reason not in settings.refused_graphs:
             logger.warning("A compiled backward graph runs on the whole batch, and saves no time: %s.", reason)
-        REFUSED_GRAPHS[reason] += 1
-        FALLBACKS[f"a compiled graph ({reason})"] += 1
+        settings.refused_graphs[reason] += 1
+        settings.fallbacks[f"a compiled graph ({reason})"] += 1
 
     def _run_on_rows(self, ctx: Any, args: list, call: BackwardCall, plan: Plan, values: Values) -> list:
         sizes = self.planner.sizes(plan, call.rows, values)
         self._check_inputs(args, call, plan, sizes)
-        compare = Settings.check_compiled and not plan.compared
+        compare = current_settings().check_compiled and not plan.compared
         all_rows = list(args) if compare else None
         free_saved_tensors(ctx)  # so that each tensor is freed as soon as its rows are taken
         self._slice_inputs(args, call, plan, sizes, copy=compare)

@@ -50,7 +50,7 @@ class ActivationRows(RowTensor):
         """The ordinary tensor of the same shape; its unknown rows are computed now."""
         if self.materialize is None:
             raise NotRowwiseError("the other rows are unknown")
-        return self.materialize()
+        return self.materialize().resolve_conj().resolve_neg()  # rules run below the dispatch of these bits
 
 
 def run_on_all_rows(func: OpOverload, args: tuple, kwargs: dict) -> Any:

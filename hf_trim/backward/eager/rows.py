@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_trim.backward._torch_internals import StorageWeakRef, version_of
+from hf_trim.backward._torch_internals import StorageWeakRef, negative_view, version_of
 
 
 _REMEMBER_FROM = 1 << 16  # elements; smaller slices are copied faster than looked up
@@ -27,7 +27,7 @@ class Rows:
     The kept rows of one backward pass. Gradients can be combined row by row if they share the same object.
 
     Args:
-        index (`torch.Tensor`): `[k]` ascending row numbers, int64.
+        index (`torch.Tensor`): `[k]` different row numbers in any order, int64: payloads have the rows in this order.
         batch (`int`): Number of rows B, kept or not.
     """
 
@@ -38,7 +38,11 @@ class Rows:
         self.index, self.batch, self.count = index, batch, index.numel()
         # A run of neighbours is a view, not a copy, but only in front: kernels take it for granted that what they
         # saved (means, say) has no gaps. On a GPU, to read its ends would make the host wait.
-        is_run = index.device.type == "cpu" and int(index[-1]) - int(index[0]) == self.count - 1
+        is_run = (
+            index.device.type == "cpu"
+            and int(index[-1]) - int(index[0]) == self.count - 1
+            and bool((index.diff() == 1).all())
+        )
         self.start = int(index[0]) if is_run else None
         self._last: tuple | None = None  # the slice that was taken last: its key, its source's storage, and the slice
         # Of views and slices: the sizes of a model's layers are the same again and again.
@@ -51,7 +55,8 @@ class Rows:
 
     def take(self, x: Tensor, dim: int = 0, outer: int = 1, inner: int = 1) -> Tensor:
         """
-        The kept rows of a dense tensor, in the memory layout of that tensor.
+        The kept rows of a dense tensor, in the memory layout of that tensor. Rules run below the dispatch of lazy
+        conjugates and negatives, where most ops ignore these bits: they are resolved here.
 
         Args:
             x (`torch.Tensor`): Has `outer * B * inner` entries along `dim`.
@@ -63,8 +68,14 @@ class Rows:
             `torch.Tensor`: The same shape but for `outer * k * inner` entries along `dim`; may be a view of `x`.
 
         Raises:
-            `NotRowwiseError`: If `x` has another size along `dim`.
+            `NotRowwiseError`: If `x` has another size along `dim`, or is sparse or nested.
         """
+        if x.layout is not torch.strided or x.is_nested:
+            raise NotRowwiseError("an operand is sparse or nested")
+        if x.is_neg():  # real tensors may be negatives too: the imaginary part of a conjugate is one
+            return self.take(negative_view(x), dim, outer, inner).neg()
+        if x.is_conj():
+            return self.take(x.conj(), dim, outer, inner).conj_physical()
         if not -x.ndim <= dim < x.ndim or x.shape[dim] != outer * self.batch * inner:
             raise NotRowwiseError(f"{tuple(x.shape)} has no {outer}*{self.batch}*{inner} rows along dimension {dim}")
         dim %= x.ndim

@@ -12,12 +12,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 from torch.autograd.graph import Node
 
 from hf_trim.backward._torch_internals import (
     CheckpointFunction,
+    assert_later,
     current_backward_pass,
     function_of,
+    is_batched,
+    is_transforming,
     replace_function,
     wrapped_checkpoint_function,
 )
@@ -27,11 +31,11 @@ from hf_trim.backward.eager.checkpoint import recompute_kept_rows
 from hf_trim.backward.eager.rows import Rows
 from hf_trim.backward.eager.saved import COMPUTE_WITH_SAVED, keep_rows_of_saved
 from hf_trim.backward.eager.tensor import RowSparseTensor, RowTensor, densify
-from hf_trim.backward.settings import FALLBACKS, Settings
+from hf_trim.backward.settings import current_settings
 
 
 DENSE_ABOVE = 0.8  # kept share above which slicing costs about what it saves
-_ATEN_NODE = re.compile(r"\w+Backward\d+$|CopyBackwards$")
+_ATEN_NODE = re.compile(r"\w+Backward\d+(_copy)?$|CopyBackwards$")
 # Python Functions whose backward hands its gradients on, or computes with ordinary ops.
 _TRANSPARENT_FUNCTIONS = {
     "RegisterPostBackwardFunction",  # FSDP2
@@ -49,14 +53,15 @@ def take_rows_sparse(losses: Tensor, kept: Tensor, dense_above: float = DENSE_AB
 
     Args:
         losses (`torch.Tensor`): `[n, ...]` unreduced losses.
-        kept (`torch.Tensor`): `[k]` ascending indices into the first dimension of `losses`, int64.
+        kept (`torch.Tensor`): `[k]` different indices into the first dimension of `losses`, int64, in any order (those
+            of `topk`, say).
         dense_above (`float`, *optional*, defaults to 0.8): Kept share above which the backward pass is dense.
 
     Returns:
         `torch.Tensor`: `[k, ...]` losses, equal to `losses[kept]`; the gradients are those of `losses[kept]` too.
 
     Raises:
-        `ValueError`: If `losses` has no dimension, or `kept` is empty.
+        `ValueError`: If `losses` has no dimension, or `kept` is empty or names a row twice.
     """
     if losses.ndim == 0 or kept.ndim != 1 or not kept.numel():
         raise ValueError(
@@ -74,15 +79,16 @@ def prepare_rows(tensors: Sequence[Tensor], kept: Tensor, batch: int, dense_abov
     Args:
         tensors (`Sequence[torch.Tensor]`): The tensors, with their graphs. Their gradients share the rows, so that
             they can be added up row by row.
-        kept (`torch.Tensor`): `[k]` ascending numbers of rows, int64.
+        kept (`torch.Tensor`): `[k]` different numbers of rows in any order, int64.
         batch (`int`): Number B of rows.
         dense_above (`float`, *optional*, defaults to 0.8): Kept share above which the backward pass is dense.
 
     Returns:
         [`~hf_trim.backward.eager.rows.Rows`] or `None`: The rows; `None` where ordinary gradients are better.
     """
+    _check_different(kept)
     nodes = [tensor.grad_fn for tensor in tensors]
-    if not 0 < kept.numel() <= dense_above * batch or None in nodes or torch.compiler.is_compiling():
+    if not 0 < kept.numel() <= dense_above * batch or None in nodes or _needs_ordinary_tensors(*tensors):
         return None
     rows = Rows(kept, batch)
     prepare_graph(nodes, rows)
@@ -101,16 +107,37 @@ def row_gradient(payload: Tensor, rows: Rows, inner: int = 1) -> Tensor:
     Returns:
         `torch.Tensor`: Of shape `[B·inner, ...]`; row-sparse unless something needs an ordinary tensor.
     """
-    if needs_ordinary_gradients():
+    if needs_ordinary_gradients(payload):
         dense = payload.new_zeros(rows.batch, inner, *payload.shape[1:])
-        return dense.index_copy(0, rows.index, payload.unflatten(0, (rows.count, inner))).flatten(0, 1)
+        values = payload.reshape(rows.count, inner, *payload.shape[1:])
+        return dense.index_add(0, rows.index, values).reshape(rows.batch * inner, *payload.shape[1:])
     rows.backward_pass = current_backward_pass()
-    return RowSparseTensor(payload.contiguous(), rows, 0, 1, inner)
+    return RowSparseTensor(payload.resolve_conj().resolve_neg().contiguous(), rows, 0, 1, inner)
 
 
-def needs_ordinary_gradients() -> bool:
-    """Whether the backward pass under way is for ordinary tensors: it has a graph, is traced, or checked for NaN."""
-    return torch.is_grad_enabled() or torch.is_anomaly_enabled() or torch.compiler.is_compiling()
+def _check_different(kept: Tensor) -> None:
+    """Each row must be named once: a payload that names one twice has no sum. On a GPU the host does not wait."""
+    ascending = kept.sort().values
+    different = (ascending[1:] != ascending[:-1]).all()
+    if kept.device.type != "cpu":
+        assert_later(different, "The kept indices must be different.")
+    elif not different:
+        raise ValueError(f"The kept indices must be different, and are {kept.tolist()}.")
+
+
+def needs_ordinary_gradients(*tensors: Tensor) -> bool:
+    """
+    Whether the backward pass under way is for ordinary tensors: it has a graph, is traced, checked for NaN, one of many
+    (`is_grads_batched`), or itself differentiated forward.
+    """
+    return torch.is_grad_enabled() or torch.is_anomaly_enabled() or _needs_ordinary_tensors(*tensors)
+
+
+def _needs_ordinary_tensors(*tensors: Tensor) -> bool:
+    """Whether the backward pass is compiled, or one of many (`is_grads_batched`), or itself differentiated forward."""
+    if torch.compiler.is_compiling() or is_transforming():
+        return True
+    return any(is_batched(x) or unpack_dual(x).tangent is not None for x in tensors)
 
 
 class _TakeRows(torch.autograd.Function):
@@ -139,6 +166,7 @@ def prepare_graph(nodes: Iterable[Node | None], rows: Rows, skip_leaves: Collect
         rows ([`~hf_trim.backward.eager.rows.Rows`]): The kept rows.
         skip_leaves (collection of `torch.Tensor`): Leaves whose `grad` may become row-sparse.
     """
+    current_settings()  # from here on, a thread of autograd's finds those of this thread
     skip = {id(x) for x in skip_leaves}
     stack = [node for node in nodes if node is not None]
     seen = set(stack)
@@ -182,10 +210,11 @@ def _densify_gradients(node: Node, counted: bool = True) -> None:
             return None
         incoming[:] = [grad for grad in grads if isinstance(grad, RowSparseTensor)][:1]
         if counted:
-            if Settings.strict:
+            settings = current_settings()
+            if settings.strict:
                 shapes = [tuple(grad.shape) for grad in grads if grad is not None]
                 raise RuntimeError(f"{name} is not an ATen op and takes no row-sparse gradient (shapes {shapes}).")
-            FALLBACKS[name] += 1
+            settings.fallbacks[name] += 1
         return tuple(densify(grad) for grad in grads)
 
     def posthook(grads, _):

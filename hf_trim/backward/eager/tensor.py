@@ -23,7 +23,7 @@ from hf_trim.backward._torch_internals import (
 )
 from hf_trim.backward.eager.rows import NotRowwiseError, Rows
 from hf_trim.backward.registry import GRADIENTS
-from hf_trim.backward.settings import FALLBACKS, Settings
+from hf_trim.backward.settings import current_settings
 
 
 def _dense_strides(values: Tensor, shape: list[int]) -> list[int]:
@@ -190,7 +190,7 @@ class RowSparseTensor(RowTensor):
 
     def sparsify(self, x: Tensor) -> Tensor:
         """A dense result made row-sparse again, if it turns out to be zero outside this gradient's rows."""
-        if x.layout != torch.strided or self.rows.count == self.rows.batch or self.row_dim >= x.ndim:
+        if x.layout != torch.strided or x.is_nested or self.rows.count == self.rows.batch or self.row_dim >= x.ndim:
             return x
         if x.shape[self.row_dim] != self.shape[self.row_dim]:
             return x
@@ -231,10 +231,11 @@ def densify(x: Any) -> Any:
 def run_dense(func: OpOverload, args: tuple, kwargs: dict, reason: str | Exception = "") -> Any:
     """Runs an op without a rule on ordinary tensors: always right, only slower."""
     name = str(func)
-    if Settings.strict:
+    settings = current_settings()
+    if settings.strict:
         shapes = [f"{type(x).__name__}{tuple(x.shape)}" for x in tree_iter((args, kwargs)) if isinstance(x, Tensor)]
         raise RuntimeError(f"{name} has no row-sparse rule for {', '.join(shapes)}. {reason}".rstrip())
-    FALLBACKS[name] += 1
+    settings.fallbacks[name] += 1
     if func.is_view and isinstance(args[0], RowSparseTensor):
         return run_dense_view(func, *args, **kwargs)
     grad = next(x for x in tree_iter((args, kwargs)) if isinstance(x, RowSparseTensor))

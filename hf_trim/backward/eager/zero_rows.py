@@ -8,7 +8,7 @@ e.g. hidden states `[B, T, C]`, B = 4, and a loss that clips samples 0 and 2: th
 import torch
 from torch import Tensor
 
-from hf_trim.backward._torch_internals import is_batched_gradient, is_transforming
+from hf_trim.backward._torch_internals import is_transforming
 from hf_trim.backward.eager.rows import Rows
 from hf_trim.backward.eager.sparse import DENSE_ABOVE, needs_ordinary_gradients, prepare_graph, row_gradient
 
@@ -53,7 +53,7 @@ def skip_zero_rows(x: Tensor, dense_above: float = DENSE_ABOVE) -> Tensor:
 
     def skip(grads: tuple, _: tuple) -> tuple | None:
         grad = grads[0]
-        if not _has_readable_rows(grad) or needs_ordinary_gradients():
+        if not _has_readable_rows(grad) or needs_ordinary_gradients(grad):
             return None
         kept = (grad if grad.ndim == 1 else grad.any(dim=tuple(range(1, grad.ndim)))).nonzero().flatten()
         if not kept.numel():
@@ -74,7 +74,5 @@ def skip_zero_rows(x: Tensor, dense_above: float = DENSE_ABOVE) -> Tensor:
 def _has_readable_rows(grad: Tensor | None) -> bool:
     """Whether the host may look at a gradient: it is an ordinary tensor with values, and no CUDA graph is recorded."""
     if type(grad) is not Tensor or grad.layout is not torch.strided or grad.is_meta:
-        return False
-    if is_transforming() or is_batched_gradient(grad):
         return False
     return not (grad.is_cuda and torch.cuda.is_current_stream_capturing())

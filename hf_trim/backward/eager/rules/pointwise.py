@@ -75,7 +75,14 @@ def decomposed(func, *args, **kwargs):
 # ---- pointwise ---------------------------------------------------------------------------------------------------
 
 # Ops whose result is zero wherever one of these operands is.
-ZERO_IF_ZERO = {"mul": (0, 1), "div": (0,), "clone": (0,), "native_dropout_backward": (0,), "ldexp": (0,)}
+ZERO_IF_ZERO = {
+    "mul": (0, 1),
+    "div": (0,),
+    "clone": (0,),
+    "native_dropout_backward": (0,),
+    "ldexp": (0,),
+    "xlogy": (0,),
+}
 _zero_probes: dict[tuple, bool] = {}  # op and arguments → whether the op makes zero of zeros
 
 
@@ -127,6 +134,12 @@ def prelu_backward(func, grad, x, weight):
     return tuple(grad.like(out) for out in outs)
 
 
+@implements("_conj", "_neg_view", table=(GRADIENTS, ACTIVATIONS))
+def resolved(func, x):
+    """Lazy conjugates and negatives: a payload has no such bit, as it would be ignored below the dispatch."""
+    return x.like(x.payload.conj_physical() if func is aten._conj.default else x.payload.neg())
+
+
 @implements("add.Tensor", "sub.Tensor")
 def add(func, x, y, alpha=1):
     if isinstance(x, RowSparseTensor) and isinstance(y, RowSparseTensor):
@@ -170,6 +183,7 @@ def in_place(func, *args, **kwargs):
 def copy(func, x, source, non_blocking=False):
     require(isinstance(source, RowSparseTensor), "every row is overwritten")
     require(x.shape == source.shape and x.device == source.device, "operands are broadcast")
+    require(not (x.is_conj() or x.is_neg()), "it writes to a lazy conjugate")
     out = source.like(source.payload.to(x.dtype, copy=True))
     if func is aten.copy.default:
         return out
