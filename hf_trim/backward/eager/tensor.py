@@ -109,13 +109,14 @@ class RowTensor(Tensor):
         row_dim = self.row_dim if row_dim is None else row_dim
         return type(self)(payload, self.rows, row_dim, self.row_outer, self.row_inner)
 
-    def kept_rows(self, x: Tensor | None, dim: int | None = None) -> Any:
+    def kept_rows(self, x: Tensor | None, dim: int | None = None, inner: int | None = None) -> Any:
         """
         The payload-sized part of an operand that has this tensor's rows along `dim` (default: `self.row_dim`).
 
         Args:
             x (`torch.Tensor`, *optional*): An ordinary tensor, one of rows, or `None`, which is handed back.
             dim (`int`, *optional*): The dimension of `x` that carries rows.
+            inner (`int`, *optional*): Size of what is merged behind the rows in `x` (default: `self.row_inner`).
 
         Raises:
             `NotRowwiseError`: If `x` does not carry the same rows in the same way.
@@ -125,12 +126,12 @@ class RowTensor(Tensor):
         if x is None:
             return None
         if isinstance(x, RowTensor):
-            if x is self and dim in (self.row_dim, self.row_dim - self.ndim):
+            if x is self and inner is None and dim in (self.row_dim, self.row_dim - self.ndim):
                 return x.payload
-            if x.layout_of_rows() != (self.rows, dim % x.ndim, self.row_outer, self.row_inner):
+            if x.layout_of_rows() != (self.rows, dim % x.ndim, self.row_outer, inner or self.row_inner):
                 raise NotRowwiseError("operands carry different rows")
             return x.payload
-        return self.rows.take(x, dim, self.row_outer, self.row_inner)
+        return self.rows.take(x, dim, self.row_outer, inner or self.row_inner)
 
     def kept_rows_or_broadcast(self, x: Tensor | None, dim: int | None = None) -> Any:
         """Like [`RowTensor.kept_rows`], but an operand of size 1 along `dim`, or without it, is left as it is."""
