@@ -179,3 +179,13 @@ def test_memory_is_shared_with_whole_views_only():
             else:
                 assert grad.view(size).payload.data_ptr() == part.data_ptr()
             close(grad.reshape(size), grad.densify().reshape(size))
+
+
+def test_views_of_one_kept_row():
+    grad = RowSparseTensor(torch.arange(1.0, 5).view(1, 4), Rows(torch.tensor([2]), 6))
+    expected = grad.densify().t().reshape(8, 3)
+    view = grad.t().view(8, 3)  # its strides allow it, those of a view of the ordinary tensor do not
+    close(view, expected)
+    with pytest.raises(RuntimeError, match="Work on a copy"):
+        view.add_(1)
+    close(grad.t(), expected.view(4, 6))
