@@ -19,12 +19,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.modules._functions import BackwardHookFunction
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.utils import checkpoint as torch_checkpoint
 from torch.utils._pytree import tree_iter, tree_map, tree_map_only
 
 
-__all__ = ["BatchNorm", "StorageWeakRef", "tree_iter", "tree_map", "tree_map_only"]
+__all__ = ["BackwardHookFunction", "BatchNorm", "StorageWeakRef", "tree_iter", "tree_map", "tree_map_only"]
 
 # ---- ops ----------------------------------------------------------------------------------------------------------
 
@@ -51,6 +52,12 @@ def argument_names(op: OpOverload) -> list[str]:
 def return_types(op: OpOverload) -> list[str]:
     """The types of what an op returns, e.g. `["Tensor"]`."""
     return [str(returned.type) for returned in op._schema.returns]
+
+
+def written_arguments(op: OpOverload, args: tuple, kwargs: dict) -> list:
+    """The arguments of a call that an op changes: tensors, and lists of them."""
+    written = [(i, x.name) for i, x in enumerate(op._schema.arguments) if x.alias_info and x.alias_info.is_write]
+    return [args[i] if i < len(args) else kwargs.get(name) for i, name in written]
 
 
 @cache
@@ -80,6 +87,19 @@ def decompose(op: OpOverload, *args, **kwargs) -> Any:
 make_wrapper_subclass = Tensor._make_wrapper_subclass
 negative_view = torch._neg_view  # the lazy negative of a tensor; the tensor without the bit, if it is one
 disabled_torch_function = torch._C._disabled_torch_function_impl
+base_of = attrgetter("_base")  # what a tensor is a view of; `None` where it is none, or autograd does not know
+
+
+def same_view(view: Tensor, base: Tensor) -> Tensor:
+    """The view of `base` that `view` is of its own base."""
+    return view._view_func_unsafe(base)  # type: ignore[attr-defined]
+
+
+def tensors_sharing_memory(x: Tensor) -> int:
+    """The number of ordinary tensors, this one among them, that share the memory of `x`."""
+    return torch._C._storage_Use_Count(x.untyped_storage()._cdata) - 1  # without the object that was made to ask
+
+
 version_of = attrgetter("_version")  # how often the memory of a tensor was written to
 
 # ---- autograd's graph ---------------------------------------------------------------------------------------------

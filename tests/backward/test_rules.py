@@ -125,12 +125,67 @@ def test_op(name, grad):
     close(grad, dense)
 
 
-def test_a_view_that_cannot_be_written_to_says_so():
+WRITES = {
+    "add_": lambda x: x.add_(1),
+    "zero_": lambda x: x.zero_(),
+    "copy_": lambda x: x.copy_(x.flip(0)),
+    "part": lambda x: x[:, 0].mul_(2),
+    "entry": lambda x: x[1, 0, 2].fill_(5),
+    "dense": lambda x: x.data_ptr() and x.add_(1),
+}
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+def test_what_is_written_to_a_view_along_the_rows_reaches_what_it_is_a_view_of(write):
     grad = RowSparseTensor(torch.ones(2, 3), Rows(torch.tensor([1, 4]), 6))
-    view = grad.unsqueeze(1)[1:]  # of a view, and along the rows
+    expected = grad.densify()
+    for x in (grad, expected):
+        write(x.unsqueeze(1)[1:])
+    close(grad, expected)
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+def test_writing_is_refused_where_it_would_not_reach_all(write):
+    grad = RowSparseTensor(torch.ones(2, 3), Rows(torch.tensor([1, 4]), 6))
+    relatives = [grad.t(), grad.unsqueeze(1)]
+    view = relatives[1][1:]
     close(view, grad.densify()[1:, None])
     close(view.flip(0), grad.densify()[1:, None].flip(0))
-    for change in (lambda x: x.add_(1), lambda x: x.zero_(), lambda x: x.copy_(view), lambda x: x[:, 0].mul_(2)):
-        with pytest.raises(RuntimeError, match="Work on a copy"):
-            change(view)
-    close(grad.unsqueeze(1)[1:], view)
+    assert view[0, 0, 0].item() == 1
+    with pytest.raises(RuntimeError, match="Work on a copy"):
+        write(view)
+    close(grad, relatives[0].t())
+    del relatives, view
+    write(grad.unsqueeze(1)[1:])  # nothing else shares its memory any more
+
+
+def test_memory_is_shared_with_whole_views_only():
+    payload = torch.arange(24.0).view(2, 3, 4)
+    for part in (
+        payload[:, :, 1:],
+        payload.mT,
+        payload[:1],
+        payload[..., :1].expand(2, 3, 4),
+        payload.unfold(1, 2, 1),
+    ):
+        grad = RowSparseTensor(part, Rows(torch.tensor([1, 4][: len(part)]), 6))
+        like = torch.empty_strided(grad.shape, grad.stride())
+        for size in ([-1], [grad.shape[0], -1], [-1, *grad.shape[2:]]):
+            try:
+                like.view(size)
+            except RuntimeError:
+                with pytest.raises(RuntimeError):
+                    grad.view(size)
+            else:
+                assert grad.view(size).payload.data_ptr() == part.data_ptr()
+            close(grad.reshape(size), grad.densify().reshape(size))
+
+
+def test_views_of_one_kept_row():
+    grad = RowSparseTensor(torch.tensor([[1.0, 2, 3, 4]]), Rows(torch.tensor([2]), 6))
+    expected = grad.densify().t().reshape(8, 3)
+    view = grad.t().view(8, 3)  # its strides allow it, those of a view of the ordinary tensor do not
+    close(view, expected)
+    with pytest.raises(RuntimeError, match="Work on a copy"):
+        view.add_(1)
+    close(grad.t(), expected.view(4, 6))

@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hf_trim.backward.eager.rows import Rows
 from hf_trim.backward.eager.sparse import take_rows_sparse
 from hf_trim.backward.eager.tensor import RowSparseTensor
 from hf_trim.backward.settings import fallback_report, reset_fallbacks, strict
@@ -120,11 +119,6 @@ def test_compiled_model(losses):
         take(F.cross_entropy(compiled(x), labels, reduction="none")).mean().backward()
         gradients.append(net[0].weight.grad.clone())
     close(*gradients)
-
-
-def test_aot_autograd_densifies_a_tangent():
-    grad = RowSparseTensor(torch.randn(2, 3), Rows(KEPT, 6))
-    assert type(grad.__coerce_same_metadata_as_tangent__(None)) is torch.Tensor
 
 
 def test_nearly_all_rows_take_the_dense_path(losses):

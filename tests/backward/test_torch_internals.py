@@ -51,6 +51,7 @@ NAMES = {
     "torch._ops.OpOverload.decompose": "taking composite ops apart",
     "torch.Tensor._make_wrapper_subclass": "RowTensor",
     "torch.multiprocessing.reductions.StorageWeakRef": "sharing slices of one tensor",
+    "torch.nn.modules._functions.BackwardHookFunction": "hooks of modules",
     "torch.nn.modules.batchnorm._BatchNorm": "finding modules that mix samples",
     "torch.utils._pytree.tree_iter": "finding tensors among an op's arguments",
     "torch.utils._pytree.tree_map_only": "making an op's arguments dense",
@@ -79,6 +80,12 @@ def test_what_is_read_of_ops():
         assert internals.argument_names(aten.mm.default) == ["self", "mat2"]
         assert internals.return_types(aten.mm.default) == ["Tensor"]
         assert internals.return_types(aten.native_layer_norm.default) == ["Tensor"] * 3
+    with needed("Argument.alias_info of torch._ops.OpOverload._schema", "in-place ops"):
+        x, y = torch.zeros(2), torch.ones(2)
+        assert internals.written_arguments(aten.add_.Tensor, (x, y), {}) == [x]
+        assert internals.written_arguments(aten.add.out, (x, x), {"out": y}) == [y]
+        assert internals.written_arguments(aten._foreach_mul_.Scalar, ([x], 2), {}) == [[x]]
+        assert internals.written_arguments(aten.add.Tensor, (x, y), {}) == []
     with needed("torch._ops.OpOverload._overloadname", "in-place ops"):
         assert internals.functional_form(aten.add_.Tensor) is aten.add.Tensor
         assert internals.functional_form(aten.add.Tensor) is None
@@ -128,6 +135,26 @@ def test_version_of_a_tensor():
         before = internals.version_of(x)
         x.add_(1)
         assert internals.version_of(x) == before + 1
+
+
+def test_tensors_that_share_memory():
+    x = torch.zeros(3)
+    with needed("torch._C._storage_Use_Count", "writing to a tensor of kept rows"):
+        assert internals.tensors_sharing_memory(x) == 1
+        view = x[1:]
+        assert internals.tensors_sharing_memory(x) == internals.tensors_sharing_memory(view) == 2
+        del view
+        assert internals.tensors_sharing_memory(x) == 1
+
+
+def test_view_of_another_base():
+    x = torch.zeros(2, 3, 4)
+    with needed("torch.Tensor._base and _view_func_unsafe", "writing to a view of kept rows"):
+        view = x.transpose(0, 1)[1].unsqueeze(0)
+        assert internals.base_of(view) is x and internals.base_of(x) is None
+        y = torch.ones(2, 3, 4)
+        internals.same_view(view, y).zero_()
+        assert y[:, 1].sum() == 0 and y.sum() == 16
 
 
 def test_weak_reference_to_a_storage():

@@ -112,6 +112,38 @@ ROW_BY_ROW = {
     ).flatten(-2),
     "rotated": lambda x, w: x * w[0] + torch.cat([-x[..., 2:], x[..., :2]], -1) * w[1],
 }
+
+
+# Those that write into a part of a tensor, or index it.
+def assigned(index, value):
+    """Writes `value(x)` to a part of `x * 1`."""
+
+    def op(x, w):
+        out = x * 1
+        out[index(x)] = value(x) if callable(value) else value
+        return out
+
+    return op
+
+
+def channels_apart(x, w):
+    """Reads and writes at indices with a slice between them, which brings what is indexed to the front."""
+    tokens, heads = torch.tensor([0, 2, 2]), torch.tensor([1, 0, 1])
+    out = x.unflatten(2, (2, 2)).transpose(2, 3) * 1
+    read = out[:, tokens, :, heads]
+    out[:, tokens[:2], :, heads[:2]] = read[:2].sin()
+    return out.flatten(2) + read.mean(0).repeat(1, 2)[:, None]
+
+
+ROW_BY_ROW |= {
+    "assigned": assigned(lambda x: (slice(None), torch.tensor([2, 0])), lambda x: x[:, :2].sin()),
+    "assigned number": assigned(lambda x: (slice(None), torch.tensor([2, 0])), 0.5),
+    "assigned token each": assigned(
+        lambda x: (torch.arange(x.shape[0]), order(x.sum(-1), 1)[:, 0]), lambda x: x[:, 1].sin()
+    ),
+    "a masked token each": lambda x, w: x + x[order(x.sum(-1), 1) == 0][:, None] @ w,
+    "masked columns": lambda x, w: x + x[:, torch.arange(x.shape[1]) % 2 == 0].mean(1, keepdim=True),
+}
 # The same where the rows are in the second dimension, or in the last.
 CHANNELS = ("linear", "layer norm", "rms norm", "norm of channels", "softmax", "einsum", "table", "embedding", "glu")
 POINTWISE = ("gelu", "exp", "dropout", "silu")
@@ -155,6 +187,14 @@ MIXING = {
     "bilinear": lambda x, w: F.bilinear(x, x, w[:, None] * w),
     "cross product": lambda x, w: torch.cross(x[..., :3], x[..., 1:], dim=-1) @ w[:3] + x,
     "repeated": lambda x, w: (x.repeat_interleave(2, 0) @ w)[::2],
+    "indices apart": channels_apart,
+    "loop": lambda x, w: torch.stack([sample @ w for sample in x]),
+    "loop of numbers": lambda x, w: x * torch.stack([sample.square().sum() for sample in x]).view(-1)[:, None, None],
+    "empty pieces": lambda x, w: torch.cat([part.sin() for part in x.split([2, 0, x.shape[0] - 2])]),
+    "joined with nothing": lambda x, w: torch.cat([x[:0], x @ w, x[x.shape[0] :]]),
+    "masked tokens": lambda x, w: x.masked_scatter(x > 0, x[x > 0].sin()),
+    "assigned rows": assigned(lambda x: torch.tensor([1, 0]), lambda x: x[:2].sin()),
+    "assigned slice": assigned(lambda x: (slice(1, 3), 0), lambda x: x[:2, 1].sin()),
 }
 HEADS = {
     "mean": lambda x, labels: x.mean(1),

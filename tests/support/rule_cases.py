@@ -166,6 +166,16 @@ CASES = {
     "conv2d_channels_last": lambda n, x: F.conv2d(
         image(x).contiguous(memory_format=torch.channels_last), n.w(x.shape[1], 1, 3, 3), padding=1, groups=x.shape[1]
     ),
+    "conv2d_kernels_of_samples": lambda n, x: F.conv2d(
+        image(x).flatten(0, 1)[None], (x.mean(2) @ n.w(x.shape[1], x.shape[1] * 18)).view(-1, x.shape[1], 3, 3),
+        (x.mean(2) @ n.w(x.shape[1], 2)).flatten(), padding=1, groups=x.shape[0],
+    ).unflatten(1, (-1, 2))[0],
+    "conv_transpose_kernels_of_samples": lambda n, x: F.conv_transpose1d(
+        x.flatten(0, 1)[None], (x @ n.w(x.shape[2], 6)).view(-1, 2, 3), groups=x.shape[0], stride=2
+    ).unflatten(1, (-1, 2))[0],
+    "conv1d_depthwise_kernels_of_samples": lambda n, x: F.conv1d(
+        x.flatten(0, 1)[None], (x @ n.w(x.shape[2], 3)).view(-1, 1, 3), padding=1, groups=x.shape[0] * x.shape[1]
+    ).view_as(x),
     "conv_transpose": lambda n, x: F.conv_transpose2d(image(x), n.w(x.shape[1], 3, 2, 2), n.w(3), stride=2),
     "max_pool": lambda n, x: F.max_pool2d(image(x), (1, 2)) + F.adaptive_max_pool2d(image(x), (x.shape[2], 3)),
     "avg_pool": lambda n, x: F.avg_pool2d(image(x), (1, 2)) + F.adaptive_avg_pool2d(image(x), (x.shape[2], 3)),
@@ -204,6 +214,8 @@ CASES = {
     "roll_flip": lambda n, x: x.roll((1, 2), (1, 2)) + x.flip(1, 2),
     "diagonal": lambda n, x: x.tril() + x.triu(1),
     "cumsum": lambda n, x: x.cumsum(1),
+    "fourier": lambda n, x: torch.fft.fftn(x, dim=(1, 2)).real * n.w(x.shape[2]),
+    "fourier_real": lambda n, x: torch.fft.irfft2(torch.fft.rfft2(x) * n.w(x.shape[2] // 2 + 1), s=x.shape[1:]),
     "window": lambda n, x: x.unfold(1, 2, 1),
     # reductions
     "sum": lambda n, x: x.sum(1) + x.mean((1, 2), keepdim=True)[:, 0] + x.sum((1, 2))[:, None],

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hf_trim.backward._torch_internals import OpOverload, is_mutable, tree_iter, tree_map_only
 from hf_trim.backward.eager.rows import NotRowwiseError
-from hf_trim.backward.eager.tensor import RowSparseTensor, RowTensor, densify
+from hf_trim.backward.eager.tensor import LostWriteError, RowSparseTensor, RowTensor, densify
 from hf_trim.backward.registry import ACTIVATIONS
 
 
@@ -75,6 +75,8 @@ def run_in_place(rule: Callable, func: OpOverload, args: tuple, kwargs: dict) ->
         # A copy: what `before` returns is another tensor's, or is asked for again.
         return run_on_all_rows(func, (before().clone(), *operands), kwargs)
 
+    if target.is_shared():  # what shares its memory has a `materialize` that does not know of this op
+        raise LostWriteError
     try:
         rule(func, *args, **kwargs)
     except NotRowwiseError:

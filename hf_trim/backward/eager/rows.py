@@ -32,6 +32,7 @@ class Rows:
     """
 
     needs_all_rows = False  # whether a checkpointed function could not be recomputed for these rows alone
+    starts_dense = False  # whether the first gradients are ordinary ones
     backward_pass: int | None = None  # the number of the one under way with them
 
     def __init__(self, index: Tensor, batch: int):
@@ -51,7 +52,9 @@ class Rows:
     @classmethod
     def all_of(cls, x: Tensor) -> "Rows":
         """All rows of a tensor's first dimension."""
-        return cls(torch.arange(x.shape[0], device=x.device), x.shape[0])
+        rows = cls(torch.arange(x.shape[0], device=x.device), x.shape[0])
+        rows.start = 0
+        return rows
 
     def take(self, x: Tensor, dim: int = 0, outer: int = 1, inner: int = 1) -> Tensor:
         """

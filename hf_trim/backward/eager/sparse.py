@@ -16,6 +16,7 @@ from torch.autograd.forward_ad import unpack_dual
 from torch.autograd.graph import Node
 
 from hf_trim.backward._torch_internals import (
+    BackwardHookFunction,
     CheckpointFunction,
     assert_later,
     current_backward_pass,
@@ -44,7 +45,9 @@ _TRANSPARENT_FUNCTIONS = {
     "PostBackwardFunctionModule",
     "LinearFunctionForZeroStage3",
 }
-_DENSE = "hf_trim_dense"  # marks nodes that get ordinary gradients
+# Keys in the metadata of a node, which lives longer than one backward pass.
+_DENSE = "hf_trim_dense"  # it gets ordinary gradients: the row-sparse one that they were, until it has run
+_GIVES_DENSE = "hf_trim_gives_dense"  # it hands ordinary gradients to those that [`_reaches_user`] names
 
 
 def take_rows_sparse(losses: Tensor, kept: Tensor, dense_above: float = DENSE_ABOVE) -> Tensor:
@@ -107,7 +110,7 @@ def row_gradient(payload: Tensor, rows: Rows, inner: int = 1) -> Tensor:
     Returns:
         `torch.Tensor`: Of shape `[B·inner, ...]`; row-sparse unless something needs an ordinary tensor.
     """
-    if needs_ordinary_gradients(payload):
+    if rows.starts_dense or needs_ordinary_gradients(payload):
         dense = payload.new_zeros(rows.batch, inner, *payload.shape[1:])
         values = payload.reshape(rows.count, inner, *payload.shape[1:])
         return dense.index_add(0, rows.index, values).reshape(rows.batch * inner, *payload.shape[1:])
@@ -127,8 +130,8 @@ def _check_different(kept: Tensor) -> None:
 
 def needs_ordinary_gradients(*tensors: Tensor) -> bool:
     """
-    Whether the backward pass under way is for ordinary tensors: it has a graph, is traced, checked for NaN, one of many
-    (`is_grads_batched`), or itself differentiated forward.
+    Whether the backward pass under way is for ordinary tensors: it has a graph, is traced, checked for NaN, one of
+    many (`is_grads_batched`), or itself differentiated forward.
     """
     return torch.is_grad_enabled() or torch.is_anomaly_enabled() or _needs_ordinary_tensors(*tensors)
 
@@ -170,13 +173,11 @@ def prepare_graph(nodes: Iterable[Node | None], rows: Rows, skip_leaves: Collect
     skip = {id(x) for x in skip_leaves}
     stack = [node for node in nodes if node is not None]
     seen = set(stack)
+    rows.starts_dense = any(_reaches_user(node, skip) for node in stack)
     while stack:
         node = stack.pop()
         node_type = type(node)
-        if node_type.__name__ == "AccumulateGrad":
-            if id(node.variable) not in skip:  # type: ignore[attr-defined]
-                _densify_gradients(node, counted=False)
-        elif node_type.__name__.startswith("AsStrided"):  # its formula writes into zeros of the whole storage
+        if node_type.__name__.startswith("AsStrided"):  # its formula writes into zeros of the whole storage
             _densify_gradients(node, counted=False)
         elif is_compiled_graph(node):
             accept_row_sparse_gradients(node)
@@ -184,26 +185,58 @@ def prepare_graph(nodes: Iterable[Node | None], rows: Rows, skip_leaves: Collect
             function = function_of(node)
             if function is CheckpointFunction:
                 replace_function(node, _SparseCheckpoint)
+            elif function is BackwardHookFunction:
+                _densify_gradients(node, counted=False)
             elif function is not _SparseCheckpoint and getattr(function, "__name__", "") not in _TRANSPARENT_FUNCTIONS:
                 _densify_gradients(node)
         else:
             recompute_kept_rows(node, rows)
             if node_type.__name__ in COMPUTE_WITH_SAVED:
                 keep_rows_of_saved(node)
+        _give_dense(node, skip)
         for next_node, _ in node.next_functions:
-            if next_node is not None and next_node not in seen:
+            if next_node is not None and next_node not in seen and type(next_node).__name__ != "AccumulateGrad":
                 seen.add(next_node)
                 stack.append(next_node)
+
+
+def _reaches_user(node: Node, skip_leaves: Collection[int]) -> bool:
+    """Whether the user gets what reaches a node: it is a leaf, or has the hooks of a module."""
+    if type(node).__name__ == "AccumulateGrad":
+        return id(node.variable) not in skip_leaves  # type: ignore[attr-defined]
+    return function_of(node) is BackwardHookFunction
+
+
+def _give_dense(node: Node, skip_leaves: Collection[int]) -> None:
+    """
+    Has a node hand ordinary gradients to those next ones whose gradients the user gets: hooks, and whoever asked
+    `torch.autograd.grad` for them, see them before the next node's own hooks do.
+    """
+    users = {i: x for i, (x, _) in enumerate(node.next_functions) if x is not None and _reaches_user(x, skip_leaves)}
+    metadata: Any = node.metadata
+    if not users or _GIVES_DENSE in metadata:
+        return
+    metadata[_GIVES_DENSE] = True
+
+    def posthook(grads, _):
+        if not any(isinstance(grads[i], RowTensor) for i in users):
+            return None
+        for i, user in users.items():
+            if isinstance(grads[i], RowSparseTensor) and _DENSE in user.metadata:
+                user.metadata[_DENSE][:] = [grads[i]]
+        return tuple(densify(grad) if i in users else grad for i, grad in enumerate(grads))
+
+    node.register_hook(posthook)
 
 
 def _densify_gradients(node: Node, counted: bool = True) -> None:
     """Gives a node ordinary gradients, and makes what it returns row-sparse again where it is zero elsewhere."""
     metadata: Any = node.metadata
-    if _DENSE in metadata:  # the node lives longer than one backward pass
+    if _DENSE in metadata:
         return
-    metadata[_DENSE] = True
     name = node.name()
-    incoming: list[RowSparseTensor] = []  # the row-sparse gradient that the prehook met, for the posthook
+    incoming: list[RowSparseTensor] = []  # the row-sparse gradient that arrived, for the posthook
+    metadata[_DENSE] = incoming
 
     def prehook(grads):
         if not any(isinstance(grad, RowTensor) for grad in grads):
@@ -224,8 +257,7 @@ def _densify_gradients(node: Node, counted: bool = True) -> None:
         return tuple(grad if grad is None else sparse.sparsify(grad) for grad in grads)
 
     node.register_prehook(prehook)
-    if node.next_functions:
-        node.register_hook(posthook)
+    node.register_hook(posthook)
 
 
 class _SparseCheckpoint(CheckpointFunction):

@@ -8,6 +8,9 @@ payload is [2·2, C], row_dim = 0, row_outer = 1, row_inner = 2. The weight's gr
 the kept rows of the layer's input.
 """
 
+from collections.abc import Callable
+from contextlib import suppress
+from operator import mul
 from typing import Any
 
 import torch
@@ -15,25 +18,46 @@ from torch import Tensor
 
 from hf_trim.backward._torch_internals import (
     OpOverload,
+    base_of,
     disabled_torch_function,
     is_mutable,
     make_wrapper_subclass,
+    same_view,
+    tensors_sharing_memory,
     tree_iter,
     tree_map_only,
+    written_arguments,
 )
 from hf_trim.backward.eager.rows import NotRowwiseError, Rows
 from hf_trim.backward.registry import GRADIENTS
 from hf_trim.backward.settings import current_settings
 
 
-def _dense_strides(values: Tensor, shape: list[int]) -> list[int]:
-    """Strides for `shape` with the dimension order of `values`; what is expanded there, with stride 0, stays so."""
-    strides, step = [0] * len(shape), 1
-    for d in sorted(range(len(shape)), key=lambda d: (values.stride(d), -d)):
-        if values.stride(d) or values.shape[d] == 1:
-            strides[d] = step
-            step *= max(shape[d], 1)
-    return strides
+class LostWriteError(RuntimeError):
+    """Something would be written to one of several tensors that share memory, and not reach the others."""
+
+    def __init__(self):
+        super().__init__(
+            "This in-place operation would change a tensor of kept rows, but not the tensors that share its memory "
+            "(its views, or what it is a view of). Work on a copy of it: `x.clone()`."
+        )
+
+
+def _strides(payload: Tensor, shape: list[int], row_dim: int) -> list[int]:
+    """Strides for `shape` with which a view of the whole is possible just where one of the payload is."""
+    strides, step, count = list(payload.stride()), payload.stride(row_dim), payload.shape[row_dim]
+    if count == 1 or not step:  # one row may have any stride: the rows are put outside of all else
+        strides[row_dim] = max(map(mul, strides, payload.shape)) or 1
+        return strides
+    return [stride * shape[row_dim] // count if stride > step else stride for stride in strides]
+
+
+def _read_by(name: str) -> Callable:
+    return lambda self, *args, **kwargs: getattr(self.densify(), name)(*args, **kwargs)
+
+
+def _written_by(name: str) -> Callable:
+    return lambda self, *args, **kwargs: getattr(self.make_dense(), name)(*args, **kwargs)
 
 
 class RowTensor(Tensor):
@@ -53,10 +77,6 @@ class RowTensor(Tensor):
     row_dim: int
     row_outer: int
     row_inner: int
-    is_view = has_views = False
-    is_copy = (
-        False  # whether it stands for a view but has memory of its own: writing would not reach the viewed tensor
-    )
 
     @staticmethod
     def __new__(cls, payload: Tensor, rows: Rows, row_dim: int = 0, row_outer: int = 1, row_inner: int = 1):
@@ -64,7 +84,7 @@ class RowTensor(Tensor):
             raise NotRowwiseError("an operand carries rows of its own")
         shape, size = list(payload.shape), row_outer * rows.count * row_inner
         if shape[row_dim] != size:
-            raise AssertionError(f"a payload of shape {shape} does not hold {size} rows along dimension {row_dim}")
+            raise NotRowwiseError(f"a payload of shape {shape} does not hold {size} rows along dimension {row_dim}")
         shape[row_dim] = row_outer * rows.batch * row_inner
         if payload.is_contiguous():
             self = make_wrapper_subclass(cls, shape, dtype=payload.dtype, device=payload.device)
@@ -72,7 +92,7 @@ class RowTensor(Tensor):
             key = ("strides", payload.shape, payload.stride(), row_dim)
             strides = rows.plans.get(key)
             if strides is None:
-                strides = rows.plans[key] = _dense_strides(payload, shape)
+                strides = rows.plans[key] = _strides(payload, shape, row_dim)
             self = make_wrapper_subclass(cls, shape, strides=strides, dtype=payload.dtype, device=payload.device)
         self.payload, self.rows = payload, rows
         self.row_dim, self.row_outer, self.row_inner = row_dim, row_outer, row_inner
@@ -89,13 +109,14 @@ class RowTensor(Tensor):
         row_dim = self.row_dim if row_dim is None else row_dim
         return type(self)(payload, self.rows, row_dim, self.row_outer, self.row_inner)
 
-    def kept_rows(self, x: Tensor | None, dim: int | None = None) -> Any:
+    def kept_rows(self, x: Tensor | None, dim: int | None = None, inner: int | None = None) -> Any:
         """
         The payload-sized part of an operand that has this tensor's rows along `dim` (default: `self.row_dim`).
 
         Args:
             x (`torch.Tensor`, *optional*): An ordinary tensor, one of rows, or `None`, which is handed back.
             dim (`int`, *optional*): The dimension of `x` that carries rows.
+            inner (`int`, *optional*): Size of what is merged behind the rows in `x` (default: `self.row_inner`).
 
         Raises:
             `NotRowwiseError`: If `x` does not carry the same rows in the same way.
@@ -105,12 +126,12 @@ class RowTensor(Tensor):
         if x is None:
             return None
         if isinstance(x, RowTensor):
-            if x is self and dim in (self.row_dim, self.row_dim - self.ndim):
+            if x is self and inner is None and dim in (self.row_dim, self.row_dim - self.ndim):
                 return x.payload
-            if x.layout_of_rows() != (self.rows, dim % x.ndim, self.row_outer, self.row_inner):
+            if x.layout_of_rows() != (self.rows, dim % x.ndim, self.row_outer, inner or self.row_inner):
                 raise NotRowwiseError("operands carry different rows")
             return x.payload
-        return self.rows.take(x, dim, self.row_outer, self.row_inner)
+        return self.rows.take(x, dim, self.row_outer, inner or self.row_inner)
 
     def kept_rows_or_broadcast(self, x: Tensor | None, dim: int | None = None) -> Any:
         """Like [`RowTensor.kept_rows`], but an operand of size 1 along `dim`, or without it, is left as it is."""
@@ -125,47 +146,38 @@ class RowTensor(Tensor):
         """The ordinary tensor of the same shape."""
         raise NotImplementedError
 
-    def densify_(self, dense: Tensor) -> "RowTensor":
+    def densify_(self, dense: Tensor) -> Tensor:
         """Makes this object dense: its payload is from now on `dense`, with every row of the first dimension kept."""
-        self.check_writable(self.is_view or self.has_views)
-        self.rows = Rows.all_of(self)
-        self.payload, self.row_dim, self.row_outer, self.row_inner = dense, 0, 1, 1
-        return self
+        self.payload, self.rows = dense, Rows.all_of(dense)
+        self.row_dim, self.row_outer, self.row_inner = 0, 1, 1
+        return dense
 
-    def check_writable(self, shared: bool = False) -> None:
+    def make_dense(self) -> Tensor:
         """
-        Args:
-            shared (`bool`, *optional*, defaults to `False`): Whether other tensors share the memory, but would not
-                see what is written.
+        Makes this object dense, and the one that it is a view of.
+
+        Returns:
+            `torch.Tensor`: The payload with all rows: what is written to it, or to a view of it, is written to both.
 
         Raises:
-            `RuntimeError`: If an in-place op would change this tensor alone, and not those that share its memory.
+            `LostWriteError`: If other tensors share the memory of the kept rows.
         """
-        if shared or self.is_copy:
-            raise RuntimeError(
-                "This in-place operation would change a tensor of kept rows, but not the tensors that share its "
-                "memory (its views, or what it is a view of). Work on a copy of it: `x.clone()`."
-            )
+        raise LostWriteError
+
+    def is_shared(self, relatives: int = 0) -> bool:
+        """Whether more than this many other tensors, views for example, share the payload's memory."""
+        self.rows.forget_slice()  # it may be this payload
+        return tensors_sharing_memory(self.payload) > 1 + relatives
 
     def __repr__(self, **kwargs):
         fields = f"shape={tuple(self.shape)}, kept={self.rows.count}, row_dim={self.row_dim}, dtype={self.dtype}"
         return f"{type(self).__name__}({fields})"
 
-    # These read memory directly rather than through an op, so that no rule meets them.
-    def numpy(self, **kwargs):
-        return self.densify().numpy(**kwargs)
-
-    def tolist(self):
-        return self.densify().tolist()
-
-    def data_ptr(self):
-        raise RuntimeError(f"A {type(self).__name__} has no memory of its logical shape; call `densify()` first.")
-
-    def __reduce_ex__(self, protocol):
-        return self.densify().__reduce_ex__(protocol)
-
-    def __deepcopy__(self, memo):
-        return self.densify()
+    # These use memory directly rather than through an op, so that no rule meets them.
+    numpy, tolist = _read_by("numpy"), _read_by("tolist")
+    __reduce_ex__, __deepcopy__ = _read_by("__reduce_ex__"), _read_by("__deepcopy__")
+    data_ptr, untyped_storage = _written_by("data_ptr"), _written_by("untyped_storage")
+    apply_, __dlpack__ = _written_by("apply_"), _written_by("__dlpack__")
 
 
 class RowSparseTensor(RowTensor):
@@ -202,25 +214,32 @@ class RowSparseTensor(RowTensor):
         """Adds the kept rows to a dense tensor of the same shape, in place."""
         return self.rows.add_to(out, self.payload, self.row_dim, self.row_outer, self.row_inner, alpha)
 
+    def make_dense(self) -> Tensor:
+        if not self.numel():
+            return self.densify()  # nothing can be written
+        if self.rows.start == 0 and self.rows.count == self.rows.batch:
+            return self.payload
+        base = base_of(self)
+        if self.is_shared(relatives=0 if base is None else 1):
+            raise LostWriteError
+        if base is None:
+            return self.densify_(self.densify())
+        dense = base.densify()
+        view = same_view(self, dense)
+        # The strides of a tensor of one kept row are a guess: another view of this one need not be possible.
+        if any(n > 1 and a != b for n, a, b in zip(self.shape, self.stride(), view.stride(), strict=True)):
+            raise LostWriteError
+        base.densify_(dense)
+        return self.densify_(view)
+
     def overwrite_(self, result: Tensor) -> RowTensor:
         """Takes over the content of `result`, which an in-place op computed."""
-        self.check_writable()
         if isinstance(result, RowSparseTensor) and self.shape == result.shape:
             if self.layout_of_rows() == result.layout_of_rows():
                 self.payload.copy_(result.payload)
                 return self
-        dense = torch.empty_strided(self.shape, self.stride(), dtype=self.dtype, device=self.device)
-        return self.densify_(dense.copy_(densify(result)))
-
-    def __coerce_same_metadata_as_tangent__(self, expected_metadata, expected_type=None):
-        return self.densify()  # a graph compiled by AOTAutograd knows ordinary tensors only
-
-    def __tensor_flatten__(self):
-        return ["payload"], self.layout_of_rows()
-
-    @staticmethod
-    def __tensor_unflatten__(inner_tensors, meta, outer_size, outer_stride):
-        return RowSparseTensor(inner_tensors["payload"], *meta)
+        self.make_dense().copy_(densify(result))
+        return self
 
 
 def densify(x: Any) -> Any:
@@ -238,28 +257,49 @@ def run_dense(func: OpOverload, args: tuple, kwargs: dict, reason: str | Excepti
     settings.fallbacks[name] += 1
     if func.is_view and isinstance(args[0], RowSparseTensor):
         return run_dense_view(func, *args, **kwargs)
-    grad = next(x for x in tree_iter((args, kwargs)) if isinstance(x, RowSparseTensor))
-    args, kwargs = tree_map_only(RowTensor, densify, (args, kwargs))
+    tensors = {id(x): x for x in tree_iter((args, kwargs)) if isinstance(x, RowTensor)}
+    dense = {key: x.densify() for key, x in tensors.items()}
+    args, kwargs = tree_map_only(RowTensor, lambda x: dense[id(x)], (args, kwargs))
     out = func(*args, **kwargs)
-    return out if is_mutable(func) else tree_map_only(Tensor, grad.sparsify, out)
+    if not is_mutable(func):
+        grad = next(x for x in tensors.values() if isinstance(x, RowSparseTensor))
+        return tree_map_only(Tensor, grad.sparsify, out)
+    written = {id(x) for x in tree_iter(written_arguments(func, args, kwargs))}
+    changed: dict[int, Any] = {id(x): tensors[key] for key, x in dense.items() if id(x) in written}
+    for x in changed.values():
+        x.overwrite_(x.sparsify(dense[id(x)]))
+    return tree_map_only(Tensor, lambda x: changed.get(id(x), x), out)
 
 
 def run_dense_view(func: OpOverload, x: RowSparseTensor, *args, **kwargs) -> Any:
-    """A view without a rule. What is written to it must reach `x`: that becomes dense, or writing is refused."""
-    has_all_rows = x.rows.count == x.rows.batch
-    is_dense = has_all_rows and x.payload.stride() == x.stride() and not x.payload.storage_offset()
-    has_relatives = x.is_view or x.has_views
-    if not x.is_copy and (is_dense or not has_relatives):
-        if not is_dense:
-            x.densify_(x.densify())
-        x.has_views = True
-        return func(x.payload, *args, **kwargs)
+    """A view without a rule. What is written to it reaches `x`, which becomes dense; or it is refused."""
+    if func is not torch.ops.aten.as_strided.default:  # it counts entries of the memory: only `densify` keeps strides
+        with suppress(LostWriteError):
+            return func(x.make_dense(), *args, **kwargs)
+    return tree_map_only(Tensor, CopiedView, func(x.densify(), *args, **kwargs))
 
-    def forbid_writing(view):
-        if view.ndim == 0:  # a scalar has no rows to be marked by
-            x.check_writable(shared=True)
-        out = RowSparseTensor(view, Rows.all_of(view))
-        out.is_copy = True
-        return out
 
-    return tree_map_only(Tensor, forbid_writing, func(x.densify(), *args, **kwargs))
+class CopiedView(RowTensor):
+    """An ordinary tensor that stands for a view, but has memory of its own: writing to it is refused."""
+
+    @staticmethod
+    def __new__(cls, payload: Tensor):
+        self = make_wrapper_subclass(
+            cls, payload.shape, strides=payload.stride(), dtype=payload.dtype, device=payload.device
+        )
+        self.payload, self.rows = payload, Rows(torch.zeros(1, dtype=torch.long), 1)  # its own: no other has them
+        self.row_dim, self.row_outer, self.row_inner = 0, 1, 1
+        return self
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if is_mutable(func) and any(isinstance(x, cls) for x in tree_iter(written_arguments(func, args, kwargs))):
+            raise LostWriteError
+        args, kwargs = tree_map_only(cls, densify, (args, kwargs))
+        out = func(*args, **kwargs)
+        return tree_map_only(Tensor, cls, out) if func.is_view else out
+
+    def densify(self) -> Tensor:
+        """The ordinary tensor of the same shape."""
+        return self.payload

@@ -56,31 +56,16 @@ def require_activation(x):
 
 @implements("fill_.Scalar", "zero_", "masked_fill_.Scalar", "masked_fill_.Tensor", table=ACTIVATIONS)
 def in_place(func, x, *args, **kwargs):
-    require(not (require_activation(x).is_view or x.has_views), "it would also change a view of this tensor")
-    func(*kept_payloads(x, (x, *args), kwargs), **kwargs)
+    func(*kept_payloads(require_activation(x), (x, *args), kwargs), **kwargs)
     return x
 
 
-# ---- factories, joins, reductions --------------------------------------------------------------------------------
+# ---- factories, reductions ---------------------------------------------------------------------------------------
 
 
 @implements("empty_like", "zeros_like", "ones_like", "full_like", table=ACTIVATIONS)
 def fill(func, x, *args, **kwargs):
     return x.like(func(x.payload, *args, **kwargs))
-
-
-@implements("cat", table=ACTIVATIONS)
-def cat(func, tensors, dim=0):
-    ref = find_reference(tensors, ActivationRows)
-    dim = require_other_dim(ref, dim)
-    return ref.like(func([ref.kept_rows(x) for x in tensors], dim))
-
-
-@implements("stack", table=ACTIVATIONS)
-def stack(func, tensors, dim=0):
-    ref = find_reference(tensors, ActivationRows)
-    dim %= ref.ndim + 1
-    return ref.like(func([ref.kept_rows(x) for x in tensors], dim), ref.row_dim + (dim <= ref.row_dim))
 
 
 @implements("sum.dim_IntList", "mean.dim", "amax", "amin", table=ACTIVATIONS)
@@ -183,7 +168,6 @@ def empty_batch(x):
 
 @implements("bernoulli_.float", "uniform_", "normal_", table=ACTIVATIONS)
 def draw_in_place(func, x, *args, **kwargs):
-    require(not (x.is_view or x.has_views), "it changes a view")  # of which the payload may be a copy
     x.payload.copy_(x.kept_rows(func(empty_batch(x), *args, **kwargs)))
     return x
 

@@ -8,7 +8,13 @@ the index along the rows must count them in order, then the payload is written w
 
 import torch
 
-from hf_trim.backward.eager.rules.operands import find_reference, require, require_other_dim, require_row_sparse
+from hf_trim.backward.eager.rules.operands import (
+    is_zeros,
+    require,
+    require_other_dim,
+    require_row_sparse,
+    require_samples,
+)
 from hf_trim.backward.eager.tensor import RowSparseTensor, RowTensor
 from hf_trim.backward.registry import ACTIVATIONS, GRADIENTS, implements
 
@@ -42,9 +48,7 @@ def unfold_backward(func, grad, size, dim, length, step):
 
 @implements("select_scatter", "slice_scatter")
 def scatter_slice(func, x, source, dim=0, *args, **kwargs):
-    # Zeros, where autograd removes the gradient of what was overwritten. On a GPU the host would wait for the answer.
-    zeros = isinstance(source, RowSparseTensor) or (source.device.type == "cpu" and not source.any())
-    require(isinstance(x, RowSparseTensor) and zeros, "a dense tensor is joined")
+    require(isinstance(x, RowSparseTensor) and is_zeros(source), "a dense tensor is joined")
     dim = require_other_dim(x, dim)
     source_dim = x.row_dim - (dim < x.row_dim and source.ndim < x.ndim)
     return x.like(func(x.payload, x.kept_rows(source, source_dim), dim, *args, **kwargs))
@@ -84,15 +88,43 @@ def index_add(func, x, dim, index, source, **kwargs):
     return x.like(func(x.payload, dim, index, x.kept_rows(source), **kwargs))
 
 
+def index_payload(x, indices) -> tuple[list, int, int]:
+    """
+    The indices into the payload that stand for `x[indices]`, which dimension of the result carries the rows, and how
+    many dimensions it has. e.g. `[B, T, H, C]` indexed by `[:, i]` is `[B, n, H, C]`, but by `[:, i, :, j]` it is
+    `[n, B, H]`: if the indexed dimensions stand apart, what they become is in front.
+    """
+    require(x.row_dim == 0, "it works along the rows")
+    places = [d for d, i in enumerate(indices) if i is not None]
+    masks = [i for i in indices if i is not None and i.dtype == torch.bool]  # each is like one index of its own
+    common = max(1 if indices[d].dtype == torch.bool else indices[d].ndim for d in places)
+    ndim = x.ndim + common - len(places) - sum(mask.ndim - 1 for mask in masks)
+    if indices[0] is None:
+        return indices, common if places[-1] - places[0] >= len(places) else 0, ndim
+    require_samples(x)
+    require(len(places) == len(indices), "indices and slices are mixed")
+    if masks:  # e.g. the last token of each sample
+        require(len(indices) == 1 and masks[0].ndim > 1, "indices and masks are mixed")
+        each = masks[0].flatten(1).sum(1)
+        require(bool((each == 1).all()), "not one entry of each row is chosen")
+        return [x.kept_rows(masks[0])], 0, ndim
+    # The indices are broadcast to the leading dimensions of the result, whose first one carries the rows.
+    numbers, *others = (x.kept_rows_or_broadcast(i, -common) for i in indices)
+    own = x.rows.index.view(-1, *[1] * (common - 1))
+    require(numbers.ndim == common and len(numbers) == len(own) and bool((numbers == own).all()), "rows are shuffled")
+    return [torch.arange(len(own), device=own.device).view(own.shape), *others], 0, ndim
+
+
 @implements("index.Tensor")
 def index(func, x, indices):
-    require(x.row_dim == 0 and indices[0] is None, "it works along the rows")
-    return x.like(func(x.payload, indices), 0)
+    require(isinstance(x, RowSparseTensor), "it selects from a tensor without rows")
+    kept, dim, _ = index_payload(x, indices)
+    return x.like(func(x.payload, kept), dim)
 
 
 def add_to_table(func, table, indices, grad):
     """Backward of a lookup `table[indices]` where the indices carry the rows: what was not kept adds nothing."""
-    require(None not in indices, "only some dimensions are indexed")
+    require(all(i is not None and i.dtype == torch.long for i in indices), "only some dimensions are indexed")
     common = max(i.ndim for i in indices)  # dimensions of the indices' common shape, which the gradient begins with
     dim = grad.row_dim - common
     require(dim < 0 and grad.ndim == table.ndim - len(indices) + common, "rows are not looked up")
@@ -101,30 +133,15 @@ def add_to_table(func, table, indices, grad):
 
 @implements("index_put", "_unsafe_index_put")
 def index_put(func, x, indices, source, accumulate=False):
-    """Backward of advanced indexing: `x[:, columns]`, or `x[arange(B), positions]` as decoder classifiers have it."""
-    ref = find_reference((x, source))
-    require(
-        all(i is None or i.dtype == torch.long for i in indices),
-        "a boolean mask selects an unknown number of entries of each row",
-    )
+    """
+    Backward of advanced indexing: `x[:, columns]`, `x[arange(B), positions]` as decoder classifiers have it, or
+    `x[mask]`, with one token of each sample, as encoder-decoder classifiers do.
+    """
     if accumulate and not isinstance(x, RowSparseTensor):
         return add_to_table(func, x, indices, source)
-    require(isinstance(x, RowSparseTensor) and isinstance(source, RowSparseTensor), "a dense tensor is joined")
-    require(x.rows is source.rows and x.row_dim == source.row_dim == 0, "operands carry different rows")
-    if indices[0] is None:
-        require(x.row_inner == source.row_inner and x.row_outer == source.row_outer, "operands carry different rows")
-        return x.like(func(x.payload, indices, source.payload, accumulate))
-    # The indices are broadcast to the leading dimensions of `source`, whose first one carries the rows.
-    require(
-        None not in indices and source.ndim == x.ndim - len(indices) + max(i.ndim for i in indices),
-        "indices and slices are mixed",
-    )
-    dim = -max(i.ndim for i in indices)
-    kept = [ref.kept_rows_or_broadcast(i, dim) for i in indices]
-    numbers, own = kept[0], x.rows.index
-    layout = (x.row_outer, x.row_inner, source.row_outer, source.row_inner)
-    require(layout == (1, 1, 1, 1) and numbers.ndim == -dim and numbers.shape[0] == own.numel(), "rows are shuffled")
-    own = own.view(-1, *[1] * (numbers.ndim - 1))
-    require(bool((numbers == own).all()), "rows are shuffled")
-    places = torch.arange(own.numel(), device=own.device).view(own.shape)  # of the kept rows in the payload
-    return x.like(func(x.payload, [places, *kept[1:]], source.payload, accumulate))
+    require(isinstance(x, RowSparseTensor) and is_zeros(source), "a dense tensor is joined")
+    kept, dim, ndim = index_payload(x, indices)
+    if isinstance(source, RowSparseTensor):
+        require(source.ndim == ndim, "operands are broadcast")
+        return x.like(func(x.payload, kept, x.kept_rows(source, dim), accumulate))
+    return x.like(func(x.payload, kept, source.new_zeros(()), accumulate))

@@ -5,37 +5,29 @@ e.g. `cat([grad, grad * 2], 1)` of `[B, T, C]`, B = 4, rows 1 and 3 kept: the pa
 Along B the rows would be renumbered: that runs dense. So does joining a tensor that is not zero outside the kept rows.
 """
 
-from hf_trim.backward.eager.rules.operands import find_reference, require, require_other_dim
-from hf_trim.backward.eager.tensor import RowSparseTensor
+from hf_trim.backward.eager.rules.operands import find_reference, is_zeros, require, require_other_dim
+from hf_trim.backward.eager.tensor import RowSparseTensor, RowTensor
 from hf_trim.backward.registry import ACTIVATIONS, GRADIENTS, implements
 
 
-def _is_undefined(x, ref) -> bool:
-    """Whether `x` is the zeros that autograd puts in place of an undefined gradient (looking at one if expanded)."""
-    if x.ndim != ref.ndim:
-        return False
-    once = x[(0,) * x.ndim] if not any(x.stride()) else x
-    return not once.any()
+def reference(tensors) -> RowTensor:
+    """One of the tensors to join. If there is a gradient, all must be zero outside the kept rows."""
+    is_gradient = any(isinstance(x, RowSparseTensor) for x in tensors)
+    require(not is_gradient or all(map(is_zeros, tensors)), "a dense tensor is joined")
+    return find_reference(tensors, RowSparseTensor if is_gradient else RowTensor)
 
 
-@implements("cat")
+@implements("cat", table=(GRADIENTS, ACTIVATIONS))
 def cat(func, tensors, dim=0):
-    ref = find_reference(tensors)
+    ref = reference(tensors)
     dim = require_other_dim(ref, dim)
-    payloads = []
-    for x in tensors:
-        if not isinstance(x, RowSparseTensor):  # the result would not be zero outside the kept rows
-            require(_is_undefined(x, ref), "a dense tensor is joined")
-        payloads.append(ref.kept_rows(x))
-    return ref.like(func(payloads, dim))
+    return ref.like(func([ref.kept_rows(x) for x in tensors], dim))
 
 
-@implements("stack")
+@implements("stack", table=(GRADIENTS, ACTIVATIONS))
 def stack(func, tensors, dim=0):
-    ref = find_reference(tensors)
+    ref = reference(tensors)
     dim %= ref.ndim + 1
-    for x in tensors:
-        require(isinstance(x, RowSparseTensor) or _is_undefined(x, ref), "a dense tensor is joined")
     return ref.like(func([ref.kept_rows(x) for x in tensors], dim), ref.row_dim + (dim <= ref.row_dim))
 
 

@@ -105,10 +105,25 @@ def binary_cross_entropy_backward(func, grad, x, target, weight=None, reduction=
 # ---- convolution, pooling, resampling ----------------------------------------------------------------------------
 
 
+def convolution_with_own_kernels(func, grad, x, weight, bias_sizes, *args):
+    """Each sample has kernels of its own: `[1, B·C, ...]` in a multiple of `B` groups, with weights `[B·O, ...]`."""
+    *options, groups, output_mask = args
+    batch = grad.rows.batch
+    require(grad.row_outer == 1 and len(grad) == 1 and groups % batch == 0, "rows are not samples")
+    kept_bias, kept_groups = bias_sizes and [grad.payload.shape[1]], groups // batch * grad.rows.count
+    inner, own = x.shape[1] // batch, len(weight) // batch
+    kept = grad.payload, grad.kept_rows(x, 1, inner), grad.kept_rows(weight, 0, own)
+    outs = func(*kept, kept_bias, *options, kept_groups, output_mask)
+    layouts = (1, 1, inner), (0, 1, own), (0, 1, grad.row_inner)
+    return tuple(x if x is None else type(grad)(x, grad.rows, *at) for x, at in zip(outs, layouts, strict=True))
+
+
 @implements("convolution_backward")
 def convolution_backward(func, grad, x, weight, bias_sizes, *args):
     # [B, C, ...]; a convolution without a batch dimension has been given one of size 1.
-    require(require_row_sparse(grad).row_dim == 0 and grad.ndim == weight.ndim, "rows are not samples")
+    if require_row_sparse(grad).row_dim == 1:
+        return convolution_with_own_kernels(func, grad, x, weight, bias_sizes, *args)
+    require(grad.row_dim == 0 and grad.ndim == weight.ndim, "rows are not samples")
     values, x = grad.payload, grad.kept_rows(x)
     if x.device.type == "cpu" and x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
         values = values.contiguous(memory_format=torch.channels_last)  # oneDNN is slow on mixed layouts
@@ -153,6 +168,11 @@ def adaptive_max_pool_backward(func, grad, x, indices):
 def upsample_backward(func, grad, output_size, input_size, *args):
     require(require_row_sparse(grad).row_dim == 0 and input_size[0] == grad.shape[0], "rows are not samples")
     return grad.like(func(grad.payload, output_size, [grad.payload.shape[0], *input_size[1:]], *args))
+
+
+@implements("_fft_c2c", "_fft_r2c", "_fft_c2r", table=(GRADIENTS, ACTIVATIONS))
+def fourier_transform(func, x, dims, *args):
+    return x.like(func(x.payload, [require_other_dim(x, dim) for dim in dims], *args))
 
 
 @implements("im2col", "col2im", table=(GRADIENTS, ACTIVATIONS))

@@ -38,6 +38,16 @@ def require_other_dim(x: RowTensor, dim: int) -> int:
     return dim
 
 
+def is_zeros(x: Tensor) -> bool:
+    """
+    Whether an operand is zero outside the kept rows: if it is not row-sparse, then by being zeros, which autograd has
+    in the place of an undefined gradient, or of one that was overwritten.
+    """
+    if isinstance(x, RowSparseTensor):
+        return True
+    return not (x if any(x.stride()) else x[(slice(1),) * x.ndim]).any()  # looking at one entry if they are expanded
+
+
 def find_reference(args: Iterable[Any], kind: type[RowTensor] = RowSparseTensor) -> RowTensor:
     """The first operand that carries rows: all operands must have its rows, in its layout."""
     for x in args:

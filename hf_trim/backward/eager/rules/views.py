@@ -18,22 +18,15 @@ from hf_trim.backward.registry import ACTIVATIONS, GRADIENTS, implements
 aten = torch.ops.aten
 
 
-def mark_view(source, out):
-    """Marks a view, so that an in-place op that cannot reach its source is refused."""
-    out.is_view = source.has_views = True
-    out.is_copy = source.is_copy
-    return out
-
-
 @implements("alias", "detach", table=(GRADIENTS, ACTIVATIONS))
 def alias(func, x):
-    return mark_view(x, x.like(func(x.payload)))
+    return x.like(func(x.payload))
 
 
 @implements("view_as_real", "view_as_complex", table=(GRADIENTS, ACTIVATIONS))
 def view_as(func, x):
     require(func is aten.view_as_real.default or x.row_dim < x.ndim - 1, "rows are real and imaginary parts")
-    return mark_view(x, x.like(func(x.payload)))
+    return x.like(func(x.payload))
 
 
 @implements("lift_fresh", table=(GRADIENTS, ACTIVATIONS))
@@ -48,14 +41,7 @@ def view(func, x, size, stride=None):
     if plan is None:
         plan = x.rows.plans[key] = plan_view(x, list(size))
     size, *layout = plan
-    # `reshape`, for the payload need not be contiguous where the tensor that it stands for is.
-    out = type(x)(x.payload.reshape(size), x.rows, *layout)
-    if func is not aten.view.default:
-        return out
-    mark_view(x, out)
-    if not x.payload.is_contiguous():  # the whole tensor has such a view, the payload may have been copied for it
-        out.is_copy |= out.payload.untyped_storage().data_ptr() != x.payload.untyped_storage().data_ptr()
-    return out
+    return type(x)(x.payload.view(size), x.rows, *layout)
 
 
 def plan_view(x, size: list[int]) -> tuple:
@@ -96,13 +82,13 @@ def transpose(func, x, dim0=0, dim1=1):
         return alias(aten.alias.default, x)
     dim0, dim1 = dim0 % x.ndim, dim1 % x.ndim
     dim = {dim0: dim1, dim1: dim0}.get(x.row_dim, x.row_dim)
-    return mark_view(x, x.like(x.payload.transpose(dim0, dim1), dim))
+    return x.like(x.payload.transpose(dim0, dim1), dim)
 
 
 @implements("permute", table=(GRADIENTS, ACTIVATIONS))
 def permute(func, x, dims):
     dims = [d % x.ndim for d in dims]
-    return mark_view(x, x.like(x.payload.permute(dims), dims.index(x.row_dim)))
+    return x.like(x.payload.permute(dims), dims.index(x.row_dim))
 
 
 @implements("expand", table=(GRADIENTS, ACTIVATIONS))
@@ -110,13 +96,13 @@ def expand(func, x, size, implicit=False):
     dim = x.row_dim + len(size) - x.ndim
     require(size[dim] in (-1, x.shape[x.row_dim]), "rows are repeated")  # B = 1 expanded to more
     size = [x.payload.shape[x.row_dim] if d == dim else n for d, n in enumerate(size)]
-    return mark_view(x, x.like(x.payload.expand(size), dim))
+    return x.like(x.payload.expand(size), dim)
 
 
 @implements("unsqueeze", table=(GRADIENTS, ACTIVATIONS))
 def unsqueeze(func, x, dim):
     dim %= x.ndim + 1
-    return mark_view(x, x.like(x.payload.unsqueeze(dim), x.row_dim + (dim <= x.row_dim)))
+    return x.like(x.payload.unsqueeze(dim), x.row_dim + (dim <= x.row_dim))
 
 
 @implements("squeeze", "squeeze.dim", "squeeze.dims", table=(GRADIENTS, ACTIVATIONS))
@@ -124,13 +110,13 @@ def squeeze(func, x, dim=None):
     dims = range(x.ndim) if dim is None else [dim] if isinstance(dim, int) else dim
     # The rows' dimension stays: one kept row of several must not vanish.
     dims = [d % x.ndim for d in dims if x.shape[d] == 1 and d % x.ndim != x.row_dim]
-    return mark_view(x, x.like(x.payload.squeeze(dims), x.row_dim - sum(d < x.row_dim for d in dims)))
+    return x.like(x.payload.squeeze(dims), x.row_dim - sum(d < x.row_dim for d in dims))
 
 
 @implements("select.int", table=(GRADIENTS, ACTIVATIONS))
 def select(func, x, dim, index):
     dim = require_other_dim(x, dim)
-    return mark_view(x, x.like(x.payload.select(dim, index), x.row_dim - (dim < x.row_dim)))
+    return x.like(x.payload.select(dim, index), x.row_dim - (dim < x.row_dim))
 
 
 @implements("slice.Tensor", table=(GRADIENTS, ACTIVATIONS))
@@ -140,23 +126,23 @@ def slice_(func, x, dim=0, start=None, end=None, step=1):
         takes_all = (start is None or start == 0) and (end is None or end >= x.shape[dim]) and step == 1
         require(takes_all, "it works along the rows")
         return alias(aten.alias.default, x)
-    return mark_view(x, x.like(func(x.payload, dim, start, end, step)))
+    return x.like(func(x.payload, dim, start, end, step))
 
 
 @implements("split.Tensor", "split_with_sizes", table=(GRADIENTS, ACTIVATIONS))
 @implements("unsafe_split.Tensor", "unsafe_split_with_sizes", table=(GRADIENTS, ACTIVATIONS))
 def split(func, x, sizes, dim=0):
     dim = require_other_dim(x, dim)
-    return [mark_view(x, x.like(part)) for part in func(x.payload, sizes, dim)]
+    return [x.like(part) for part in func(x.payload, sizes, dim)]
 
 
 @implements("unbind.int", table=(GRADIENTS, ACTIVATIONS))
 def unbind(func, x, dim=0):
     dim = require_other_dim(x, dim)
-    return [mark_view(x, x.like(part, x.row_dim - (dim < x.row_dim))) for part in x.payload.unbind(dim)]
+    return [x.like(part, x.row_dim - (dim < x.row_dim)) for part in x.payload.unbind(dim)]
 
 
 @implements("unfold", table=(GRADIENTS, ACTIVATIONS))
 def unfold(func, x, dim, size, step):
     dim = require_other_dim(x, dim)
-    return mark_view(x, x.like(x.payload.unfold(dim, size, step)))
+    return x.like(x.payload.unfold(dim, size, step))
