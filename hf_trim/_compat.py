@@ -72,6 +72,7 @@ NEEDED = (
     Need(TRAINER, "log", ("logs", "start_time"), "logging keep_fraction and what goes with it"),
     Need(TRAINER, "_load_from_checkpoint", ("resume_from_checkpoint", "model"), "loading converted weights"),
     Need(TRAINER, "_load_best_model", (), "loading converted weights"),
+    Need(TRAINER, "_load_callback_state", (), "keeping what later steps depend on"),
     Need(TRAINER, "_set_signature_columns_if_needed", (), "keeping the column reference_loss for trim_score"),
     # Overridden by PushMixin.
     Need(TRAINER, "_save", ("output_dir", "state_dict"), "saving timm's own names of weights"),

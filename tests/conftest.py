@@ -15,12 +15,11 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 # Models are so small here that threads would mostly wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import pytest  # noqa: E402
-
 # After the variables, and before any test imports transformers: it repairs torchvision where torch has no CUDA.
 import torch  # noqa: E402
 
 import hf_trim  # noqa: E402, F401
+from tests.support.quick import use_no_clock  # noqa: E402
 
 
 # Two things that take a fifth of the time of a tiny training: accelerate reads the metadata of packages again and
@@ -30,16 +29,11 @@ for backend in (torch.cuda, torch.xpu):
     if not backend.is_available():
         backend.manual_seed_all = lambda seed: None
 
+use_no_clock()
+
 # The last module to end decides how long two workers take: those that start processes or compile come first.
 SLOW = ("compare", "engines", "faults", "distributed", "bench", "compiled", "compiled_models", "compiled_trainer",
         "compiled_heads", "backward")  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def untimed(request, monkeypatch):
-    """`trim_backward="auto"` takes the sparse backward pass where it may: tiny models would be faster without it."""
-    if "timed" not in request.keywords:
-        monkeypatch.setattr("hf_trim.trainer.timing.TRIAL_STEPS", 0)
 
 
 def pytest_collection_modifyitems(items):

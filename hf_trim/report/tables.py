@@ -44,30 +44,34 @@ def overview_rows(groups: dict[str, list[dict]]) -> tuple[list[str], list[list[s
         groups (`dict[str, list[dict]]`): What [`~hf_trim.report.group`] returned.
 
     Returns:
-        `tuple[list[str], list[list[str]]]`: Head and rows, one a group, as text.
+        `tuple[list[str], list[list[str]]]`: Head and rows, one a group, as text: of each arm the score, the fraction
+            that was kept on average, and the difference to plain with its 95 % interval.
     """
     metrics = {TITLES[metric_name(records[0])] for records in groups.values()}
     trained = {record["arm"] for records in groups.values() for record in records}
     arms = [arm for arm in ARMS if arm in trained or "adaptive" not in arm]
-    first, *others = arms[1:]
-    head = ["runs of", "seeds", *(f"{arm}, {' or '.join(sorted(metrics))}" for arm in arms)]
-    head += [f"{first} − {arms[0]} (95 % interval)", *(f"{arm} − {arms[0]}" for arm in others)]
+    head = ["runs of", "seeds", f"{arms[0]}, {' or '.join(sorted(metrics))}"]
+    head += [f"{arm}; kept; difference to plain" for arm in arms[1:]]
     rows = []
     for title, records in groups.items():
         summary_of = {summary.arm: summary for summary in summarize(records)}
         summaries = [summary_of.get(arm) for arm in arms]
         row = [title, str(max(summary.runs for summary in summary_of.values()))]
-        row += ["–" if summary is None else _format_score(summary) for summary in summaries]
-        row += ["–" if summary is None else _format_difference(summary) for summary in summaries[1:]]
+        row += ["–" if summary is None else _format_all(summary) for summary in summaries]
         rows.append(row)
         recipe = records[0].get("recipe")
         if recipe in PAPER:
             plain, trimmed = PAPER[recipe]
-            paper = {"plain": f"{plain:.2f}", "trimmed": f"{trimmed:.2f}"}
-            change = {"trimmed": _format_signed(trimmed - plain)}
-            row = [f"{title} (paper)", "10", *(paper.get(arm, "–") for arm in arms)]
-            rows.append([*row, *(change.get(arm, "–") for arm in arms[1:])])
+            paper = {"plain": f"{plain:.2f}", "trimmed": f"{trimmed:.2f}; 60 %; {_format_signed(trimmed - plain)}"}
+            rows.append([f"{title} (paper)", "10", *(paper.get(arm, "–") for arm in arms)])
     return head, rows
+
+
+def _format_all(summary: Summary) -> str:
+    if summary.arm == "plain":
+        return _format_score(summary)
+    kept = "–" if summary.kept is None else f"{100 * summary.kept:.0f} %"
+    return f"{_format_score(summary)}; {kept}; {_format_difference(summary)}"
 
 
 def _format_score(summary: Summary) -> str:

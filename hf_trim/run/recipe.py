@@ -268,9 +268,19 @@ def parse(recipe: str, command_line: list[str]) -> Job:
     if unknown:
         choices = [option for action in parser._actions for option in action.option_strings]
         raise RecipeError(f"unknown argument '{unknown[0]}'.{closest(unknown[0].split('=')[0], choices)}")
+    asked = _set_fields(parser, command_line)
+    for key in ("arms", "seeds"):
+        if key in asked and not run.compare:
+            raise RecipeError(f"--{key} has no effect without --compare: add that, or leave --{key} out.")
+    adaptive = [arm for arm in run.arms if "adaptive" in arm]
+    if run.compare and training.is_adaptive and adaptive and run.arms != list(DEFAULT_ARMS):
+        raise RecipeError(
+            f"p follows the losses in this recipe anyway (trim_schedule=adaptive), and the arm {adaptive[0]} would be "
+            "the same: ask for trimmed, which is the adaptive one here, and for random, which is its control."
+        )
     settings = {key: value for key, value in _set_fields(parser, options).items() if key not in NOT_SETTINGS}
     hidden = NOT_SETTINGS - {"arms", "compare", "seed", "seeds", "trim_select"}
-    changes = {key: value for key, value in _set_fields(parser, command_line).items() if key not in hidden}
+    changes = {key: value for key, value in asked.items() if key not in hidden}
     command = ["python", "-m", "hf_trim.run", Path(recipe).name, *as_options(changes)]
     return Job(name, run, model, data, training, settings, shlex.join(command))
 

@@ -169,7 +169,8 @@ class TrimmingConfig:
         for name in ("trim_keep_start", "trim_keep_end", "trim_mass"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
-                raise ValueError(f"{name} must be a fraction in (0, 1], and is {value!r}: 0.2 keeps a fifth.")
+                example = "0.95 keeps 95 % of the mass" if name == "trim_mass" else "0.2 keeps a fifth"
+                raise ValueError(f"{name} must be a fraction in (0, 1], and is {value!r}: {example}.")
         skip = self.trim_skip_hardest
         if isinstance(skip, bool) or not isinstance(skip, (int, float)) or not 0 <= skip < 1:
             raise ValueError(f"trim_skip_hardest must be a share in [0, 1), and is {skip!r}: 0.1 skips a tenth.")
@@ -198,9 +199,10 @@ class TrimmingConfig:
         defaults = {x.name: x.default for x in fields(TrimmingConfig)}
         for name in unused:
             if getattr(self, name) != defaults[name]:
+                other = "'epoch' or 'step'" if self.is_adaptive else "'adaptive'"
                 raise ValueError(
                     f"{name}={getattr(self, name)} has no effect with trim_schedule='{self.trim_schedule}': leave it "
-                    f"out, or set trim_schedule={'to epoch or step' if self.is_adaptive else repr('adaptive')}."
+                    f"out, or set trim_schedule to {other}."
                 )
 
     @property

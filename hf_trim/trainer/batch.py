@@ -321,14 +321,15 @@ class TrimmedBatch:
             all but the hardest, if `trim_skip_hardest` leaves these out.
         """
         config = self.config
-        rest = without_hardest(scores, valid, config.trim_skip_hardest)
+        rest, ties = without_hardest(scores, valid, config.trim_skip_hardest), None
         if config.is_adaptive:
-            mass = scores = mass.where(rest, 0)
+            mass, ties = mass.where(rest, 0), scores
             mean_mass = self.mean_masses[number] if number < len(self.mean_masses) else 0.0
-            count = num_carrying(mass, config.trim_mass, mean_mass * int(rest.sum()))
+            count, scores = num_carrying(mass, config.trim_mass, mean_mass * int(rest.sum())), mass
         else:
             count = num_kept(self.keep, int(valid.sum()))
-        return top_items(scores, count, valid=rest, select=config.trim_select, generator=self.generator), rest
+        select = config.trim_select
+        return top_items(scores, count, ties=ties, valid=rest, select=select, generator=self.generator), rest
 
     def _elements(self, call: LossCall, items: Tensor) -> Tensor:
         """The losses of the kept items: samples 0 and 2 of 3 tokens each have [0, 1, 2, 6, 7, 8]."""

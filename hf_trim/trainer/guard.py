@@ -11,11 +11,15 @@ from typing import Any
 
 
 def _windows(values: list[float]) -> tuple[int, float]:
-    """How many logs to average over, and twice the standard error of such a mean, from how far logs are off a line."""
-    size = max(1, len(values) // 8)
+    """
+    How many logs to average over, and by how much two such averages may differ by chance: 4 standard errors, since the
+    lowest of many is looked at, again and again. The noise is how far a log is off the line of its neighbours.
+    """
+    size = max(1, len(values) // 4)
     bends = [abs(a - 2 * b + c) for a, b, c in zip(values, values[1:], values[2:], strict=False)]
-    # A normal variable's median distance from its mean is 0.67 standard deviations; here √6 times that.
-    return size, 2 * statistics.median(bends) / (0.67 * 6**0.5) / size**0.5
+    # A normal variable has a median distance of 0.67 and a mean one of 0.8 standard deviations; a bend √6 times that.
+    noise = statistics.median(bends) / 0.67 if len(values) < 16 else statistics.fmean(bends) / 0.8
+    return size, 4 * noise / 6**0.5 * (2 / size) ** 0.5
 
 
 def unlearns(history: list[dict[str, Any]]) -> tuple[float, float, float, float] | None:
@@ -27,10 +31,10 @@ def unlearns(history: list[dict[str, Any]]) -> tuple[float, float, float, float]
 
     Returns:
         `tuple[float, float, float, float]` or `None`: The lowest `full_loss` and p there, then the last ones, if it
-            has risen by more than 5 % and more than chance; each is an average over an eighth of the logs.
+            has risen by more than 5 % and more than chance; each is an average over a quarter of the logs.
     """
     logs = [log for log in history if "full_loss" in log]
-    if len(logs) < 3:
+    if len(logs) < 5:
         return None
     losses = [log["full_loss"] for log in logs]
     size, chance = _windows(losses)
@@ -58,7 +62,7 @@ def evaluates_worse(
 
     Returns:
         `tuple[float, float, float, float]` or `None`: The best value and p there, then the last ones, if the last is
-            worse by more than a tenth (and by 0.1, if it is a loss).
+            worse by more than a tenth (and by 0.1, if it is `"eval_loss"`).
     """
     points: list[tuple[float, float]] = []
     fraction = 1.0
@@ -70,6 +74,6 @@ def evaluates_worse(
         return None
     sign = 1 if greater_is_better else -1
     best, last = max(points, key=lambda point: sign * point[0]), points[-1]
-    margin = 0.1 * abs(best[0]) if greater_is_better else max(0.1, 0.1 * abs(best[0]))
+    margin = max(0.1 * abs(best[0]), 0.1 if name == "eval_loss" else 0.0)
     is_worse = sign * (best[0] - last[0]) > margin and last[1] < best[1] - 0.05
     return (*best, *last) if is_worse else None

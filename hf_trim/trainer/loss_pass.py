@@ -117,7 +117,14 @@ class LossPass:
     def _select(self, result: Any, inputs: Any) -> None:
         """Choose the items to keep, once the loss is known."""
         if self.score_of is not None:
-            self.batch.rank_by(partial(self.score_of, self.last_outputs, inputs))
+            try:
+                self.batch.rank_by(partial(self.score_of, self.last_outputs, inputs))
+            except KeyError as error:
+                raise ValueError(
+                    f"trim_score looks for {error}, and the mini-batch has {', '.join(map(str, inputs))}: add the "
+                    "column to the data set. Columns that the model does not take are removed, but for "
+                    f"{REFERENCE_COLUMN}, unless remove_unused_columns=False."
+                ) from error
         self.last_outputs = None
         self.batch.select(loss_of(result))
 

@@ -126,7 +126,7 @@ class LossCall:
         Raises:
             `ValueError`: If the scores have another shape, or are not finite.
         """
-        losses = self.losses.detach()
+        losses = self.losses.detach().clone()  # the function may change them
         losses = losses[:, 0] if losses.shape[1] == 1 else losses
         with torch.no_grad():
             scores = score(losses)

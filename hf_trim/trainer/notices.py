@@ -111,10 +111,10 @@ class Notices:
         name = name if name.startswith("eval_") else f"eval_{name}"
         greater_is_better = bool(args.greater_is_better) and name != "eval_loss"
         advice = "trim_mass" if trim.is_adaptive else "trim_keep_end, or set trim_schedule='adaptive'"
-        if (rise := unlearns(history)) is not None:
+        if trim.trim_select == "hardest" and (rise := unlearns(history)) is not None:
             self.say(
                 "The loss over all items (full_loss) has risen from %.4g, when p was %.2f, to %.4g at p = %.2f: the "
-                f"model unlearns the easy items that are left out. Raise {advice}.", *rise
+                f"model unlearns what is left out, or the learning rate is too high. Raise {advice}.", *rise
             )  # fmt: skip
         if (worse := evaluates_worse(history, name, greater_is_better)) is not None:
             self.say(

@@ -103,6 +103,7 @@ def top_items(
     scores: Tensor,
     count: int,
     *,
+    ties: Tensor | None = None,
     valid: Tensor | None = None,
     select: str = "hardest",
     generator: torch.Generator | None = None,
@@ -113,6 +114,8 @@ def top_items(
     Args:
         scores (`torch.Tensor`): Scores of any shape.
         count (`int`): Number k of items to keep.
+        ties (`torch.Tensor`, *optional*): In the shape of the scores: of equal scores, the highest of these come
+            first.
         valid, select, generator: As in [`select_items`].
 
     Returns:
@@ -131,5 +134,9 @@ def top_items(
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if valid is not None:
         scores = scores.masked_fill(~valid.flatten(), -torch.inf)
-    hardest_first = torch.sort(scores, descending=True, stable=True).indices
+    if ties is None or select == "random":
+        hardest_first = torch.sort(scores, descending=True, stable=True).indices
+    else:
+        by_ties = torch.sort(ties.detach().flatten(), descending=True, stable=True).indices
+        hardest_first = by_ties[torch.sort(scores[by_ties], descending=True, stable=True).indices]
     return hardest_first[:k].sort().values

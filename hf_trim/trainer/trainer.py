@@ -28,6 +28,7 @@ from hf_trim.backward.choice import choose_backward
 from hf_trim.backward.compiled.backend import CUDA_GRAPHS, mark_batch_dynamic, uses_cuda_graphs
 from hf_trim.backward.settings import checked, fallback_report, refused_graphs, reset_fallbacks, strict
 from hf_trim.hub.push import PushMixin
+from hf_trim.trainer import mass_history, timing
 from hf_trim.trainer.arguments import TrimmingConfig
 from hf_trim.trainer.batch import TrimmedBatch
 from hf_trim.trainer.checkpoints import load_converted_weights
@@ -193,6 +194,13 @@ class TrimmingMixin(PushMixin):
         if not self.is_fsdp_enabled and not self.is_deepspeed_enabled:
             assert self.model is not None and self.state.best_model_checkpoint is not None  # it was just loaded
             load_converted_weights(self.model, self.state.best_model_checkpoint)
+
+    def _load_callback_state(self) -> None:
+        # What is kept there for the next steps belongs to no callback, and would be reported as ignored.
+        callbacks = cast(dict[str, Any], self.state.stateful_callbacks)
+        own = {name: callbacks.pop(name) for name in (mass_history.NAME, timing.NAME) if name in callbacks}
+        super()._load_callback_state()
+        callbacks.update(own)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -478,7 +486,8 @@ class TrimmingTrainer(TrimmingMixin, Trainer):
     really kept, which differs from p by rounding) and `full_loss` (what the plain `Trainer` would log as `loss`); and
     where something was left out, `trim_threshold` (the lowest loss that was kept) and `kept_mass` (the share of the
     gradient mass that was kept). `loss` is the trimmed one. If `full_loss` rises while p falls, or an evaluation is
-    well below the best one, a warning says what to change.
+    well below the best one, a warning says what to change. With `trim_schedule="adaptive"` the kept losses are divided
+    by the number of all items, so that `loss` is below `full_loss`.
 
     Args:
         args ([`TrimmingArguments`] or [`~transformers.TrainingArguments`], *optional*):
@@ -494,8 +503,10 @@ class TrimmingTrainer(TrimmingMixin, Trainer):
             `f(outputs, inputs, losses)`, what items are ranked by in place of their losses. It gets the model's
             outputs, the mini-batch, and its losses `[B]` (`[B, T]` if there is one for each token), and returns scores
             of the same shape; higher ones are kept. A column `reference_loss` of the data set is in `inputs`, but not
-            given to the model: `losses - inputs["reference_loss"]` is the excess over a reference model. With
-            `trim_schedule="adaptive"` scores above 0 are the mass.
+            given to the model: `losses - inputs["reference_loss"]` is the excess over a reference model. (Columns of
+            other names that the model does not take need `remove_unused_columns=False`, and a `compute_loss` that
+            does not give them to it.) With `trim_schedule="adaptive"` scores above 0 are the mass; if there are none,
+            the item with the highest is kept.
         kwargs: All other arguments of [`~transformers.Trainer`].
 
     Raises:

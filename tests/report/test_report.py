@@ -51,8 +51,8 @@ def test_the_papers_numbers_stand_beside_ours():
     assert rows[1] == ["plain (paper)", "10", "10.10", "–", "–", "–", "–", "–"]
     assert rows[3] == ["trimmed (paper)", "10", "10.19", "+0.09", "–", "–", "–", "–"]
     head, (ours, paper) = overview_rows(group(records))
-    assert ours[:6] == ["cifar10-densenet121", "3", rows[0][2], rows[2][2], "–", rows[2][3]]
-    assert paper == ["cifar10-densenet121 (paper)", "10", "10.10", "10.19", "–", "+0.09", "–"]
+    assert ours == ["cifar10-densenet121", "3", rows[0][2], "; ".join([rows[2][2], rows[2][5], rows[2][3]]), "–"]
+    assert paper == ["cifar10-densenet121 (paper)", "10", "10.10", "10.19; 60 %; +0.09", "–"]
 
 
 def test_report_of_many_runs(tmp_path, capsys):
@@ -73,7 +73,7 @@ def test_report_of_many_runs(tmp_path, capsys):
     assert [(row["runs of"], row["arm"]) for row in rows][:2] == [("other", "plain"), ("other", "trimmed")]
     assert float(rows[1]["mean"]) == 5.5
     assert report["report.md"].decode().startswith("## All\n\n| runs of | seeds | plain, test error % |")
-    assert report["report.md"].decode().count("\n| tiny, trim_keep_end 0.5 | 3 | 6.17 ± 1.26 | 5.50 ± 1.32 | – |") == 1
+    assert report["report.md"].decode().count("\n| tiny, trim_keep_end 0.5 | 3 | 6.17 ± 1.26 | 5.50 ± 1.32; ") == 1
     # Made again of what it wrote, it is the same, byte for byte.
     assert main([str(tmp_path / "report" / "records.json"), "--output", str(tmp_path / "again")]) == 0
     assert {path.name: path.read_bytes() for path in (tmp_path / "again").iterdir()} == report

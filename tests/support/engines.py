@@ -18,6 +18,7 @@ from accelerate.state import AcceleratorState, DistributedType, PartialState
 from tests.support.forks import run_forks
 from tests.support.heads import COUNTING, HEADS, is_believed_to_count, make
 from tests.support.helpers import InOrder, InOrderAndLarger, train
+from tests.support.quick import use_no_clock
 
 
 # Head, and what is trimmed: of mini-batches of 8, in one process or in two.
@@ -71,6 +72,7 @@ def allow_fsdp_on_cpu():
 
 def train_all(folder: Path):
     """Train each case in this process, one of several."""
+    use_no_clock()
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         # DeepSpeed would compile its own reductions in shared memory first, for half a minute; gloo does the same.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -13,7 +13,7 @@ import sys
 
 from transformers import Trainer, TrainerState
 
-from tests.support.quick import measure_input_briefly
+from tests.support.quick import measure_input_briefly, use_no_clock
 
 
 _context = multiprocessing.get_context("forkserver")
@@ -55,6 +55,7 @@ def _run(module, arguments, writer, environment, file_size, kill):
     os.dup2(writer.fileno(), 2)
     os.environ.update(environment)
     measure_input_briefly()
+    use_no_clock()
     if file_size is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # the write fails, in the place of the process
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))

@@ -31,7 +31,7 @@ RECIPE = {
     "training": {
         "per_device_train_batch_size": 8, "gradient_accumulation_steps": 2, "learning_rate": 0.002,
         "trim_schedule": "step", "save_strategy": "steps", "save_steps": 3, "save_total_limit": 2, "logging_steps": 1,
-        "trim_scope": "global", "use_cpu": True, "dataloader_num_workers": 0,
+        "trim_scope": "global", "trim_backward": "sparse", "use_cpu": True, "dataloader_num_workers": 0,
     },
 }  # fmt: skip
 

@@ -40,7 +40,8 @@ class Carry:
         n, past = len(losses), self.means.get(group, [])
         self.step.setdefault(group, []).append((mass.sum().item(), n))
         budget = (1 - 0.7) * max(mass.sum().item(), n * sum(past) / max(len(past), 1))
-        order = mass.sort(descending=True, stable=True).indices
+        by_loss = losses.detach().sort(descending=True, stable=True).indices  # where exp(−loss) is lost to rounding
+        order = by_loss[mass[by_loss].sort(descending=True, stable=True).indices]
         count = next(k for k in range(1, n + 1) if k == n or mass[order[k:]].sum().item() <= budget)
         return losses[order[:count]].sum() / n, count / n
 
@@ -267,6 +268,19 @@ def test_resuming_changes_nothing(select, tmp_path):
     )
     assert resumed.losses == whole.losses[8:]
     assert torch.equal(weights(resumed), weights(whole))
+
+
+def test_restored_callbacks_are_not_reported_as_missing(tmp_path, caplog):
+    arguments = {
+        **ADAPTIVE,
+        "save_strategy": "steps",
+        "save_steps": 4,
+        "restore_callback_states_from_checkpoint": True,
+    }
+    whole = train(tiny_vit(), digits(), tmp_path, **arguments)
+    resumed = train(tiny_vit(), digits(), tmp_path, resume=str(tmp_path / "checkpoint-8"), **arguments)
+    assert "Ignoring" not in caplog.text
+    assert resumed.losses == whole.losses[8:] and torch.equal(weights(resumed), weights(whole))
 
 
 def test_single_samples_of_a_step_are_chosen_by_their_mass(tmp_path):

@@ -13,20 +13,22 @@ def logs(losses, fractions):
 
 
 FALLING = [1.0, 0.8, 0.6, 0.4, 0.2]
+LONG = [1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3]
+RISING = [2.0, 1.5, 1.4, 1.45, 1.6, 1.8, 2.1, 2.4]
 
 
 @pytest.mark.parametrize(
     "losses, fractions, expected",
     [
-        ([2.0, 1.5, 1.4, 1.5, 1.9], FALLING, (1.4, 0.6, 1.9, 0.2)),
+        (RISING, LONG, (1.425, 0.75, 2.25, 0.35)),
         ([2.0, 1.5, 1.2, 1.0, 0.9], FALLING, None),
-        ([2.0, 1.5, 1.4, 1.5, 1.9], [1.0] * 5, None),  # it would have risen without trimming, too
+        (RISING, [1.0] * 8, None),  # it would have risen without trimming, too
         ([2.0, 1.5, 1.49, 1.5, 1.52], FALLING, None),  # within 5 %
         ([1.0, 2.0], [1.0, 0.2], None),  # too few logs
     ],
 )
 def test_a_rising_loss_of_all_items(losses, fractions, expected):
-    assert unlearns(logs(losses, fractions)) == expected
+    assert unlearns(logs(losses, fractions)) == (expected if expected is None else pytest.approx(expected))
 
 
 def test_noise_of_single_steps_is_no_rise():
@@ -41,6 +43,7 @@ def test_noise_of_single_steps_is_no_rise():
     [
         ([0.9, 0.5, 0.4, 0.6, 0.7], "eval_loss", False, (0.4, 0.6, 0.7, 0.2)),
         ([0.9, 0.5, 0.05, 0.06, 0.08], "eval_loss", False, None),  # small losses vary
+        ([0.9, 0.5, 0.05, 0.06, 0.08], "eval_error", False, (0.05, 0.6, 0.08, 0.2)),
         ([0.5, 0.8, 0.9, 0.85, 0.7], "eval_accuracy", True, (0.9, 0.6, 0.7, 0.2)),
         ([0.5, 0.8, 0.9, 0.9, 0.88], "eval_accuracy", True, None),
     ],
@@ -55,7 +58,7 @@ def test_a_language_model_that_unlearns_its_easy_tokens_is_told(tmp_path, caplog
     rows = [{**row, "labels": row["input_ids"]} for row in texts(tokens_or_none)]
     arguments = {"num_train_epochs": 8, "learning_rate": 0.5, "logging_strategy": "epoch", "trim_schedule": "epoch"}
     train(make("llama"), rows, tmp_path, trim_keep_end=0.05, **arguments)
-    assert caplog.text.count("unlearns the easy items that are left out. Raise trim_keep_end") == 1
+    assert caplog.text.count("unlearns what is left out, or the learning rate is too high. Raise trim_keep_end") == 1
     caplog.clear()
     train(make("llama"), rows, tmp_path, num_train_epochs=8, learning_rate=0.5, trim_schedule="adaptive")
     kwargs = {"trainer_kwargs": {"eval_dataset": digits(16)}, "eval_strategy": "epoch"}

@@ -135,6 +135,28 @@ def test_scores_that_cannot_rank_are_refused(score, match, tmp_path):
         train(tiny_vit(), digits(), tmp_path, trainer_kwargs={"trim_score": score}, **HALF)
 
 
+def test_of_scores_below_zero_the_highest_is_kept(tmp_path):
+    """None of them is mass, and which is the hardest counts all the same."""
+    kept = train(
+        tiny_vit(), digits(8), tmp_path, trainer_kwargs={"trim_score": lambda outputs, inputs, losses: -losses - 5},
+        trim_schedule="adaptive", num_train_epochs=1,
+    )  # fmt: skip
+    losses = F.cross_entropy(
+        tiny_vit()(kept.batches[0]["pixel_values"]).logits, kept.batches[0]["labels"], reduction="none"
+    )
+    assert kept.state.log_history[0]["trim_threshold"] == pytest.approx(-float(losses.min()) - 5)
+    assert kept.losses == pytest.approx([float(losses.min()) / 8])
+
+
+def test_a_missing_column_is_named_and_a_function_may_change_its_losses(tmp_path):
+    with pytest.raises(ValueError, match="trim_score looks for 'reference_loss', and the mini-batch has pixel_values"):
+        train(tiny_vit(), digits(), tmp_path, trainer_kwargs={"trim_score": excess}, **HALF)
+    ours = train(
+        tiny_vit(), digits(), tmp_path, trainer_kwargs={"trim_score": lambda outputs, inputs, x: x.mul_(2)}, **HALF
+    )
+    assert ours.losses == train(tiny_vit(), digits(), tmp_path, **HALF).losses
+
+
 def test_a_score_without_effect_is_refused(tmp_path):
     for score, select, match in ((excess, "random", "no effect"), ("loss", "hardest", "must be a function")):
         with pytest.raises(ValueError, match=match):
