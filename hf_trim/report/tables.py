@@ -29,8 +29,7 @@ def table_rows(records: list[dict]) -> tuple[list[str], list[list[str]]]:
         seconds = "–" if summary.seconds is None else f"{summary.seconds:.1f} s"
         speedup = "–" if summary.speedup is None else f"{summary.speedup:.2f}×"
         score, difference = _format_score(summary), _format_difference(summary)
-        kept = "–" if summary.kept is None else f"{100 * summary.kept:.0f} %"
-        rows.append([summary.arm, str(summary.runs), score, difference, wins, kept, seconds, speedup])
+        rows.append([summary.arm, str(summary.runs), score, difference, wins, _format_kept(summary), seconds, speedup])
         if recipe in PAPER and summary.arm in ("plain", "trimmed"):  # the paper has no other arms
             plain, trimmed = PAPER[recipe]
             error, change = (plain, "–") if summary.arm == "plain" else (trimmed, _format_signed(trimmed - plain))
@@ -70,8 +69,11 @@ def overview_rows(groups: dict[str, list[dict]]) -> tuple[list[str], list[list[s
 def _format_all(summary: Summary) -> str:
     if summary.arm == "plain":
         return _format_score(summary)
-    kept = "–" if summary.kept is None else f"{100 * summary.kept:.0f} %"
-    return f"{_format_score(summary)}; {kept}; {_format_difference(summary)}"
+    return f"{_format_score(summary)}; {_format_kept(summary)}; {_format_difference(summary)}"
+
+
+def _format_kept(summary: Summary) -> str:
+    return "–" if summary.kept is None else f"{100 * summary.kept:.0f} %"
 
 
 def _format_score(summary: Summary) -> str:

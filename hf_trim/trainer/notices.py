@@ -111,16 +111,19 @@ class Notices:
         name = name if name.startswith("eval_") else f"eval_{name}"
         greater_is_better = bool(args.greater_is_better) and name != "eval_loss"
         advice = "trim_mass" if trim.is_adaptive else "trim_keep_end, or set trim_schedule='adaptive'"
-        if trim.trim_select == "hardest" and (rise := unlearns(history)) is not None:
-            self.say(
-                "The loss over all items (full_loss) has risen from %.4g, when p was %.2f, to %.4g at p = %.2f: the "
-                f"model unlearns what is left out, or the learning rate is too high. Raise {advice}.", *rise
-            )  # fmt: skip
-        if (worse := evaluates_worse(history, name, greater_is_better)) is not None:
-            self.say(
-                f"{name} was %.4g when p was %.2f, and is %.4g at p = %.2f. Compare with trim_select='none': if that "
-                f"does better, raise {advice}.", *worse
-            )  # fmt: skip
+        message = (
+            "The loss over all items (full_loss) has risen from %.4g, when p was %.2f, to %.4g at p = %.2f: the model "
+            f"unlearns what is left out, or the learning rate is too high. Raise {advice}."
+        )
+        # What was said need not be looked for again: the history grows with each log.
+        if trim.trim_select == "hardest" and message not in self._said and (rise := unlearns(history)) is not None:
+            self.say(message, *rise)
+        message = (
+            f"{name} was %.4g when p was %.2f, and is %.4g at p = %.2f. Compare with trim_select='none': if that does "
+            f"better, raise {advice}."
+        )
+        if message not in self._said and (worse := evaluates_worse(history, name, greater_is_better)) is not None:
+            self.say(message, *worse)
 
     def tell_fallbacks(self, fallbacks: dict[str, int]) -> None:
         """
