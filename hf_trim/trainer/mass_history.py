@@ -9,17 +9,13 @@ even if its own mass is 2.
 The numbers are part of `TrainerState`, so that they are in each checkpoint, and are the same in all processes.
 """
 
-from typing import Any, cast
-
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 from transformers import TrainerState
 
 from hf_trim.trainer.batch import TrimmedBatch
-
-
-NAME = "TrimmingMass"  # among the state of callbacks, which is saved in checkpoints
+from hf_trim.trainer.kept_state import MASS, kept_state
 
 
 class MassHistory:
@@ -31,8 +27,7 @@ class MassHistory:
     @staticmethod
     def _saved(state: TrainerState) -> list[list[float]]:
         """For each group, the sum of the means of the steps so far, and the number of these."""
-        callbacks = cast(dict[str, Any], state.stateful_callbacks)
-        return callbacks.get(NAME, {}).get("attributes", {}).get("groups", [])
+        return kept_state(state, MASS).get("groups", [])
 
     def means(self, state: TrainerState) -> list[float]:
         """
@@ -75,4 +70,4 @@ class MassHistory:
                 groups.append([0.0, 0])
             if count:
                 groups[number] = [groups[number][0] + mass / count, groups[number][1] + 1]
-        cast(dict[str, Any], state.stateful_callbacks)[NAME] = {"args": {}, "attributes": {"groups": groups}}
+        kept_state(state, MASS)["groups"] = groups

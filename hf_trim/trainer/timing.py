@@ -12,7 +12,7 @@ The choice is part of `TrainerState`, so that a resumed training repeats it, and
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from time import perf_counter
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -21,9 +21,9 @@ from transformers import TrainerState, TrainingArguments
 
 from hf_trim.backward.eager.sparse import DENSE_ABOVE
 from hf_trim.trainer.arguments import TrimmingConfig
+from hf_trim.trainer.kept_state import BACKWARD, kept_state
 
 
-NAME = "TrimmingBackward"  # among the state of callbacks, which is saved in checkpoints
 MODES = ("dense", "sparse")
 TRIAL_STEPS = 8  # of which the first two, one of each, are not counted
 UNTIMED = "asked for"  # as the reason of a choice that needs no message
@@ -68,9 +68,10 @@ class BackwardTiming:
     @staticmethod
     def _record(state: TrainerState) -> dict[str, Any]:
         """`times` of the trial under way, `mode` and p of the last one, and the fraction kept in the last step."""
-        callbacks = cast(dict[str, Any], state.stateful_callbacks)
-        empty = {"times": [], "mode": "", "p": 1.0, "reason": UNTIMED, "kept": 1.0}
-        return callbacks.setdefault(NAME, {"args": {}, "attributes": empty})["attributes"]
+        record = kept_state(state, BACKWARD)
+        if not record:
+            record.update(times=[], mode="", p=1.0, reason=UNTIMED, kept=1.0)
+        return record
 
     def choose(self, state: TrainerState, p: float | None) -> tuple[str, str]:
         """

@@ -28,11 +28,11 @@ from hf_trim.backward.choice import choose_backward
 from hf_trim.backward.compiled.backend import CUDA_GRAPHS, mark_batch_dynamic, uses_cuda_graphs
 from hf_trim.backward.settings import checked, fallback_report, refused_graphs, reset_fallbacks, strict
 from hf_trim.hub.push import PushMixin
-from hf_trim.trainer import mass_history, timing
 from hf_trim.trainer.arguments import TrimmingConfig
 from hf_trim.trainer.batch import TrimmedBatch
 from hf_trim.trainer.checkpoints import load_converted_weights
 from hf_trim.trainer.checks import check_liger_kernel, check_settings
+from hf_trim.trainer.kept_state import NAMES
 from hf_trim.trainer.lm_head import LMHead, find_lm_head
 from hf_trim.trainer.logs import TrimmingLogs
 from hf_trim.trainer.loss_functions import SmoothedLoss, UserLoss
@@ -198,7 +198,7 @@ class TrimmingMixin(PushMixin):
     def _load_callback_state(self) -> None:
         # What is kept there for the next steps belongs to no callback, and would be reported as ignored.
         callbacks = cast(dict[str, Any], self.state.stateful_callbacks)
-        own = {name: callbacks.pop(name) for name in (mass_history.NAME, timing.NAME) if name in callbacks}
+        own = {name: callbacks.pop(name) for name in NAMES if name in callbacks}
         super()._load_callback_state()
         callbacks.update(own)
 
