@@ -16,7 +16,7 @@ import torch
 from torch.nn.functional import soft_margin_loss
 
 from hf_trim.backward import implements, strict, take_rows_sparse
-from hf_trim.backward.eager.rules.operands import require
+from hf_trim.backward.registry import require
 
 
 @implements("soft_margin_loss_backward")  # an op of ATen; GRADIENTS is the default table
@@ -40,6 +40,19 @@ from typing import Any
 import torch
 
 from hf_trim.backward._torch_internals import OpOverload
+
+
+class NotRowwiseError(Exception):
+    """
+    A rule does not apply to these operands, since their rows may be mixed: the op runs dense instead, or a compiled
+    graph on the whole batch. The message says why.
+    """
+
+
+def require(condition: bool, reason: str) -> None:
+    """Ends a rule that does not apply to its operands."""
+    if not condition:
+        raise NotRowwiseError(reason)
 
 
 class RuleTable(dict):

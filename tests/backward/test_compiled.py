@@ -171,13 +171,13 @@ MIXING = {
     "parity": (Do(by_parity), "different places|a view splits the rows|a constant"),
     "batch norm": (nn.BatchNorm1d(8), "terms may be nonzero|all rows together|mixes the rows"),
     "mean": (Do(lambda x: x - x.mean(0)), "terms may be nonzero|depends on the batch size"),
-    "softmax": (Do(lambda x: x.softmax(0)), "all rows together|terms may be nonzero"),
-    "shift": (Do(lambda x: x.roll(1, 0) * x), "changes the order of the rows|depends on the batch size"),
+    "softmax": (Do(lambda x: x.softmax(0)), "along the rows|terms may be nonzero"),
+    "shift": (Do(lambda x: x.roll(1, 0) * x), "along the rows|depends on the batch size"),
     "part": (Do(lambda x: torch.cat([x[:1].sin(), x[1:]])), "a part of the rows|joins rows"),
     "pairs": (Do(lambda x: (x @ x.T).tanh() @ x), "in different dimensions|two dimensions"),
     "size": (Do(lambda x: x.sin() * x.shape[0]), "depends on the batch size"),
     "other numbers": (Do(lambda x: x.sin()[torch.arange(x.shape[0]).flip(0)]), "entries of other rows"),
-    "cumsum": (Do(lambda x: x.cumsum(0)), "all rows together|changes the order of the rows|has no rule"),
+    "cumsum": (Do(lambda x: x.cumsum(0)), "along the rows|has no rule"),
 }
 
 

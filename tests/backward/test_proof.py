@@ -35,9 +35,9 @@ def test_rows_of_a_linear_layer(graph):
     proof = prove(graph, batch, {gradient: Zeros.OUTSIDE_KEPT})
     assert not proof.reason
     weight, bias, x = (next(v for v in proof.outputs if v and len(v.shape) == n) for n in (2, 1, 3))
-    assert weight.dim is None and bias.dim is None  # sums over the rows
-    assert (x.dim, x.outer, x.inner, x.zeros) == (0, 1, 1, Zeros.OUTSIDE_KEPT)
-    saved = [value for value in proof.inputs if value and value.dim is not None and value.source is not gradient]
+    assert weight.row_dim is None and bias.row_dim is None  # sums over the rows
+    assert (x.row_dim, x.outer, x.inner, x.zeros) == (0, 1, 1, Zeros.OUTSIDE_KEPT)
+    saved = [value for value in proof.inputs if value and value.row_dim is not None and value.source is not gradient]
     assert saved and all(value.outer == 1 and value.inner in (1, length) for value in saved)
 
 
@@ -60,8 +60,8 @@ def test_the_rows_may_be_those_of_another_dimension(graph):
     batch, length = (size_expression(size) for size in traced_value(gradient).shape[:2])
     proof = prove(graph, length, {gradient: Zeros.OUTSIDE_KEPT})
     assert not proof.reason
-    assert {(v.dim, v.outer, v.inner) for v in proof.outputs if v and len(v.shape) == 3} == {(1, 1, 1)}
-    saved = [value for value in proof.inputs if value and value.dim is not None and value.source is not gradient]
+    assert {(v.row_dim, v.outer, v.inner) for v in proof.outputs if v and len(v.shape) == 3} == {(1, 1, 1)}
+    saved = [value for value in proof.inputs if value and value.row_dim is not None and value.source is not gradient]
     assert all(value.outer in (1, batch) and value.inner == 1 for value in saved)
 
 
@@ -74,4 +74,5 @@ def test_no_rule_is_of_a_composite_op():
         ops = [op for op in ops if torch._C._dispatch_has_kernel(op.name())]  # not those of TorchScript alone
         if ops and all(is_composite(op) for op in ops):
             composite.append(name)
-    assert len(PROOF.registered) > 100 and not composite
+    # Made of others on a CPU; a GPU has a kernel of its own for it.
+    assert len(PROOF.registered) > 100 and composite == ["_fused_rms_norm"]

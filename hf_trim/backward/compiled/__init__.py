@@ -17,7 +17,7 @@ gradients of 2 kept samples of 4, that graph is called with the rows of those 2 
 | `graph.py` | runs a compiled backward graph on the kept rows |
 | `plan.py` | decides which inputs are sliced, for each combination of gradients that arrive |
 | `proof.py` | proves that the graph gives the same gradients on the kept rows |
-| `proof_rules/` | the rules of that proof, one for each op |
+| `proof_rules/` | the rules of that proof for ops of which the facts (`hf_trim/backward/facts/`) are not enough |
 | `values.py` | what the proof knows of a tensor |
 | `symbols.py` | the sizes of a graph as formulas, and their values in one call |
 | `slices.py` | takes rows out of tensors, and pads them |

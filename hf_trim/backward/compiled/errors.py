@@ -2,13 +2,9 @@
 Why a compiled graph runs on the whole batch.
 
 Example: `x.softmax(0)` on `[B, C]` has a backward op that sums over the dimension of the rows. Its proof rule raises
-`RowsMixedError("...")`, the proof ends with that reason, and the call ends in `GraphRefusedError` with the same one.
+`NotRowwiseError("...")`, the proof ends with that reason, and the call ends in `GraphRefusedError` with the same one.
 """
 
 
 class GraphRefusedError(Exception):
     """A compiled graph cannot run on the kept rows. The message says why."""
-
-
-class RowsMixedError(Exception):
-    """The rows of an op's result may depend on other rows of its operands. The message says how."""

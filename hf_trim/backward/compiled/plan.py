@@ -222,16 +222,16 @@ def _possible_batch_symbols(node: fx.Node, grad: RowSparseTensor, values: Values
 def _input_slice(traced: Any, value: Value | None, values: Values) -> int | InputSlice | None:
     if isinstance(traced, SymInt):
         return evaluate(size_expression(traced), values)
-    if value is None or value.dim is None:
+    if value is None or value.row_dim is None:
         return None
-    layout = value.dim, evaluate(value.outer, values), evaluate(value.inner, values)
+    layout = value.row_dim, evaluate(value.outer, values), evaluate(value.inner, values)
     shape = [evaluate(size, values) for size in value.shape]
     return InputSlice(layout, shape, [evaluate(size_expression(stride), values) for stride in traced.stride()])
 
 
 def _layout(value: Value, values: Values, batch: sympy.Symbol) -> RowLayout | None:
-    if value.dim is None:
+    if value.row_dim is None:
         return None
     if value.outer is None:  # equal all along the dimension: the rows may be anywhere in it
-        return value.dim, 1, evaluate(value.shape[value.dim] / batch, values)
-    return value.dim, evaluate(value.outer, values), evaluate(value.inner, values)
+        return value.row_dim, 1, evaluate(value.shape[value.row_dim] / batch, values)
+    return value.row_dim, evaluate(value.outer, values), evaluate(value.inner, values)

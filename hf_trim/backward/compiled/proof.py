@@ -46,12 +46,11 @@ from hf_trim.backward._torch_internals import (
     traced_value,
     tree_iter,
 )
-from hf_trim.backward.compiled.errors import RowsMixedError
 from hf_trim.backward.compiled.proof_rules.indexing import INDEXING
 from hf_trim.backward.compiled.proof_rules.pointwise import pointwise
 from hf_trim.backward.compiled.values import Value, Zeros, is_equal, is_integral, values_in
-from hf_trim.backward.eager.rules.pointwise import POINTWISE
-from hf_trim.backward.registry import PROOF
+from hf_trim.backward.facts.pointwise import is_pointwise
+from hf_trim.backward.registry import PROOF, NotRowwiseError
 
 
 MergedSizes = tuple[sympy.Expr, sympy.Expr]  # what is merged in front of and behind the rows
@@ -111,6 +110,7 @@ class Propagation:
         self.batch, self.zeros, self.assumed = batch, zeros, assumed
         self.constraints: dict[fx.Node, MergedSizes] = {}  # what ops demand of the layouts of saved tensors
         self.values: dict[fx.Node, Any] = {}
+        self.op: Any = None  # the current one
         self.row_index_inputs: set[fx.Node] = set()  # inputs that are used as an index of rows
         self.other_inputs: set[fx.Node] = set()  # inputs that are used in another way
         self.row_index_uses: set[fx.Node] = set()  # inputs that the current op uses as an index of rows
@@ -125,7 +125,7 @@ class Propagation:
                 break
             try:
                 self.values[node] = self._input(node) if node.op == "placeholder" else self._call(node)
-            except RowsMixedError as error:
+            except NotRowwiseError as error:
                 self.values[node] = self._unknown(node, str(error))
             except Exception as error:  # the op is called in a way that its rule does not know
                 self.values[node] = self._unknown(node, f"{node.target}: {type(error).__name__}: {error}")
@@ -145,7 +145,7 @@ class Propagation:
                 return value.unknown
         if self.row_index_inputs & self.other_inputs:
             return "one of its inputs is used as an index of rows, and in another way too"
-        if any(value.dim is not None and value.zeros == Zeros.UNKNOWN for value in outputs):
+        if any(value.row_dim is not None and value.zeros == Zeros.UNKNOWN for value in outputs):
             return "a gradient that it returns may be nonzero outside of the kept rows"
         return ""
 
@@ -169,7 +169,7 @@ class Propagation:
         """What is merged with the rows in a dimension of this size: 5 for `5*s0`."""
         factor = sympy.cancel(size / self.batch)
         if self.batch in factor.free_symbols or not is_integral(factor):
-            raise RowsMixedError(f"a dimension of size {size} is no multiple of the batch size {self.batch}")
+            raise NotRowwiseError(f"a dimension of size {size} is no multiple of the batch size {self.batch}")
         return factor
 
     def _input(self, node: fx.Node) -> Value | None:
@@ -179,7 +179,7 @@ class Propagation:
         shape, zeros = _shape(traced), self.zeros.get(node, Zeros.UNKNOWN)
         dims = self.row_dims(shape)
         if len(dims) > 1:
-            raise RowsMixedError(f"{node.name} has the batch size {self.batch} in two dimensions")
+            raise NotRowwiseError(f"{node.name} has the batch size {self.batch} in two dimensions")
         if not dims:
             return Value(shape, zeros=Zeros.EVERYWHERE if zeros == Zeros.EVERYWHERE else Zeros.UNKNOWN, source=node)
         outer, inner = self.assumed.get(node, (sympy.Integer(1), self.merged_size(shape[dims[0]])))
@@ -207,16 +207,16 @@ class Propagation:
             is_row_index (`bool`): Whether it holds the number of each row.
 
         Raises:
-            [`~hf_trim.backward.compiled.errors.RowsMixedError`]: If the shape has its rows elsewhere.
+            [`~hf_trim.backward.registry.NotRowwiseError`]: If the shape has its rows elsewhere.
         """
         shape = tuple(shape)
         if self.row_dims(shape) != ([] if dim is None else [dim]):
-            raise RowsMixedError(f"rows are expected in dimension {dim} of {shape}")
+            raise NotRowwiseError(f"rows are expected in dimension {dim} of {shape}")
         if dim is None:
             return Value(shape, zeros=Zeros.EVERYWHERE if zeros == Zeros.EVERYWHERE else Zeros.UNKNOWN)
         outer, inner, origin = (None, None, None) if like is None else (like.outer, like.inner, like.origin)
         if outer is not None and not is_equal(outer * inner * self.batch, shape[dim]):
-            raise RowsMixedError(f"a dimension of size {shape[dim]} is expected to be {outer}*{self.batch}*{inner}")
+            raise NotRowwiseError(f"a dimension of size {shape[dim]} is expected to be {outer}*{self.batch}*{inner}")
         return Value(shape, dim, outer, inner, zeros, is_row_index, origin=origin)
 
     def batch_first_result(self, shape: tuple, zeros: Zeros = Zeros.UNKNOWN, is_row_index: bool = False) -> Value:
@@ -228,7 +228,7 @@ class Propagation:
         """A result that is equal all along the dimension that carries rows, if there is one."""
         dims = self.row_dims(shape)
         if len(dims) > 1:
-            raise RowsMixedError("its result has the batch size in two dimensions")
+            raise NotRowwiseError("its result has the batch size in two dimensions")
         return self.result(shape, dims[0] if dims else None, zeros=zeros)
 
     def common_layout(self, values: Iterable[Value]) -> Value | None:
@@ -251,11 +251,11 @@ class Propagation:
         repeated with it.
 
         Raises:
-            [`~hf_trim.backward.compiled.errors.RowsMixedError`]: With this reason, if the operand can't have it.
+            [`~hf_trim.backward.registry.NotRowwiseError`]: With this reason, if the operand can't have it.
         """
         fits = is_integral(outer) and is_integral(inner) and is_equal(outer * inner, value.outer * value.inner)
         if not (self._has_free_layout(value) and fits):
-            raise RowsMixedError(reason)
+            raise NotRowwiseError(reason)
         assert value.origin is not None  # its layout is free
         self.constraints.setdefault(value.origin, (outer, inner))
 
@@ -271,7 +271,7 @@ class Propagation:
         traced = traced_value(node)
         if node.op == "get_attr":
             if not isinstance(traced, Tensor):
-                raise RowsMixedError("a constant in the graph is not known")
+                raise NotRowwiseError("a constant in the graph is not known")
             return Value(_shape(traced))
         operands: tuple[Any, ...] = node.args
         if node.target is getitem and isinstance(self.values.get(operands[0]), tuple):
@@ -292,24 +292,25 @@ class Propagation:
     def _result_of(self, op: Any, traced: Any, args: tuple, kwargs: dict) -> Value | tuple:
         values = list(values_in((args, kwargs)))
         if not isinstance(op, OpOverload):
-            raise RowsMixedError("it has no rule")
+            raise NotRowwiseError("it has no rule")
         name = op_name(op)
         rule = PROOF[name]
-        if rule is None and (torch.Tag.pointwise in op.tags or name in POINTWISE):
+        if rule is None and is_pointwise(op):
             rule = pointwise
+        self.op = op
         unknown = next((value for value in values if value.unknown), None)
         if unknown is not None and rule is not pointwise:
-            raise RowsMixedError(unknown.unknown)
+            raise NotRowwiseError(unknown.unknown)
         shapes = [_shape(x) for x in traced] if isinstance(traced, (tuple, list)) else _shape(traced)
         if not self._has_rows(values, args, kwargs, shapes) and torch.Tag.nondeterministic_seeded not in op.tags:
             return self._result_without_rows(rule, args, kwargs, shapes, name)
         if rule is None:
-            raise RowsMixedError("it has no rule")
+            raise NotRowwiseError("it has no rule")
         result = rule(self, name, shapes, *args, **kwargs)
         if any(value.is_row_index for value in values) and name not in INDEXING:
             # A kept row has another number among the kept rows than in the batch.
             if not (isinstance(result, Value) and (result.is_row_index or result.zeros == Zeros.EVERYWHERE)):
-                raise RowsMixedError("a value depends on the number of a row")
+                raise NotRowwiseError("a value depends on the number of a row")
         return tuple(result) if isinstance(result, list) else result
 
     def _result_without_rows(self, rule, args: tuple, kwargs: dict, shape: Any, name: str) -> Value | tuple:
@@ -320,18 +321,18 @@ class Propagation:
             return Value(shape)
         try:
             return rule(self, name, shape, *args, **kwargs)
-        except RowsMixedError:
+        except NotRowwiseError:
             return Value(shape)
 
     def _argument(self, node: fx.Node) -> Any:
         value = self.values.get(node)
         if value is None and not is_traced(node):
-            raise RowsMixedError("the shape of an operand is unknown")
+            raise NotRowwiseError("the shape of an operand is unknown")
         return traced_value(node) if value is None else value
 
     def _has_rows(self, values: list[Value], args: tuple, kwargs: dict, shapes: Any) -> bool:
         """Whether the rows, or their number, play a part in an op."""
-        if any(value.dim is not None or value.unknown for value in values):
+        if any(value.row_dim is not None or value.unknown for value in values):
             return True
         shapes = shapes if isinstance(shapes, list) else [shapes]
         return self.has_batch_size((args, kwargs)) or any(self.row_dims(shape) for shape in shapes)
@@ -342,9 +343,9 @@ class Propagation:
         return any(self.batch in size_expression(x).free_symbols for x in numbers)
 
     def check_no_batch_size(self, *args: Any) -> None:
-        """Raises [`~hf_trim.backward.compiled.errors.RowsMixedError`] if a number depends on the batch size."""
+        """Raises [`~hf_trim.backward.registry.NotRowwiseError`] if a number depends on the batch size."""
         if self.has_batch_size(args):
-            raise RowsMixedError("a value depends on the batch size")
+            raise NotRowwiseError("a value depends on the batch size")
 
 
 def _shape(x: Any) -> tuple:

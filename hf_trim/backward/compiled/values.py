@@ -2,9 +2,9 @@
 What the proof knows of a tensor in a backward graph.
 
 Example: the input of a linear layer, saved as `[s0*5, 16]` (B·T, C), is
-`Value(shape=(5*s0, 16), dim=0, outer=1, inner=5, zeros=Zeros.UNKNOWN)`: dimension 0 carries rows, with 5 tokens merged
-behind each. For rows 1 and 3 of 4 that is `[10, 16]` of `[20, 16]`. The gradient of its output has the same shape and
-rows, and `zeros=Zeros.OUTSIDE_KEPT`. The weight is `Value(shape=(16, 16))`: it has no rows.
+`Value(shape=(5*s0, 16), row_dim=0, outer=1, inner=5, zeros=Zeros.UNKNOWN)`: dimension 0 carries rows, with 5 tokens
+merged behind each. For rows 1 and 3 of 4 that is `[10, 16]` of `[20, 16]`. The gradient of its output has the same
+shape and rows, and `zeros=Zeros.OUTSIDE_KEPT`. The weight is `Value(shape=(16, 16))`: it has no rows.
 """
 
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ import sympy
 from torch import fx
 
 from hf_trim.backward._torch_internals import tree_iter
-from hf_trim.backward.compiled.errors import RowsMixedError
+from hf_trim.backward.registry import NotRowwiseError
 
 
 class Zeros(IntEnum):
@@ -37,7 +37,7 @@ class Value:
 
     Args:
         shape (`tuple[sympy.Expr, ...]`): Its symbolic shape.
-        dim (`int`, *optional*): The dimension that carries rows; `None` if the tensor is the same for any rows.
+        row_dim (`int`, *optional*): The dimension that carries rows; `None` if the tensor is the same for any rows.
         outer (`sympy.Expr`, *optional*): Size of what is merged in front of the rows in that dimension; `None` if the
             tensor is equal all along it, so that rows may be anywhere.
         inner (`sympy.Expr`, *optional*): The same behind the rows.
@@ -49,7 +49,7 @@ class Value:
     """
 
     shape: tuple
-    dim: int | None = None
+    row_dim: int | None = None
     outer: Any = None
     inner: Any = None
     zeros: Zeros = Zeros.UNKNOWN
@@ -57,6 +57,11 @@ class Value:
     source: fx.Node | None = None
     origin: fx.Node | None = None
     unknown: str = ""
+
+    @property
+    def ndim(self) -> int:
+        """Number of its dimensions."""
+        return len(self.shape)
 
 
 def values_in(args: Any) -> Iterator[Value]:
@@ -88,23 +93,10 @@ def check_no_rows(*operands: Any) -> None:
         operands (`Any`): Operands that an op uses for all rows alike, such as a weight.
 
     Raises:
-        [`~hf_trim.backward.compiled.errors.RowsMixedError`]: If one of them carries rows.
+        [`~hf_trim.backward.registry.NotRowwiseError`]: If one of them carries rows.
     """
-    if any(isinstance(x, Value) and x.dim is not None for x in operands):
-        raise RowsMixedError("an operand that is used for all rows carries rows itself")
-
-
-def check_batch_first(*values: Value) -> None:
-    """
-    Args:
-        values ([`Value`]): Operands whose first dimension must be the batch and nothing else, as in `[B, C, H, W]`.
-
-    Raises:
-        [`~hf_trim.backward.compiled.errors.RowsMixedError`]: If one has its rows elsewhere, or none.
-    """
-    for value in values:
-        if value.dim != 0 or (value.outer is not None and not (value.outer == value.inner == 1)):
-            raise RowsMixedError("the rows of an operand are not its first dimension")
+    if any(isinstance(x, Value) and x.row_dim is not None for x in operands):
+        raise NotRowwiseError("an operand that is used for all rows carries rows itself")
 
 
 def check_sum_over_rows(zeros: Zeros) -> None:
@@ -113,7 +105,7 @@ def check_sum_over_rows(zeros: Zeros) -> None:
         zeros ([`Zeros`]): Where the terms of a sum over rows are zero.
 
     Raises:
-        [`~hf_trim.backward.compiled.errors.RowsMixedError`]: If the sum over the kept rows may not be the whole sum.
+        [`~hf_trim.backward.registry.NotRowwiseError`]: If the sum over the kept rows may not be the whole sum.
     """
     if zeros == Zeros.UNKNOWN:
-        raise RowsMixedError("it sums over the batch, and the terms may be nonzero outside of the kept rows")
+        raise NotRowwiseError("it sums over the batch, and the terms may be nonzero outside of the kept rows")

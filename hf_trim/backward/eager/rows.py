@@ -13,13 +13,10 @@ import torch
 from torch import Tensor
 
 from hf_trim.backward._torch_internals import StorageWeakRef, negative_view, version_of
+from hf_trim.backward.registry import NotRowwiseError
 
 
 _REMEMBER_FROM = 1 << 16  # elements; smaller slices are copied faster than looked up
-
-
-class NotRowwiseError(Exception):
-    """A rule does not apply to these operands: the op runs dense instead."""
 
 
 class Rows:

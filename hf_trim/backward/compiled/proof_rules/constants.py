@@ -6,9 +6,8 @@ its outer and inner size are `None`: they fit those of any tensor that it is add
 rows: 0, 1, 2, 3 for B = 4; and among the kept rows 1 and 3, it is 0, 1.
 """
 
-from hf_trim.backward.compiled.errors import RowsMixedError
 from hf_trim.backward.compiled.values import Value, Zeros, is_equal
-from hf_trim.backward.registry import PROOF, implements
+from hf_trim.backward.registry import PROOF, NotRowwiseError, implements
 
 
 @implements("full", "full_like", "zeros", "zeros_like", "new_zeros", "ones", "ones_like", "new_ones", "new_full",
@@ -18,7 +17,7 @@ def _constant(prop, name, shape, *args, **kwargs):
         value = args[0 if name == "scalar_tensor" else 2 if name == "new_full" else 1]
         prop.check_no_batch_size(value)
         if isinstance(value, Value):
-            raise RowsMixedError("it is not known what number a tensor is filled with")
+            raise NotRowwiseError("it is not known what number a tensor is filled with")
     else:
         value = "ones" in name
     return prop.uniform_result(shape, Zeros.EVERYWHERE if value == 0 else Zeros.UNKNOWN)
@@ -32,5 +31,5 @@ def _row_numbers(prop, name, shape, *args, start=None, step=None, **kwargs):
         prop.check_no_batch_size(args, start, step)
         return prop.result(shape)
     if start != 0 or step != 1 or not is_equal(shape[0], prop.batch):
-        raise RowsMixedError("it numbers the rows in another way than 0, 1, 2, ...")
+        raise NotRowwiseError("it numbers the rows in another way than 0, 1, 2, ...")
     return prop.batch_first_result(shape, is_row_index=True)

@@ -10,47 +10,12 @@ batch, which is checked in each call. Looked up by any other number, a row could
 from dataclasses import replace
 
 from hf_trim.backward._torch_internals import traced_value
-from hf_trim.backward.compiled.errors import RowsMixedError
-from hf_trim.backward.compiled.values import Value, Zeros, check_no_rows, check_sum_over_rows, is_equal, zeros_of
-from hf_trim.backward.registry import PROOF, implements
+from hf_trim.backward.compiled.values import Value, Zeros, check_no_rows, check_sum_over_rows
+from hf_trim.backward.registry import PROOF, NotRowwiseError, implements
 
 
 # Ops that may use the number of a row, for their rules check how.
 INDEXING = ("index", "_unsafe_index", "index_put", "_unsafe_index_put", "_unsafe_masked_index_put_accumulate")
-
-
-@implements("gather", table=PROOF)
-def _gather(prop, name, shape, x, dim, index, **kwargs):
-    if x.dim is None or x.dim == dim % len(shape) or index.dim != x.dim or not is_equal(x.shape[x.dim], shape[x.dim]):
-        raise RowsMixedError("it may look up entries of other rows")
-    return prop.result(shape, x.dim, prop.common_layout([x, index]), x.zeros)
-
-
-@implements("scatter", "scatter_add", table=PROOF)
-def _scatter(prop, name, shape, x, dim, index, source, **kwargs):
-    carriers = [x, index] + ([source] if isinstance(source, Value) else [])
-    if any(value.dim is None or value.dim != x.dim for value in carriers) or x.dim == dim % len(shape):
-        raise RowsMixedError("it may look up entries of other rows")
-    if any(not is_equal(value.shape[x.dim], shape[x.dim]) for value in carriers):
-        raise RowsMixedError("it may look up a part of the rows only")
-    return prop.result(shape, x.dim, prop.common_layout(carriers), min(x.zeros, zeros_of(source)))
-
-
-@implements("embedding", table=PROOF)
-def _embedding(prop, name, shape, weight, index, *args):
-    check_no_rows(weight)
-    return prop.result(shape, index.dim, index)
-
-
-@implements("embedding_dense_backward", table=PROOF)
-def _embedding_backward(prop, name, shape, grad, index, size, padding, by_frequency):
-    if by_frequency:
-        raise RowsMixedError("it counts frequencies over the batch")
-    if grad.dim is None or grad.dim != index.dim:
-        raise RowsMixedError("its operands carry rows in different dimensions")
-    check_sum_over_rows(grad.zeros)
-    prop.common_layout([grad, index])
-    return prop.result(shape, zeros=grad.zeros)
 
 
 def _check_indices(prop, x: Value, indices: list) -> tuple[Value | None, bool]:
@@ -62,29 +27,29 @@ def _check_indices(prop, x: Value, indices: list) -> tuple[Value | None, bool]:
         the common shape of all indices), and whether `x` carries rows that are looked up by a row index.
     """
     by_dim = {d: index for d, index in enumerate(indices) if index is not None}
-    carriers = [index for index in by_dim.values() if index.dim is not None]
-    if len({index.dim - len(index.shape) for index in carriers}) > 1:
-        raise RowsMixedError("its operands carry rows in different dimensions")
+    carriers = [index for index in by_dim.values() if index.row_dim is not None]
+    if len({index.row_dim - len(index.shape) for index in carriers}) > 1:
+        raise NotRowwiseError("its operands carry rows in different dimensions")
     carrier = prop.common_layout(carriers) or (carriers[0] if carriers else None)
-    if x.is_row_index or any(index.is_row_index for d, index in by_dim.items() if d != x.dim):
-        raise RowsMixedError("a value depends on the number of a row")
-    if x.dim is None:
+    if x.is_row_index or any(index.is_row_index for d, index in by_dim.items() if d != x.row_dim):
+        raise NotRowwiseError("a value depends on the number of a row")
+    if x.row_dim is None:
         return carrier, False
-    if x.dim not in by_dim:
-        raise RowsMixedError(
+    if x.row_dim not in by_dim:
+        raise NotRowwiseError(
             "it may look up entries of other rows"
             if carriers
             else "it looks up the same entries for all rows, together with rows"
         )
-    row_index = by_dim[x.dim]
+    row_index = by_dim[x.row_dim]
     if not row_index.is_row_index:
         # The forward pass may have made the row index, `torch.arange(B)`, and saved it.
         is_input = row_index.source is not None and traced_value(row_index.source).ndim == 1
         if not (is_input and row_index.outer == row_index.inner == 1):
-            raise RowsMixedError("it may look up entries of other rows")
+            raise NotRowwiseError("it may look up entries of other rows")
         prop.use_as_row_index(row_index)
     if not (x.outer is None or x.outer == x.inner == 1):
-        raise RowsMixedError("it looks up rows in a dimension that is merged with others")
+        raise NotRowwiseError("it looks up rows in a dimension that is merged with others")
     return carrier, True
 
 
@@ -106,10 +71,10 @@ def _free_dims(x: Value, indices: list) -> list[int]:
 def _free_row_dim(x: Value, indices: list) -> int | None:
     """The dimension of `x[indices]` that carries rows, if the same entries of each row are taken; else `None`."""
     free = _free_dims(x, indices)
-    if x.dim not in free or any(index is not None and index.dim is not None for index in indices):
+    if x.row_dim not in free or any(index is not None and index.row_dim is not None for index in indices):
         return None
     first, common = _place_of_indices(indices)
-    in_front = sum(d < x.dim for d in free)
+    in_front = sum(d < x.row_dim for d in free)
     return in_front if in_front < first else in_front + common
 
 
@@ -122,7 +87,7 @@ def _index(prop, name, shape, x, indices):
     if carrier is None:
         return prop.result(shape, zeros=x.zeros)
     first, common = _place_of_indices(indices)
-    row_dim = first + common + carrier.dim - len(carrier.shape)
+    row_dim = first + common + carrier.row_dim - len(carrier.shape)
     return prop.result(shape, row_dim, carrier, x.zeros if by_row or x.zeros == Zeros.EVERYWHERE else Zeros.UNKNOWN)
 
 
@@ -134,26 +99,26 @@ def _index_put(prop, name, shape, x, *args):
     first, common = _place_of_indices(indices)
     dims = len(_free_dims(x, indices)) + common  # of `x[indices]`; values may have fewer, aligned at the end
     if values.is_row_index:
-        raise RowsMixedError("a value depends on the number of a row")
+        raise NotRowwiseError("a value depends on the number of a row")
     row_dim = _free_row_dim(x, indices)
     if row_dim is not None:
-        if values.dim is None or values.dim - len(values.shape) != row_dim - dims or mask is not None:
-            raise RowsMixedError("its operands carry rows in different dimensions")
-        return prop.result(shape, x.dim, prop.common_layout([x, values]), min(x.zeros, values.zeros))
+        if values.row_dim is None or values.row_dim - len(values.shape) != row_dim - dims or mask is not None:
+            raise NotRowwiseError("its operands carry rows in different dimensions")
+        return prop.result(shape, x.row_dim, prop.common_layout([x, values]), min(x.zeros, values.zeros))
     carrier, by_row = _check_indices(prop, x, indices)
     if carrier is None:
         check_no_rows(values, mask)
         return prop.result(shape, zeros=min(x.zeros, values.zeros))
-    row_dim = first + common + carrier.dim - len(carrier.shape)
-    carriers = [value for value in (values, mask) if value is not None and value.dim is not None]
-    if any(value.dim - len(value.shape) != row_dim - dims for value in carriers):
-        raise RowsMixedError("its operands carry rows in different dimensions")
+    row_dim = first + common + carrier.row_dim - len(carrier.shape)
+    carriers = [value for value in (values, mask) if value is not None and value.row_dim is not None]
+    if any(value.row_dim - len(value.shape) != row_dim - dims for value in carriers):
+        raise NotRowwiseError("its operands carry rows in different dimensions")
     layout = prop.common_layout([carrier, *carriers])
     if by_row:
         return prop.result(
-            shape, x.dim, replace(x, outer=layout.outer, inner=layout.inner), min(x.zeros, values.zeros)
+            shape, x.row_dim, replace(x, outer=layout.outer, inner=layout.inner), min(x.zeros, values.zeros)
         )
     if not adds:
-        raise RowsMixedError("rows overwrite each other in a tensor that has none")
+        raise NotRowwiseError("rows overwrite each other in a tensor that has none")
     check_sum_over_rows(values.zeros)
     return prop.result(shape, zeros=min(x.zeros, values.zeros))

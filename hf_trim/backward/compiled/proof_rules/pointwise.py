@@ -9,45 +9,27 @@ is `[s0, s0]`, in which each row meets each row.
 
 from typing import TYPE_CHECKING, cast
 
-from hf_trim.backward.compiled.errors import RowsMixedError
+from torch import SymBool, SymFloat, SymInt
+
+from hf_trim.backward._torch_internals import tree_iter
 from hf_trim.backward.compiled.values import Value, Zeros, values_in, zeros_of
-from hf_trim.backward.registry import PROOF, implements
+from hf_trim.backward.facts.pointwise import keeps_zeros, zero_where
+from hf_trim.backward.registry import NotRowwiseError
 
 
 if TYPE_CHECKING:
     from hf_trim.backward.compiled.proof import Propagation
 
 
-_ZERO_WHERE_FIRST_IS = {
-    "_to_copy", "abs", "alias", "asinh", "atan", "ceil", "clone", "convert_element_type", "detach", "div", "erf",
-    "expm1", "floor", "lift_fresh_copy", "neg", "relu", "round", "sign", "sin", "sinh", "sqrt", "tan", "tanh",
-    "trunc",
-}  # fmt: skip
-
-
-def _zeros_of_result(name: str, args: tuple) -> Zeros:
-    zeros = [zeros_of(x) for x in args]
-    if name in ("mul", "logical_and", "bitwise_and"):
-        return max(zeros[:2])
-    if name in ("add", "sub", "rsub", "maximum", "minimum", "logical_or", "bitwise_or"):
-        return min(zeros[:2])
-    if name == "where":
-        return min(zeros[1:])
-    if name == "masked_fill":
-        return min(zeros[0], zeros[2])
-    if name == "fma":
-        return min(max(zeros[:2]), zeros[2])
-    if name == "addcmul":
-        return min(zeros[0], max(zeros[1:3]))
-    if name == "addcdiv":
-        return min(zeros[:2])
-    if name == "threshold":
-        return zeros[0] if args[2] == 0 else Zeros.UNKNOWN
-    if name == "pow":
-        return zeros[0] if isinstance(args[1], (int, float)) and args[1] > 0 else Zeros.UNKNOWN
-    if name in _ZERO_WHERE_FIRST_IS or name.endswith("_backward"):
-        return zeros[0]
-    return Zeros.UNKNOWN
+def _zeros_of_result(prop: "Propagation", name: str, args: tuple, kwargs: dict) -> Zeros:
+    terms = zero_where(name)
+    if terms is not None:
+        return min(max(zeros_of(args[i]) for i in term) for term in terms)
+    zeros = min((zeros_of(x) for x in values_in((args, kwargs))), default=Zeros.UNKNOWN)
+    has_symbols = any(isinstance(x, (SymInt, SymFloat, SymBool)) for x in tree_iter((args, kwargs)))
+    if zeros == Zeros.UNKNOWN or has_symbols or not keeps_zeros(prop.op, args, kwargs, Value):
+        return Zeros.UNKNOWN
+    return zeros
 
 
 def pointwise(prop: "Propagation", name: str, shape: tuple, *args, **kwargs) -> Value:
@@ -63,29 +45,20 @@ def pointwise(prop: "Propagation", name: str, shape: tuple, *args, **kwargs) -> 
     Returns:
         [`~hf_trim.backward.compiled.values.Value`]: The result.
     """
-    zeros = _zeros_of_result(name, args)
+    zeros = _zeros_of_result(prop, name, args, kwargs)
     if zeros == Zeros.EVERYWHERE:  # whatever the other operands are
         return prop.uniform_result(shape, Zeros.EVERYWHERE)
     values = list(values_in((args, kwargs)))
     for value in values:
         if value.unknown:
-            raise RowsMixedError(value.unknown)
+            raise NotRowwiseError(value.unknown)
     prop.check_no_batch_size(args, kwargs)
-    carriers = [value for value in values if value.dim is not None]
+    carriers = [value for value in values if value.row_dim is not None]
     if not carriers:
         return prop.result(shape, zeros=zeros)
     # Counted from the end, as in broadcasting.
-    dims = {cast(int, value.dim) - len(value.shape) for value in carriers}
+    dims = {cast(int, value.row_dim) - len(value.shape) for value in carriers}
     if len(dims) > 1:
-        raise RowsMixedError("its operands carry rows in different dimensions")
-    is_row_index = len(values) == 1 and values[0].is_row_index and name in ("clone", "alias", "detach")
+        raise NotRowwiseError("its operands carry rows in different dimensions")
+    is_row_index = len(values) == 1 and values[0].is_row_index and name == "clone"
     return prop.result(shape, dims.pop() + len(shape), prop.common_layout(carriers), zeros, is_row_index)
-
-
-@implements("native_dropout_backward", table=PROOF)
-def _dropout_backward(prop, name, shape, grad, mask, scale):
-    return pointwise(prop, "mul", shape, grad, mask)
-
-
-# These have no tag in some versions of PyTorch that says they are pointwise.
-implements("clone", "alias", "detach", "_to_copy", "convert_element_type", "fma", table=PROOF)(pointwise)

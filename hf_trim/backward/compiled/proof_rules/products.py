@@ -11,27 +11,23 @@ rows.
 | `mm(grad, grad.T)`, `[s0*5, 16] @ [16, s0*5]` | `[s0*5, s0*5]` | refused: each row meets each row |
 """
 
-from hf_trim.backward.compiled.errors import RowsMixedError
 from hf_trim.backward.compiled.proof_rules.pointwise import pointwise
 from hf_trim.backward.compiled.values import Value, check_sum_over_rows
-from hf_trim.backward.registry import PROOF, implements
+from hf_trim.backward.facts.fact import product_dims
+from hf_trim.backward.registry import PROOF, NotRowwiseError, implements
 
 
 def _multiply(prop, shape, a: Value, b: Value) -> Value:
     """The product `[..., M, K] @ [..., K, N]`."""
-    last, zeros = len(shape) - 1, max(a.zeros, b.zeros)
-    if a.dim is None and b.dim is None:
+    zeros = max(a.zeros, b.zeros)
+    if a.row_dim is None and b.row_dim is None:
         return prop.result(shape, zeros=zeros)
-    layout = prop.common_layout([a, b])
-    if a.dim == last and b.dim == last - 1:
+    *dims, dim = product_dims(a, b)
+    if (a.row_dim, b.row_dim) != tuple(dims):
+        raise NotRowwiseError("its operands carry rows in different dimensions")
+    if dim is None:
         check_sum_over_rows(zeros)
-        return prop.result(shape, zeros=zeros)
-    batched = last > 1 and a.dim == b.dim == 0
-    if batched or (b.dim is None and a.dim == last - 1):
-        return prop.result(shape, a.dim, layout, zeros)
-    if a.dim is None and b.dim == last:
-        return prop.result(shape, b.dim, layout, zeros)
-    raise RowsMixedError("its operands carry rows in different dimensions")
+    return prop.result(shape, dim, prop.common_layout([a, b]), zeros)
 
 
 @implements("mm", "bmm", table=PROOF)

@@ -1,7 +1,8 @@
 """
-How ATen's ops work on tensors of which the kept rows are in memory: one rule an op, registered by
-[`~hf_trim.backward.registry.implements`]. `activations.py` holds the rules of forward ops on activations, the other
-files those of backward ops on row-sparse gradients.
+How ATen's ops work on tensors of which the kept rows are in memory: one rule an op. Most follow from the facts
+(`derived.py`). Those of ops that do more are written by hand, and registered by
+[`~hf_trim.backward.registry.implements`]: `activations.py` holds those of forward ops on activations, the other files
+those of backward ops on row-sparse gradients.
 
 A rule gets the op and its arguments and returns what the op returns. It must guarantee, for every input:
 
@@ -12,7 +13,7 @@ A rule gets the op and its arguments and returns what the op returns. It must gu
    row-carrying operands. If rows are summed (weight gradients), the sum over the kept rows is the sum over all.
 3. *Every operand accounted for.* A dense operand that has the gradient's rows is sliced with
    [`~hf_trim.backward.eager.tensor.RowTensor.kept_rows`]. One that is broadcast over them is left as it is. Anything
-   else raises [`~hf_trim.backward.eager.rows.NotRowwiseError`]. `kept_rows` checks the size: a rule only names the
+   else raises [`~hf_trim.backward.registry.NotRowwiseError`]. `kept_rows` checks the size: a rule only names the
    dimension.
 4. *No guessing.* For modes that it does not fully understand (training-mode batch norm, a reduced loss, dropout inside
    a fused kernel) it raises `NotRowwiseError`: the op then runs on densified arguments, and is counted.
@@ -24,7 +25,6 @@ e.g. `mm` for a weight's gradient, B = 4, T = 2, rows 1 and 3 kept: `grad.t() @ 
 
 from hf_trim.backward.eager.rules import (  # noqa: F401 (each registers its rules)
     activations,
-    attention,
     indexing,
     joins,
     nn,
@@ -32,3 +32,7 @@ from hf_trim.backward.eager.rules import (  # noqa: F401 (each registers its rul
     reductions,
     views,
 )
+from hf_trim.backward.eager.rules.derived import register_derived_rules
+
+
+register_derived_rules()

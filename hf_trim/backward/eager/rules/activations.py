@@ -1,5 +1,6 @@
 """
-Forward ops on activations of which the kept rows are known (`checkpoint.py`, `saved.py`).
+Forward ops on activations of which the kept rows are known (`checkpoint.py`, `saved.py`): elementwise ones, factories
+and random numbers. The rules of others follow from the facts.
 
 What `rules/__init__.py` says of a rule holds here with one difference: the rows that are not kept are *unknown*, not
 zero. A sum over rows is therefore never right; an elementwise op need not keep zeros. Random numbers are drawn for all
@@ -11,21 +12,12 @@ e.g. `linear(x, weight)` with `x` `[B·T, H]`, B = 4, T = 2, rows 1 and 3 kept: 
 
 import torch
 
-from hf_trim.backward._torch_internals import argument_names, is_composite, is_mutable, return_types
+from hf_trim.backward._torch_internals import is_composite, is_mutable, return_types
 from hf_trim.backward.eager.activation import ActivationRows
-from hf_trim.backward.eager.rows import NotRowwiseError
-from hf_trim.backward.eager.rules.operands import (
-    find_reference,
-    kept_payloads,
-    require,
-    require_other_dim,
-    require_samples,
-    run_by_row,
-    wrap_outputs,
-)
-from hf_trim.backward.eager.rules.pointwise import decomposed, is_pointwise
-from hf_trim.backward.eager.tensor import RowTensor
-from hf_trim.backward.registry import ACTIVATIONS, implements
+from hf_trim.backward.eager.rules.operands import find_reference, kept_payloads, run_by_row
+from hf_trim.backward.eager.rules.pointwise import decomposed
+from hf_trim.backward.facts.pointwise import is_pointwise
+from hf_trim.backward.registry import ACTIVATIONS, NotRowwiseError, implements, require
 
 
 def default_rule(op):
@@ -60,105 +52,12 @@ def in_place(func, x, *args, **kwargs):
     return x
 
 
-# ---- factories, reductions ---------------------------------------------------------------------------------------
+# ---- factories, random numbers --------------------------------------------------------------------------------------
 
 
 @implements("empty_like", "zeros_like", "ones_like", "full_like", table=ACTIVATIONS)
 def fill(func, x, *args, **kwargs):
     return x.like(func(x.payload, *args, **kwargs))
-
-
-@implements("sum.dim_IntList", "mean.dim", "amax", "amin", table=ACTIVATIONS)
-@implements("var.correction", "std.correction", "linalg_vector_norm", table=ACTIVATIONS)
-def reduce(func, x, *args, **kwargs):
-    named = name_arguments(func, 1, args, kwargs)
-    require(bool(named.get("dim")), "rows are reduced")
-    dims = [require_other_dim(x, d) for d in named["dim"]]
-    removed = 0 if named.get("keepdim") else sum(d < x.row_dim for d in dims)
-    return x.like(func(x.payload, **named), x.row_dim - removed)
-
-
-def name_arguments(func, skipped, args, kwargs) -> dict:
-    """The arguments of an op behind its first ones, by name."""
-    return {**dict(zip(argument_names(func)[skipped:], args, strict=False)), **kwargs}
-
-
-# ---- matrix products ---------------------------------------------------------------------------------------------
-
-
-@implements("mm", "bmm", "addmm", "baddbmm", table=ACTIVATIONS)
-def matmul(func, *args, **kwargs):
-    """`[n, m] @ [m, p]`, with or without a batch dimension; rows along n, p or the batch, but not along m."""
-    *bias, a, b = args
-    ref = find_reference((a, b), ActivationRows)
-    first = ref.ndim - 2  # where the matrix dimensions begin
-    dim = ref.row_dim - ref.ndim
-    if ref.row_dim < first:
-        a, b = ref.kept_rows(a), ref.kept_rows(b)
-    else:
-        require(
-            not (isinstance(a, RowTensor) and isinstance(b, RowTensor)),
-            "both operands carry rows, in different dimensions",
-        )
-        require(ref.row_dim == first + (ref is b), "rows are summed")
-        a, b = (ref.payload, b) if ref is a else (a, ref.payload)
-    bias = [ref.kept_rows_or_broadcast(x, dim) for x in bias]
-    return ref.like(func(*bias, a, b, **kwargs))
-
-
-# ---- neural-network ops ------------------------------------------------------------------------------------------
-
-
-@implements("native_layer_norm", "_fused_rms_norm", table=ACTIVATIONS)
-def norm(func, x, normalized_shape, *args):
-    require(require_activation(x).row_dim < x.ndim - len(normalized_shape), "rows are normalized")
-    return wrap_outputs(x, func(x.payload, normalized_shape, *args))
-
-
-@implements("native_group_norm", table=ACTIVATIONS)
-def group_norm(func, x, weight, bias, N, C, HxW, group, eps):
-    require_samples(require_activation(x))
-    return wrap_outputs(x, func(x.payload, weight, bias, x.rows.count, C, HxW, group, eps))
-
-
-@implements("_softmax", "_log_softmax", "_safe_softmax", "glu", table=ACTIVATIONS)
-def softmax(func, x, dim=-1, *args, **kwargs):
-    require_other_dim(x, dim)
-    return x.like(func(x.payload, dim, *args, **kwargs))
-
-
-@implements("convolution", table=ACTIVATIONS)
-def convolution(func, x, weight, *args):
-    require_samples(require_activation(x))
-    require(x.ndim == weight.ndim and not isinstance(weight, RowTensor), "rows are not samples")
-    return x.like(func(x.payload, weight, *args))
-
-
-@implements("embedding", table=ACTIVATIONS)
-def embedding(func, weight, indices, *args):
-    require(not isinstance(weight, RowTensor), "rows of the table are unknown")
-    return indices.like(func(weight, indices.payload, *args))
-
-
-@implements(
-    "_scaled_dot_product_flash_attention_for_cpu",
-    "_scaled_dot_product_flash_attention",
-    "_scaled_dot_product_efficient_attention",
-    "_scaled_dot_product_cudnn_attention",
-    table=ACTIVATIONS,
-)
-def attention(func, query, key, value, *args, **kwargs):
-    require_samples(require_activation(query))
-    named = name_arguments(func, 3, args, kwargs)
-    require(not named.get("dropout_p"), "dropout inside the kernel")  # its mask would be another one
-    for name in ("attn_mask", "attn_bias"):
-        if named.get(name) is not None:
-            named[name] = query.kept_rows_or_broadcast(named[name], -4)
-    outs = func(query.payload, query.kept_rows(key), query.kept_rows(value), **named)
-    return *wrap_outputs(query, outs[:2]), *outs[2:]  # result and logsumexp, then random state and sizes
-
-
-# ---- random numbers ----------------------------------------------------------------------------------------------
 
 
 def empty_batch(x):

@@ -1,91 +1,15 @@
 """
-Indexing, gathering and scattering.
+Advanced indexing.
 
-e.g. the gradient of `x[:, 0]`, x `[B, T, C]`, B = 4, rows 1 and 3 kept: `select_backward` puts the payload `[2, C]`
-into zeros of `[2, T, C]`. The gradient of `x[arange(B), positions]` writes row b of `[B, C]` to row b of `[B, T, C]`:
-the index along the rows must count them in order, then the payload is written with `arange(2)` in its place.
+e.g. B = 4, rows 1 and 3 kept: the gradient of `x[arange(B), positions]` writes row b of `[B, C]` to row b of
+`[B, T, C]`. The index along the rows must count them in order; the payload is written with `arange(2)` in its place.
 """
 
 import torch
 
-from hf_trim.backward.eager.rules.operands import (
-    is_zeros,
-    require,
-    require_other_dim,
-    require_row_sparse,
-    require_samples,
-)
-from hf_trim.backward.eager.tensor import RowSparseTensor, RowTensor
-from hf_trim.backward.registry import ACTIVATIONS, GRADIENTS, implements
-
-
-def kept_size(grad, size, dim):
-    """`size` with the kept rows along `dim`, which must carry the gradient's rows."""
-    require(size[dim] == grad.shape[grad.row_dim], "the source has other rows")
-    return [grad.payload.shape[grad.row_dim] if d == dim else n for d, n in enumerate(size)]
-
-
-@implements("select_backward")
-def select_backward(func, grad, size, dim, index):
-    dim %= len(size)
-    rows_dim = require_row_sparse(grad).row_dim + (dim <= grad.row_dim)
-    return grad.like(func(grad.payload, kept_size(grad, size, rows_dim), dim, index), rows_dim)
-
-
-@implements("slice_backward")
-def slice_backward(func, grad, size, dim, start, end, step):
-    require_other_dim(require_row_sparse(grad), dim)
-    return grad.like(func(grad.payload, kept_size(grad, size, grad.row_dim), dim, start, end, step))
-
-
-@implements("unfold_backward")
-def unfold_backward(func, grad, size, dim, length, step):
-    require(
-        require_row_sparse(grad).row_dim < len(size) and grad.row_dim != dim % len(size), "it works along the rows"
-    )
-    return grad.like(func(grad.payload, kept_size(grad, size, grad.row_dim), dim, length, step))
-
-
-@implements("select_scatter", "slice_scatter")
-def scatter_slice(func, x, source, dim=0, *args, **kwargs):
-    require(isinstance(x, RowSparseTensor) and is_zeros(source), "a dense tensor is joined")
-    dim = require_other_dim(x, dim)
-    source_dim = x.row_dim - (dim < x.row_dim and source.ndim < x.ndim)
-    return x.like(func(x.payload, x.kept_rows(source, source_dim), dim, *args, **kwargs))
-
-
-@implements("gather", table=(GRADIENTS, ACTIVATIONS))
-def gather(func, x, dim, index, sparse_grad=False):
-    require(isinstance(x, RowTensor), "it gathers from a tensor without rows")
-    dim = require_other_dim(x, dim)
-    return x.like(func(x.payload, dim, x.kept_rows(index)))
-
-
-@implements("scatter_add", "scatter.src")
-def scatter(func, x, dim, index, source):
-    require(isinstance(x, RowSparseTensor) and isinstance(source, RowSparseTensor), "a dense tensor is joined")
-    dim = require_other_dim(x, dim)
-    return x.like(func(x.payload, dim, x.kept_rows(index), x.kept_rows(source)))
-
-
-@implements("scatter.value")
-def scatter_value(func, x, dim, index, value):
-    require(value == 0, "the result is not zero outside the kept rows")
-    return require_row_sparse(x).like(func(x.payload, require_other_dim(x, dim), x.kept_rows(index), value))
-
-
-@implements("index_select", table=(GRADIENTS, ACTIVATIONS))
-def index_select(func, x, dim, index):
-    require(isinstance(x, RowTensor), "it selects from a tensor without rows")
-    dim = require_other_dim(x, dim)
-    return x.like(func(x.payload, dim, index))
-
-
-@implements("index_add", "index_copy")
-def index_add(func, x, dim, index, source, **kwargs):
-    require(isinstance(x, RowSparseTensor) and isinstance(source, RowSparseTensor), "a dense tensor is joined")
-    dim = require_other_dim(x, dim)
-    return x.like(func(x.payload, dim, index, x.kept_rows(source), **kwargs))
+from hf_trim.backward.eager.rules.operands import is_zeros, require_samples
+from hf_trim.backward.eager.tensor import RowSparseTensor
+from hf_trim.backward.registry import implements, require
 
 
 def index_payload(x, indices) -> tuple[list, int, int]:

@@ -10,14 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from hf_trim.backward.eager.rows import NotRowwiseError
 from hf_trim.backward.eager.tensor import RowSparseTensor, RowTensor
-
-
-def require(condition: bool, reason: str) -> None:
-    """Ends a rule that does not apply: the op runs dense instead."""
-    if not condition:
-        raise NotRowwiseError(reason)
+from hf_trim.backward.registry import NotRowwiseError, require
 
 
 def require_row_sparse(x: Any) -> RowSparseTensor:
@@ -31,20 +25,15 @@ def require_samples(x: RowTensor) -> None:
     require((x.row_dim, x.row_outer, x.row_inner) == (0, 1, 1), "rows are not samples")
 
 
-def require_other_dim(x: RowTensor, dim: int) -> int:
-    """`dim` as a non-negative number; it must not be the one that carries rows."""
-    dim %= x.ndim
-    require(dim != x.row_dim, "it works along the rows")
-    return dim
-
-
-def is_zeros(x: Tensor) -> bool:
+def is_zeros(x: Tensor | float) -> bool:
     """
     Whether an operand is zero outside the kept rows: if it is not row-sparse, then by being zeros, which autograd has
     in the place of an undefined gradient, or of one that was overwritten.
     """
     if isinstance(x, RowSparseTensor):
         return True
+    if not isinstance(x, Tensor):
+        return x == 0
     return not (x if any(x.stride()) else x[(slice(1),) * x.ndim]).any()  # looking at one entry if they are expanded
 
 
@@ -74,8 +63,3 @@ def run_by_row(func, ref: RowTensor, args: tuple, kwargs: dict) -> RowTensor:
     out = func(*kept_payloads(ref, args, kwargs), **kwargs)
     require(out.shape[dim] == ref.payload.shape[dim], "rows are broadcast")
     return ref.like(out, dim + out.ndim)
-
-
-def wrap_outputs(ref: RowTensor, outs: Iterable) -> tuple:
-    """Outputs with the rows of `ref`; those that were not asked for stay `None`."""
-    return tuple(None if out is None else ref.like(out) for out in outs)

@@ -17,38 +17,15 @@ from hf_trim.backward._torch_internals import (
     return_types,
     tree_iter,
 )
-from hf_trim.backward.eager.rules.operands import (
-    find_reference,
-    require,
-    require_row_sparse,
-    run_by_row,
-)
+from hf_trim.backward.eager.rules.operands import find_reference, run_by_row
 from hf_trim.backward.eager.tensor import RowSparseTensor, densify, run_dense
-from hf_trim.backward.registry import ACTIVATIONS, GRADIENTS, implements
+from hf_trim.backward.facts.pointwise import is_pointwise, keeps_zeros, zero_where
+from hf_trim.backward.registry import ACTIVATIONS, GRADIENTS, implements, require
 
 
 aten = torch.ops.aten
 
 # ---- ops without a rule of their own -----------------------------------------------------------------------------
-
-# Backward ops that are pointwise without having the tag.
-POINTWISE = {
-    "_to_copy",
-    "elu_backward",
-    "hardsigmoid_backward",
-    "hardswish_backward",
-    "hardtanh_backward",
-    "leaky_relu_backward",
-    "log_sigmoid_backward",
-    "mish_backward",
-    "rrelu_with_noise_backward",
-    "softplus_backward",
-}
-
-
-def is_pointwise(op) -> bool:
-    """Whether an op is elementwise, by its tags or by name."""
-    return torch.Tag.pointwise in op.tags or op_name(op) in POINTWISE
 
 
 def default_rule(op):
@@ -57,7 +34,7 @@ def default_rule(op):
         return decomposed
     if is_mutable(op):
         return in_place
-    return pointwise if is_pointwise(op) and return_types(op) == ["Tensor"] else dense_rule
+    return pointwise_rule(op) if is_pointwise(op) and return_types(op) == ["Tensor"] else dense_rule
 
 
 GRADIENTS.default = default_rule
@@ -74,17 +51,6 @@ def decomposed(func, *args, **kwargs):
 
 # ---- pointwise ---------------------------------------------------------------------------------------------------
 
-# Ops whose result is zero wherever one of these operands is.
-ZERO_IF_ZERO = {
-    "mul": (0, 1),
-    "div": (0,),
-    "clone": (0,),
-    "native_dropout_backward": (0,),
-    "ldexp": (0,),
-    "xlogy": (0,),
-}
-_zero_probes: dict[tuple, bool] = {}  # op and arguments → whether the op makes zero of zeros
-
 
 def _is_zero(x) -> bool:
     """Whether an operand is zero outside the kept rows: row-sparse, or a scalar zero."""
@@ -95,43 +61,33 @@ def _is_zero(x) -> bool:
     return x == 0
 
 
-def _keeps_zero(func, args, kwargs) -> bool:
-    """Whether the result of an elementwise op is zero wherever its row-sparse operands are."""
-    name = op_name(func)
-    positions = ZERO_IF_ZERO.get(name)
-    if positions:
-        return isinstance(args[positions[0]], RowSparseTensor) or isinstance(args[positions[-1]], RowSparseTensor)
-    if name.endswith("_backward"):  # linear in its first operand, the incoming gradient
-        return isinstance(args[0], RowSparseTensor)
-    if name == "where":
-        return all(_is_zero(x) for x in args[1:])
-    if name == "masked_fill":
-        return isinstance(args[0], RowSparseTensor) and _is_zero(args[2])
-    if name in ("addcmul", "addcdiv"):
-        return isinstance(args[0], RowSparseTensor) and isinstance(args[1], RowSparseTensor)
-    # Any other op of row-sparse operands and numbers is run on zeros, to see what it makes of them.
-    if any(isinstance(x, Tensor) and not isinstance(x, RowSparseTensor) for x in tree_iter((args, kwargs))):
-        return False
-    key = (func, repr([type(x) if isinstance(x, Tensor) else x for x in args]), repr(kwargs))
-    if key not in _zero_probes:
-        zeros = [torch.zeros((), dtype=x.dtype) if isinstance(x, Tensor) else x for x in args]
-        _zero_probes[key] = func(*zeros, **kwargs).item() == 0
-    return _zero_probes[key]
+def _is_zero_outside(terms: tuple, args: tuple) -> bool:
+    """Whether in each term there is an operand that is zero outside the kept rows."""
+    for term in terms:
+        for i in term:
+            if _is_zero(args[i]):
+                break
+        else:
+            return False
+    return True
 
 
-def pointwise(func, *args, **kwargs):
-    """Elementwise ops with broadcasting, where zero rows stay zero."""
-    ref = find_reference(args)
-    require(_keeps_zero(func, args, kwargs), "the result is not zero outside the kept rows")
-    return run_by_row(func, ref, args, kwargs)
+def pointwise_rule(op):
+    """The rule of an elementwise op with broadcasting, where zero rows stay zero."""
+    terms = zero_where(op_name(op))
 
+    def pointwise(func, *args, **kwargs):
+        ref = find_reference(args)
+        if terms is not None:
+            is_zero = _is_zero_outside(terms, args)
+        else:
+            tensors = [x for x in tree_iter((args, kwargs)) if isinstance(x, Tensor)]
+            is_zero = all(isinstance(x, RowSparseTensor) for x in tensors)
+            is_zero = is_zero and keeps_zeros(func, args, kwargs, RowSparseTensor)
+        require(is_zero, "the result is not zero outside the kept rows")
+        return run_by_row(func, ref, args, kwargs)
 
-@implements("_prelu_kernel_backward")
-def prelu_backward(func, grad, x, weight):
-    dim = require_row_sparse(grad).row_dim - grad.ndim
-    require(grad.shape == x.shape, "shapes differ")
-    outs = func(grad.payload, grad.kept_rows(x, dim), grad.kept_rows_or_broadcast(weight, dim))
-    return tuple(grad.like(out) for out in outs)
+    return pointwise
 
 
 @implements("_conj", "_neg_view", table=(GRADIENTS, ACTIVATIONS))

@@ -1,78 +1,54 @@
 """
-Sums, norms and matrix products. Along the rows they are complete without the rows that are zero.
+Means, norms and matrix products. Along the rows they are complete without the rows that are zero. Other reductions
+follow from `facts/table.py`.
 
-e.g. `grad.sum(0)` of `[B·T, C]`, B = 4, T = 2, rows 1 and 3 kept: the ordinary tensor `[C]`, summed over the payload
-`[2·2, C]`. `grad.sum(1)` is row-sparse, `[B·T]` with the payload `[2·2]`.
+e.g. a weight's gradient `grad.t() @ x` of `[B·T, C]` and `[B·T, H]`, B = 4, T = 2, rows 1 and 3 kept: the product of
+the payload `[C, 2·2]` and the kept rows of `x`, `[2·2, H]`.
 """
 
 from math import prod
 
 import torch
 
-from hf_trim.backward.eager.rules.operands import require, require_other_dim, require_row_sparse
-from hf_trim.backward.eager.tensor import RowSparseTensor
-from hf_trim.backward.registry import ACTIVATIONS, GRADIENTS, implements
+from hf_trim.backward.eager.rules.operands import require_row_sparse
+from hf_trim.backward.eager.tensor import RowSparseTensor, RowTensor
+from hf_trim.backward.facts.fact import product_dims, reduced_dims
+from hf_trim.backward.registry import ACTIVATIONS, GRADIENTS, implements, require
 
 
 aten = torch.ops.aten
 
-# ---- reductions --------------------------------------------------------------------------------------------------
 
-
-def _reduced_dims(x, dim) -> list[int]:
-    dims = range(x.ndim) if dim is None or dim == [] else [dim] if isinstance(dim, int) else dim
-    return [d % x.ndim for d in dims]
-
-
-@implements("sum", "sum.dim_IntList", "mean", "mean.dim")
-def sum_(func, x, dim=None, keepdim=False, dtype=None):
-    """Sums over rows are complete without the rows that are zero; a mean divides by the logical count."""
-    dims = _reduced_dims(x, dim)
-    if x.row_dim not in dims:
-        rows_dim = x.row_dim if keepdim else x.row_dim - sum(d < x.row_dim for d in dims)
-        return x.like(func(x.payload, dims, keepdim, dtype=dtype), rows_dim)
-    out = x.payload.sum(dims, keepdim, dtype=dtype)
-    if func in (aten.mean.default, aten.mean.dim):
-        out /= prod(x.shape[d] for d in dims)
-    return out
-
-
-@implements("any")
-def any_(func, x):
-    return func(x.payload)
+@implements("mean", "mean.dim")
+def mean(func, x, dim=None, keepdim=False, dtype=None):
+    dims = reduced_dims(x, dim)
+    return torch.sum(x, dims, keepdim, dtype=dtype) / prod(x.shape[d] for d in dims)
 
 
 @implements("linalg_vector_norm")
 def vector_norm(func, x, ord=2, dim=None, keepdim=False, dtype=None):
-    dims = _reduced_dims(x, dim)
+    dims = reduced_dims(x, dim)
     # A norm of each row runs dense. Zeros change those of order 0 and below.
     require(ord > 0 and x.row_dim in dims, "rows keep a norm of their own")
     return func(x.payload, ord, dims, keepdim, dtype=dtype)
 
 
-@implements("cumsum", table=(GRADIENTS, ACTIVATIONS))
-def cumsum(func, x, dim, dtype=None):
-    return x.like(func(x.payload, require_other_dim(x, dim), dtype=dtype))
-
-
-# ---- matrix products ---------------------------------------------------------------------------------------------
-
-
-@implements("mm", "bmm")
-def matmul(func, a, b):
-    """`[n, m] @ [m, p]`, with or without a batch dimension: rows along n or p stay, rows along m are summed."""
-    first = 0 if func is aten.mm.default else 1  # where the matrix dimensions begin
-    ref = a if isinstance(a, RowSparseTensor) else b
-    if ref.row_dim < first:
-        return ref.like(func(ref.kept_rows(a, 0), ref.kept_rows(b, 0)), 0)
-    summed = first + 1 if ref is a else first
-    if ref.row_dim == summed:  # the gradient of a weight: what the zero rows would add is zero
-        return func(ref.kept_rows(a, first + 1), ref.kept_rows(b, first))
-    require(
-        not (isinstance(a, RowSparseTensor) and isinstance(b, RowSparseTensor)),
-        "both operands carry rows, in different dimensions",
-    )
-    return ref.like(func(ref.payload, b) if ref is a else func(a, ref.payload))
+@implements("mm", "bmm", table=(GRADIENTS, ACTIVATIONS))
+@implements("addmm", "baddbmm", table=ACTIVATIONS)
+def matmul(func, *args, **kwargs):
+    *bias, a, b = args
+    ref = a if isinstance(a, RowSparseTensor) or not isinstance(b, RowTensor) else b
+    require(isinstance(ref, RowTensor), "rows are added to a product without rows")
+    dim_a, dim_b, dim = product_dims(a, b)
+    require(dim is not None or isinstance(ref, RowSparseTensor), "rows are summed")
+    if dim_a is not None:
+        a = ref.kept_rows(a, dim_a)
+    if dim_b is not None:
+        b = ref.kept_rows(b, dim_b)
+    if dim is None:  # the gradient of a weight: what the zero rows would add is zero
+        return func(a, b)
+    bias = [ref.kept_rows_or_broadcast(x, dim - ref.ndim) for x in bias]
+    return ref.like(func(*bias, a, b, **kwargs), dim)
 
 
 @implements("addmm", "baddbmm")
