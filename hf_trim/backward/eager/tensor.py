@@ -273,7 +273,8 @@ def run_dense(func: OpOverload, args: tuple, kwargs: dict, reason: str | Excepti
 
 def run_dense_view(func: OpOverload, x: RowSparseTensor, *args, **kwargs) -> Any:
     """A view without a rule. What is written to it reaches `x`, which becomes dense; or it is refused."""
-    if func is not torch.ops.aten.as_strided.default:  # it counts entries of the memory: only `densify` keeps strides
+    # `as_strided` counts entries of the memory, in which a view has a place of its own.
+    if func is not torch.ops.aten.as_strided.default or base_of(x) is None:
         with suppress(LostWriteError):
             return func(x.make_dense(), *args, **kwargs)
     return tree_map_only(Tensor, CopiedView, func(x.densify(), *args, **kwargs))
