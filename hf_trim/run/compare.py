@@ -119,8 +119,8 @@ def compare(job: Job) -> None:
                     record = _read_run(path)
                 note = "finished before"
                 if record is None:
-                    begun = time.perf_counter()
                     data = load_job_data(job) if data is None else data
+                    begun = time.perf_counter()
                     record = finish_run(job, data, arm, seed, label)
                     trained.append(time.perf_counter() - begun)
                     note = describe_time(trained[-1])
@@ -162,7 +162,7 @@ def _show(job: Job, paths: list[Path]) -> None:
     write_card(job.output_dir)
     title = f"{job.name}, {job.run.seeds} seed{'s' if job.run.seeds > 1 else ''}, {hardware()}"
     print_table(title, *table_rows(records), notes=tuple(notes(records)))
-    print(f"Records: {job.output_dir / 'records'}; plot: {picture}")
+    print(f"The records and {picture.name} are in {job.output_dir}.")
 
 
 def compare_grid(grid: str, options: list[str]) -> None:
