@@ -4,7 +4,7 @@ import importlib
 import sys
 
 from hf_trim import __version__
-from hf_trim.messages import closest
+from hf_trim.messages import closest, print_error
 
 
 COMMANDS = ("run", "report", "bench")
@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"hf-trim {__version__}")
         return 0
     if command not in COMMANDS:
-        print(f"hf_trim: there is no command '{command}'.{closest(command, COMMANDS)}\n{USAGE}", file=sys.stderr)
+        print_error(f"there is no command '{command}'.{closest(command, COMMANDS)}\n{USAGE}")
         return 2
     # Each command imports what it needs: data sets and plots, or only torch.
     status = importlib.import_module(f"hf_trim.{command}.__main__").main(arguments)

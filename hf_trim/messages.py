@@ -1,6 +1,8 @@
-"""Messages about wrong input: what is wrong, its value, and the closest right value."""
+"""Messages: about wrong input what is wrong, its value, and the closest right value; and how numbers are written."""
 
 import difflib
+import os
+import sys
 from collections.abc import Iterable
 
 
@@ -17,6 +19,32 @@ def closest(word: str, choices: Iterable[str]) -> str:
     """
     matches = difflib.get_close_matches(str(word), [str(choice) for choice in choices], n=1, cutoff=0.5)
     return f" Did you mean '{matches[0]}'?" if matches else ""
+
+
+def print_error(message: object) -> None:
+    """
+    Print why a command ends.
+
+    Args:
+        message: The reason.
+    """
+    name = "hf-trim:"
+    if sys.stderr.isatty() and "NO_COLOR" not in os.environ:
+        name = f"\033[1;31m{name}\033[0m"
+    print(f"{name} {message}", file=sys.stderr)
+
+
+def signed(value: float) -> str:
+    """
+    Write a difference.
+
+    Args:
+        value (`float`): The difference.
+
+    Returns:
+        `str`: It with its sign and two digits after the point.
+    """
+    return f"{value:+.2f}".replace("-", "−")  # a minus sign is as wide as a plus
 
 
 def check_choice(name: str, value: str, choices: Iterable[str]) -> None:

@@ -5,11 +5,15 @@ from pathlib import Path
 from typing import Any, cast
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from transformers import Trainer
 
 from hf_trim._compat import TASK_MAPPING, extract_hyperparameters_from_trainer, unwrap_peft_model
 from hf_trim.environment import hardware, versions
-from hf_trim.run.records import UNITS, metric_name, test_score
+from hf_trim.hub.comparison import describe_comparison
+from hf_trim.run.records import UNITS
+from hf_trim.trainer.schedule import schedule_unit
 
 
 TEMPLATE = Path(__file__).with_suffix(".md")
@@ -23,6 +27,8 @@ CALLS = {
     "fill-mask": 'pipe(f"A {pipe.tokenizer.mask_token}.")',
 }
 CURVE_FIELDS = ("epoch", "loss", "full_loss", "eval_loss", "keep_fraction")
+HUB_METRICS = {"macro_f1": "f1"}  # their names on the Hub
+METRIC_TITLES = {"macro_f1": "macro-F1"}
 SPEED_METRICS = ("runtime", "samples_per_second", "steps_per_second")
 SELECTIONS = {
     "hardest": "only the fraction p with the highest loss counts",
@@ -54,7 +60,7 @@ def summarize_training(
         license (`str`, *optional*): License of the model.
         tags (`str` or `list[str]`, *optional*): Further tags.
         finetuned_from (`str`, *optional*): Hub name of the model that the training started from. The default is the
-            name in the model's configuration, if that is not a local folder.
+            name in the model's configuration, if that is a name on the Hub and no local folder.
         tasks (`str` or `list[str]`, *optional*): Hub name of the task. The default follows from the model's class.
         dataset_tags (`str` or `list[str]`, *optional*): Hub names of the data sets.
         dataset (`str` or `list[str]`, *optional*): Names of the data sets as a reader knows them.
@@ -67,20 +73,20 @@ def summarize_training(
     model = unwrap_peft_model(unwrapped)
     config, is_peft = model.config, hasattr(unwrapped, "peft_config")
     name = getattr(config, "_name_or_path", None)
-    if finetuned_from is None and name and not Path(name).exists():
+    if finetuned_from is None and name and _is_hub_name(name):
         finetuned_from = name
     if tasks is None:
         mapping: dict[str, Any] = TASK_MAPPING
         tasks = [task for task, classes in mapping.items() if _has_class(classes, type(model).__name__)]
     is_timm = config.model_type == "timm_wrapper"
     logs = trainer.state.log_history
-    evaluations = [log for log in logs if "eval_loss" in log]
-    metrics = {key.removeprefix("eval_"): value for key, value in (evaluations or [{}])[-1].items()}
     history = [{name: log[name] for name in CURVE_FIELDS if name in log} for log in logs]
     builder = getattr(trainer.eval_dataset, "builder_name", None)
     if dataset is None and dataset_tags is None and builder not in ("csv", "json", "parquet", "text", "generator"):
         dataset = builder
     trim = cast(Any, trainer).trim  # the mixin's; its module imports this one
+    args, state = trainer.args, trainer.state
+    unit = "adaptive" if trim.is_adaptive else schedule_unit(trim.trim_schedule, args.num_train_epochs, args.max_steps)
     return {
         "model_name": model_name,
         "model_class": type(model).__name__,
@@ -91,12 +97,19 @@ def summarize_training(
         "license": license,
         "tags": [*_as_list(tags), *(["transformers"] if is_timm else [])],
         "base_model": finetuned_from,
+        # Whether a model without such a name was trained before cannot be seen: it may have loaded weights by hand.
+        "origin": f"fine-tuned from `{finetuned_from}`"
+        if finetuned_from
+        else "fine-tuned from a local model"
+        if name
+        else "",
         "task": next(iter(_as_list(tasks)), None),
         "datasets": _as_list(dataset_tags),
         "dataset_names": _as_list(dataset) or _as_list(dataset_tags),
         "dataset_config": next(iter(_as_list(dataset_args)), None),
         "split": "the evaluation data",
-        "metrics": {key: value for key, value in metrics.items() if key not in (*SPEED_METRICS, "epoch", "step")},
+        "metrics": shown_metrics(_last_evaluation(trainer)),
+        "majority_error": None,
         "trim": {
             key: getattr(trim, key)
             for key in (
@@ -108,7 +121,10 @@ def summarize_training(
                 "trim_skip_hardest",
             )
         },
-        "epochs": trainer.state.epoch,
+        "trims": trim.trims,
+        "schedule_unit": unit,
+        "planned": state.max_steps if unit == "step" else args.num_train_epochs,
+        "done": state.global_step if unit == "step" else state.epoch,
         "history": [log for log in history if len(log) > 1],
         "hyperparameters": {key: str(value) for key, value in extract_hyperparameters_from_trainer(trainer).items()},
         "train_seconds": next((log["train_runtime"] for log in reversed(logs) if "train_runtime" in log), None),
@@ -117,7 +133,40 @@ def summarize_training(
         "hardware": hardware(),
         "versions": versions(),
         "command": None,
+        "recipe": None,
     }
+
+
+def shown_metrics(evaluation: dict) -> dict:
+    """
+    The metrics that a model card shows.
+
+    Args:
+        evaluation (`dict`): What `Trainer.evaluate` returned, or a log of it.
+
+    Returns:
+        `dict`: The metrics without their prefix, and without speeds.
+    """
+    metrics = {key.removeprefix("eval_"): value for key, value in evaluation.items()}
+    return {key: value for key, value in metrics.items() if key not in (*SPEED_METRICS, "epoch", "step")}
+
+
+def _last_evaluation(trainer: Trainer) -> dict:
+    """The evaluation of the model as it is: the last one after the training, or that of the step that was loaded."""
+    logs, state = trainer.state.log_history, trainer.state
+    end = max((place for place, log in enumerate(logs) if "train_runtime" in log), default=0)
+    evaluations = [log for log in logs if "eval_loss" in log]
+    if not any("eval_loss" in log for log in logs[end:]) and trainer.args.load_best_model_at_end:
+        evaluations = [log for log in evaluations if log["step"] == state.best_global_step]
+    return (evaluations or [{}])[-1]
+
+
+def _is_hub_name(name: str) -> bool:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return not Path(name).exists()
 
 
 def _as_list(value) -> list:
@@ -129,51 +178,46 @@ def _has_class(classes: dict, name: str) -> bool:
     return any(name in _as_list(value) for value in classes.values())
 
 
-def render_card(summary: dict, repo: str, folder: Path | None = None) -> ModelCard:
+def render_card(summary: dict, repo: str | None, folder: Path | None = None) -> ModelCard:
     """
     Fill in the template of the model card.
 
     Args:
         summary (`dict`): The summary that [`summarize_training`] returned.
-        repo (`str`): Name of the repository, for the lines that load the model.
+        repo (`str`, *optional*): Name of the repository, for the lines that load the model; by default they load it
+            from the folder.
         folder (`Path`, *optional*): The output folder. The card shows its plots, and all its records of a comparison.
 
     Returns:
         [`huggingface_hub.ModelCard`]: The model card.
     """
     trim, history = summary["trim"], summary["history"]
-    data = " and ".join(summary["dataset_names"]) or "data that are not named"
-    origin = f"fine-tuned from `{summary['base_model']}`" if summary["base_model"] else "trained from scratch"
+    data = " and ".join(summary["dataset_names"])
     model = summary["architecture"] or summary["model_class"]
-    start, end = trim["trim_keep_start"], trim["trim_keep_end"]
     fractions = [(log["epoch"], round(log["keep_fraction"], 3)) for log in history if "keep_fraction" in log]
-    schedule = f"p fell from {start} to {end} by {trim['trim_schedule']}, over {summary['epochs']:g} epochs"
-    if trim["trim_schedule"] == "adaptive":
-        schedule = f"p followed the losses, so that a share of {trim['trim_mass']} of the gradient mass was kept"
-    if trim.get("trim_skip_hardest"):
-        schedule += f"; the hardest {100 * trim['trim_skip_hardest']:g} % of each mini-batch were left out as suspect"
     seconds, evaluation = summary["train_seconds"], "with" if summary["includes_evaluation"] else "without"
-    limits = [
-        "It was tested on data of the same kind as it was trained on, and on no other.",
-        "Training on the hardest samples prefers mislabelled ones: with many wrong labels it is likely to do harm.",
-        "Neither it nor any other choice of samples is known to beat a random subset consistently "
-        "([arXiv 2312.05021](https://arxiv.org/abs/2312.05021)).",
-    ]
+    source = str(folder) if repo is None else repo
     has_plot = {name: folder is not None and (folder / name).is_file() for name in ("curves.png", "comparison.png")}
     versions_used = ", ".join(f"{name} {number}" for name, number in summary["versions"].items())
     return ModelCard.from_template(
         _metadata(summary),
         template_path=str(TEMPLATE),
         model_name=summary["model_name"],
-        introduction=f"A {model}, {origin} on {data} with hf_trim: of each "
-        f"mini-batch {SELECTIONS[trim['trim_select']]} (*mini-batch trimming*, H. Fassold, {PAPER}).",
-        metrics={name + UNITS.get(name, ""): f"{value:.4g}" for name, value in _numbers(summary).items()},
+        introduction=f"A {model}, {summary['origin'] or 'trained'}{f' on {data}' if data else ''} with hf_trim: of "
+        f"each mini-batch {SELECTIONS[trim['trim_select'] if summary['trims'] else 'none']} (*mini-batch trimming*, "
+        f"H. Fassold, {PAPER}).",
+        metrics={
+            METRIC_TITLES.get(name, name) + UNITS.get(name, ""): f"{value:.4g}"
+            for name, value in _numbers(summary).items()
+        },
         split=summary["split"],
-        usage=_usage(summary, repo),
-        usage_timm=f'import timm\n\nmodel = timm.create_model("hf-hub:{repo}", pretrained=True).eval()'
+        remarks=_remarks(summary),
+        usage=_usage(summary, source),
+        usage_timm="import timm\n\n"
+        f'model = timm.create_model("{"local-dir" if repo is None else "hf-hub"}:{source}", pretrained=True).eval()'
         if summary["library"] == "timm"
         else "",
-        schedule="" if trim["trim_select"] == "none" else f"{schedule}.",
+        schedule=_schedule(summary),
         plot="curves.png" if has_plot["curves.png"] else "",
         fractions=fractions[:: max(1, len(fractions) // 10)],  # in a table: about ten rows
         clock=""
@@ -183,9 +227,57 @@ def render_card(summary: dict, repo: str, folder: Path | None = None) -> ModelCa
         comparison_plot="comparison.png" if has_plot["comparison.png"] else "",
         command=summary["command"],
         reproduction=f"Seed {summary['seed']}; {versions_used}; {summary['hardware']}.",
-        limits=limits,
-        **_comparison(folder),
+        recipe=summary["recipe"],
+        limits=_limits(summary),
+        **describe_comparison(folder, summary["seed"]),
     )
+
+
+def _schedule(summary: dict) -> str:
+    """How p went; empty if nothing was left out."""
+    trim, unit, planned, done = summary["trim"], summary["schedule_unit"], summary["planned"], summary["done"]
+    if not summary["trims"]:
+        return ""
+    start, end = trim["trim_keep_start"], trim["trim_keep_end"]
+    if unit == "adaptive":
+        schedule = f"p followed the losses, so that a share of {trim['trim_mass']} of the gradient mass was kept"
+    elif start == end:
+        schedule = f"p was {start} throughout"
+    elif done is not None and done < planned:
+        schedule = (
+            f"p was to fall from {start} to {end} by {unit}, over {planned:g} {unit}s; the training ended after "
+        )
+        schedule += f"{done:.4g}"
+    else:
+        schedule = f"p fell from {start} to {end} by {unit}, over {planned:g} {unit}{'' if planned == 1 else 's'}"
+    if trim["trim_skip_hardest"]:
+        schedule += f"; the hardest {100 * trim['trim_skip_hardest']:g} % of each mini-batch were left out as suspect"
+    return f"{schedule}."
+
+
+def _remarks(summary: dict) -> list[str]:
+    """Sentences below the metrics."""
+    majority = summary["majority_error"]
+    if majority is None:
+        return []
+    from hf_trim.report.notes import describe_majority  # what needs matplotlib; only a recipe has this error
+
+    lines = [describe_majority(majority)]
+    useless = summary["metrics"]["error"] >= majority
+    return [*lines, "**The model is no better than that.**"] if useless else lines
+
+
+def _limits(summary: dict) -> list[str]:
+    limits = []
+    if _numbers(summary):
+        limits.append("It was tested on data of the same kind as it was trained on, and on no other.")
+    if summary["trims"] and summary["trim"]["trim_select"] == "hardest":
+        limits += [
+            "Training on the hardest samples prefers mislabelled ones: with many wrong labels it may do harm.",
+            "Neither it nor any other choice of samples is known to beat a random subset consistently "
+            "([arXiv 2312.05021](https://arxiv.org/abs/2312.05021)).",
+        ]
+    return limits
 
 
 def _metadata(summary: dict) -> ModelCardData:
@@ -197,7 +289,8 @@ def _metadata(summary: dict) -> ModelCardData:
                 dataset_type=next(iter(summary["datasets"]), summary["dataset_names"][0]),
                 dataset_name=summary["dataset_names"][0],
                 dataset_config=summary["dataset_config"],
-                metric_type=name,
+                metric_type=HUB_METRICS.get(name, name),
+                metric_name=METRIC_TITLES.get(name, name),
                 metric_value=value,
             )
             for name, value in _numbers(summary).items()
@@ -210,7 +303,7 @@ def _metadata(summary: dict) -> ModelCardData:
         tags=list(dict.fromkeys([*summary["tags"], "hf-trim", "generated_from_trainer"])),
         base_model=summary["base_model"],
         datasets=summary["datasets"] or None,
-        metrics=[name for name in _numbers(summary) if name not in ("loss", "error")] or None,
+        metrics=[HUB_METRICS.get(name, name) for name in _numbers(summary) if name not in ("loss", "error")] or None,
         pipeline_tag=task,
         model_name=summary["model_name"],
         eval_results=results or None,
@@ -228,48 +321,6 @@ def _usage(summary: dict, repo: str) -> str:
     return f"from transformers import pipeline\n\n{load}\n{CALLS[summary['task']]}"
 
 
-def _comparison(folder: Path | None) -> dict:
-    """The part of a model card about a comparison: table, verdict and all seeds. Empty if there was none."""
-    if folder is None or not list(folder.glob("records/*.json")):
-        return {}
-    # Only here: the report needs matplotlib and rich, and a trainer without a comparison does not.
-    from hf_trim.report import ARMS, find_records, markdown_table, summarize, table_rows
-
-    records = find_records([str(folder)])
-    metric = metric_name(records[0])
-    scores = {(record["seed"], record["arm"]): f"{test_score(record):.2f}" for record in records}
-    seeds = sorted({seed for seed, _ in scores})
-    arms = [arm for arm in ARMS if any(arm == trained for _, trained in scores)]
-    rows = [[str(seed), *(scores.get((seed, arm), "–") for arm in arms)] for seed in seeds]
-    summaries = {s.arm: s for s in summarize(records)}
-    return {
-        "comparison": markdown_table(*table_rows(records)),
-        "seeds": markdown_table(["seed", *arms], rows),
-        "metric": f"test {metric}{UNITS[metric]}",
-        "verdict": _verdict(summaries.get("trimmed"), summaries.get("random")),
-    }
-
-
-def _verdict(trimmed, random) -> str:
-    """One or two sentences about the interval of the difference between the trimmed and the plain arm."""
-    if trimmed is None or trimmed.difference is None:
-        return ""
-    if trimmed.interval is None:
-        return "One seed tells nothing about whether trimming helps."
-    low, high = trimmed.interval
-    verdict = (
-        f"Trimming lowered the test {trimmed.metric} here"
-        if high < 0
-        else f"Trimming raised the test {trimmed.metric} here: it did harm"
-        if low > 0
-        else f"Trimming changed the test {trimmed.metric} by no more than chance may"
-    )
-    if random is None or random.difference is None:
-        return f"{verdict}."
-    better = "less" if trimmed.difference > random.difference else "more"
-    return f"{verdict}. On average it lowered it {better} than a random subset of the same size did."
-
-
 def plot_curves(summary: dict, path: Path) -> None:
     """
     Plot the losses and p over the epochs. Do nothing if matplotlib is not installed.
@@ -282,9 +333,11 @@ def plot_curves(summary: dict, path: Path) -> None:
         return
     from matplotlib.figure import Figure
 
+    from hf_trim.plotting import scale_values
+
     figure = Figure(figsize=(8, 4), layout="constrained")
     losses = figure.subplots()
-    names = {"loss": "trained with", "full_loss": "whole mini-batches", "eval_loss": "test"}
+    names = {"loss": "trained with", "full_loss": "whole mini-batches", "eval_loss": "evaluation"}
     for key, label in names.items():
         points = [(log["epoch"], log[key]) for log in summary["history"] if key in log]
         if points:
@@ -295,7 +348,7 @@ def plot_curves(summary: dict, path: Path) -> None:
         fractions.plot(*zip(*steps, strict=True), color="black", ls=":", drawstyle="steps-pre")
         fractions.set(ylabel="kept fraction p", ylim=(0, 1.05))
         losses.plot([], [], color="black", ls=":", label="kept fraction p (right)")
-    losses.set(xlabel="epoch", ylabel="loss", yscale="log")
-    losses.grid(alpha=0.3, which="both")
+    scale_values(losses)
+    losses.set(xlabel="epoch", ylabel="loss")
     losses.legend()
     figure.savefig(path, dpi=120, metadata={"Software": None})

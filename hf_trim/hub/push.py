@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 # What the client of the Hub raises for a refusal and for a lost connection.
 HUB_ERRORS = (HubConnectionError, HFValidationError, LocalTokenNotFoundError, ConnectionError, TimeoutError)
 # Checkpoints, unfinished runs, and files that another process is writing.
-NOT_UPLOADED = ["_*", "checkpoint-*", "*-seed*/*", "*.lock", "*.part"]
+NOT_UPLOADED = ["_*", "checkpoint-*", "*-seed*/*", "*.lock", "*.log", "*.part"]
 LOGIN_HINT = "log in with `hf auth login`, or set HF_TOKEN"
 
 
@@ -202,8 +202,8 @@ class PushMixin(TrainerBase):
                 `finetuned_from`, `tasks`, `dataset_tags`, `dataset`, `dataset_args`.
         """
         if self.is_world_process_zero():
-            repo, folder = self.hub_model_id or self._repo_name(), Path(cast(str, self.args.output_dir))
-            summary = summarize_training(self, model_name or repo.split("/")[-1], **kwargs)
+            repo, folder = self.hub_model_id or self.args.hub_model_id, Path(cast(str, self.args.output_dir))
+            summary = summarize_training(self, model_name or self._repo_name().split("/")[-1], **kwargs)
             plot_curves(summary, folder / "curves.png")
             render_card(summary, repo, folder).save(folder / "README.md")
 

@@ -4,6 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from hf_trim.messages import print_error
 from hf_trim.report.collect import find_records, group
 from hf_trim.report.write import print_report, write_report
 
@@ -25,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         records = find_records(args.runs)
     except ValueError as error:
-        print(f"hf_trim.report: {error}", file=sys.stderr)
+        print_error(error)
         return 2
     groups = group(records)
     print_report(groups)

@@ -4,10 +4,12 @@ Records of many runs: found in folders, and put together by recipe and settings.
 Paths → all records, in a fixed order → a title → the records of one comparison.
 """
 
+import json
+from contextlib import suppress
 from pathlib import Path
 
 from hf_trim.report.summary import ARMS
-from hf_trim.run.records import fingerprint, read_records
+from hf_trim.run.records import UNITS, fingerprint, read_records
 
 
 def find_records(paths: list[str]) -> list[dict]:
@@ -25,8 +27,13 @@ def find_records(paths: list[str]) -> list[dict]:
     files: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
-            files += sorted(path.rglob("records/*.json")) or sorted(path.glob("*.json"))
+            found = sorted(path.rglob("records/*.json"))
+            if not found and (path / "all_results.json").is_file():
+                raise ValueError(_describe_single(path))
+            files += found or sorted(path.glob("*.json"))
         elif path.is_file():
+            if path.name == "all_results.json":
+                raise ValueError(_describe_single(path.parent))
             files.append(path)
         else:
             raise ValueError(f"there is no file or folder {path}: give folders of comparisons, or files of records.")
@@ -59,6 +66,19 @@ def group(records: list[dict]) -> dict[str, list[dict]]:
         changes = [f"{name} {settings[name]}" for name in varied if name in settings]
         by_title[", ".join([recipe, *changes])] = members
     return dict(sorted(by_title.items()))
+
+
+def _describe_single(folder: Path) -> str:
+    """What a folder of one finished training holds, in place of the records of a comparison."""
+    result = ""
+    with suppress(OSError, ValueError, KeyError, StopIteration):
+        results = json.loads((folder / "all_results.json").read_text(encoding="utf-8"))
+        name = next(name for name in UNITS if f"eval_{name}" in results)
+        result = f", with a test {name} of {results[f'eval_{name}']:.2f}{UNITS[name]}"
+    return (
+        f"{folder} holds a single finished training{result}: see its README.md and all_results.json. A report needs "
+        "the runs of a comparison: the same command with --compare trains them."
+    )
 
 
 def _record_key(record: dict) -> tuple[str, str, int, int]:

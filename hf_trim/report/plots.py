@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from hf_trim.plotting import scale_values
 from hf_trim.report.summary import ARMS, TITLES
 from hf_trim.run.records import metric_name, test_score
 
@@ -37,8 +38,8 @@ def plot(records: list[dict], path: Path, title: str) -> None:
         if runs:
             _plot_curves(epochs, seconds, runs, f"test_{metric}", arm)
     for axes, label in ((epochs, "epoch"), (seconds, "seconds of training")):
-        axes.set(xlabel=label, ylabel=TITLES[metric], yscale="log")
-        axes.grid(alpha=0.3, which="both")
+        scale_values(axes)
+        axes.set(xlabel=label, ylabel=TITLES[metric])
     _plot_fractions(epochs, runs_of["trimmed"])
     epochs.legend()
     seconds.set_visible(bool(seconds.lines))  # older records do not say how long each epoch took

@@ -13,6 +13,7 @@ from scipy.stats import bootstrap
 from hf_trim.run.records import ARMS, UNITS, metric_name, test_score
 
 
+MIN_SEEDS = 5  # with fewer, a bootstrap interval is not more than the range of the differences
 TITLES = {metric: f"test {metric}{unit}" for metric, unit in UNITS.items()}
 # Test error in percent without and with trimming, mean of 10 runs (arXiv 2110.13058, Table 1).
 PAPER = {
@@ -37,12 +38,18 @@ class Summary(NamedTuple):
         sd (`float` or `None`): Its standard deviation over the seeds; `None` for a single run.
         difference (`float` or `None`): Mean of the paired differences from the plain arm, seed by seed, in percentage
             points for errors; `None` for the plain arm.
-        interval (`tuple[float, float]` or `None`): 95 % bootstrap interval of that mean; needs two seeds.
+        pairs (`int`): Number of seeds that have a plain run as well.
+        interval (`tuple[float, float]` or `None`): 95 % bootstrap interval of that mean; needs `MIN_SEEDS` pairs.
+        span (`tuple[float, float]` or `None`): Lowest and highest of the differences; needs two pairs.
         wins (`int` or `None`): Number of seeds with a lower value than the plain arm's.
         kept (`float` or `None`): The fraction p that was kept, on average over the training's logs.
         seconds (`float` or `None`): Mean seconds of training per run, without evaluation; `None` if a record has none
             (`null`: other work on the machine disturbed the clock).
         speedup (`float` or `None`): The plain arm's seconds over this arm's, on the seeds they share.
+        speedup_span (`tuple[float, float]` or `None`): Lowest and highest speed-up of a seed; needs two pairs.
+        macro_f1 (`float` or `None`): Mean of the macro-F1, which records of unbalanced classes have.
+        majority_error (`float` or `None`): Test error in percent of always the most frequent class; `None` if the
+            records do not have it.
     """
 
     arm: str
@@ -51,11 +58,16 @@ class Summary(NamedTuple):
     mean: float
     sd: float | None
     difference: float | None
+    pairs: int
     interval: tuple[float, float] | None
+    span: tuple[float, float] | None
     wins: int | None
     kept: float | None
     seconds: float | None
     speedup: float | None
+    speedup_span: tuple[float, float] | None
+    macro_f1: float | None
+    majority_error: float | None
 
 
 def summarize(records: list[dict]) -> list[Summary]:
@@ -77,7 +89,7 @@ def _summarize_arm(arm: str, runs: dict[int, dict], plain: dict[int, dict]) -> S
     shared = sorted(runs.keys() & plain.keys()) if arm != "plain" else []
     differences = [test_score(runs[seed]) - test_score(plain[seed]) for seed in shared]
     fractions = [log["keep_fraction"] for run in runs.values() for log in run["history"] if "keep_fraction" in log]
-    seconds = speedup = None
+    seconds, speedup, speedups = None, None, []
     if all(run["train_seconds"] is not None for run in [*runs.values(), *plain.values()]):
         seconds = statistics.mean(run["train_seconds"] for run in runs.values())
         if shared:
@@ -85,6 +97,7 @@ def _summarize_arm(arm: str, runs: dict[int, dict], plain: dict[int, dict]) -> S
                 sum(by_seed[seed]["train_seconds"] for seed in shared) for by_seed in (plain, runs)
             )
             speedup = plain_seconds / arm_seconds
+            speedups = [plain[seed]["train_seconds"] / runs[seed]["train_seconds"] for seed in shared]
     return Summary(
         arm=arm,
         runs=len(runs),
@@ -92,12 +105,27 @@ def _summarize_arm(arm: str, runs: dict[int, dict], plain: dict[int, dict]) -> S
         mean=statistics.mean(scores),
         sd=statistics.stdev(scores) if len(scores) > 1 else None,
         difference=statistics.mean(differences) if differences else None,
-        interval=paired_interval(differences),
+        pairs=len(shared),
+        interval=paired_interval(differences) if len(shared) >= MIN_SEEDS else None,
+        span=_span(differences),
         wins=sum(difference < 0 for difference in differences) if differences else None,
         kept=statistics.mean(fractions) if fractions else None,
         seconds=seconds,
         speedup=speedup,
+        speedup_span=_span(speedups),
+        macro_f1=_mean_of("test_macro_f1", runs),
+        majority_error=_mean_of("majority_error", runs),
     )
+
+
+def _span(values: list[float]) -> tuple[float, float] | None:
+    return (min(values), max(values)) if len(values) > 1 else None
+
+
+def _mean_of(field: str, runs: dict[int, dict]) -> float | None:
+    """The mean of a field; `None` if a record lacks it, as older ones do."""
+    values = [run[field] for run in runs.values() if field in run]
+    return statistics.mean(values) if len(values) == len(runs) else None
 
 
 def paired_interval(differences: list[float], confidence: float = 0.95) -> tuple[float, float] | None:

@@ -1,12 +1,10 @@
 """
-Tables of a comparison, and of many, as text: for the terminal, README and model cards.
+Tables of a comparison, and of many, as text: for README and model cards.
 
 Records of runs → [`~hf_trim.report.summary.Summary`] of each arm → head and rows of cells, all strings.
 """
 
-from rich.console import Console
-from rich.table import Table
-
+from hf_trim.messages import signed
 from hf_trim.report.summary import ARMS, PAPER, TITLES, Summary, summarize
 from hf_trim.run.records import metric_name
 
@@ -21,19 +19,30 @@ def table_rows(records: list[dict]) -> tuple[list[str], list[list[str]]]:
         `tuple[list[str], list[list[str]]]`: Head and rows of the table, one an arm, as text.
     """
     recipe, metric = records[0].get("recipe", ""), TITLES[metric_name(records[0])]
-    head = ["arm", "runs", metric, "difference to plain (95 % interval)", "better", "kept",
-            "train time", "speed-up"]  # fmt: skip
+    summaries = summarize(records)
+    has_f1 = any(summary.macro_f1 is not None for summary in summaries)
+    interval = "(95 % interval)" if any(summary.interval for summary in summaries) else "[range]"
+    speedup = "speed-up [range]" if any(summary.speedup_span for summary in summaries) else "speed-up"
+    head = ["arm", "runs", metric, *["macro-F1"] * has_f1, f"difference to plain {interval}", "better", "kept",
+            "train time", speedup]  # fmt: skip
     rows = []
-    for summary in summarize(records):
-        wins = "–" if summary.wins is None else f"{summary.wins} of {summary.runs}"
-        seconds = "–" if summary.seconds is None else f"{summary.seconds:.1f} s"
-        speedup = "–" if summary.speedup is None else f"{summary.speedup:.2f}×"
-        score, difference = _format_score(summary), _format_difference(summary)
-        rows.append([summary.arm, str(summary.runs), score, difference, wins, _format_kept(summary), seconds, speedup])
+    for summary in summaries:
+        cells = [
+            str(summary.runs),
+            _format_score(summary),
+            *[format_number(summary.macro_f1)] * has_f1,
+            _format_difference(summary),
+            "–" if summary.wins is None else f"{summary.wins} of {summary.pairs}",
+            _format_kept(summary),
+            "–" if summary.seconds is None else f"{summary.seconds:.1f} s",
+            _format_speedup(summary),
+        ]
+        rows.append([summary.arm, *cells])
         if recipe in PAPER and summary.arm in ("plain", "trimmed"):  # the paper has no other arms
             plain, trimmed = PAPER[recipe]
-            error, change = (plain, "–") if summary.arm == "plain" else (trimmed, _format_signed(trimmed - plain))
-            rows.append([f"{summary.arm} (paper)", "10", f"{error:.2f}", change, "–", "–", "–", "–"])
+            error, change = (plain, "–") if summary.arm == "plain" else (trimmed, signed(trimmed - plain))
+            cells = ["10", f"{error:.2f}", *["–"] * has_f1, change, "–", "–", "–", "–"]
+            rows.append([f"{summary.arm} (paper)", *cells])
     return head, rows
 
 
@@ -61,7 +70,7 @@ def overview_rows(groups: dict[str, list[dict]]) -> tuple[list[str], list[list[s
         recipe = records[0].get("recipe")
         if recipe in PAPER:
             plain, trimmed = PAPER[recipe]
-            paper = {"plain": f"{plain:.2f}", "trimmed": f"{trimmed:.2f}; 60 %; {_format_signed(trimmed - plain)}"}
+            paper = {"plain": f"{plain:.2f}", "trimmed": f"{trimmed:.2f}; 60 %; {signed(trimmed - plain)}"}
             rows.append([f"{title} (paper)", "10", *(paper.get(arm, "–") for arm in arms)])
     return head, rows
 
@@ -70,6 +79,23 @@ def _format_all(summary: Summary) -> str:
     if summary.arm == "plain":
         return _format_score(summary)
     return f"{_format_score(summary)}; {_format_kept(summary)}; {_format_difference(summary)}"
+
+
+def brief_rows(groups: dict[str, list[dict]]) -> tuple[list[str], list[list[str]]]:
+    """
+    Args:
+        groups (`dict[str, list[dict]]`): What [`~hf_trim.report.group`] returned.
+
+    Returns:
+        `tuple[list[str], list[list[str]]]`: As [`overview_rows`], with nothing but the means: for the terminal.
+    """
+    trained = {record["arm"] for records in groups.values() for record in records}
+    arms = [arm for arm in ARMS if arm in trained]
+    rows = []
+    for title, records in groups.items():
+        means = {summary.arm: summary.mean for summary in summarize(records)}
+        rows.append([title, *(format_number(means.get(arm)) for arm in arms)])
+    return ["runs of", *arms], rows
 
 
 def _format_kept(summary: Summary) -> str:
@@ -81,17 +107,34 @@ def _format_score(summary: Summary) -> str:
 
 
 def _format_difference(summary: Summary) -> str:
+    """The mean with its interval in round brackets, or of few seeds with their range in square ones."""
     if summary.difference is None:
         return "–"
-    difference = _format_signed(summary.difference)
-    if summary.interval is None:
+    difference = signed(summary.difference)
+    if summary.span is None:
         return difference
-    low, high = summary.interval
-    return f"{difference} ({_format_signed(low)} … {_format_signed(high)})"
+    low, high = map(signed, summary.interval or summary.span)
+    return f"{difference} ({low} … {high})" if summary.interval else f"{difference} [{low} … {high}]"
 
 
-def _format_signed(value: float) -> str:
-    return f"{value:+.2f}".replace("-", "−")  # a minus sign is as wide as a plus
+def _format_speedup(summary: Summary) -> str:
+    if summary.speedup is None:
+        return "–"
+    if summary.speedup_span is None:
+        return f"{summary.speedup:.2f}×"
+    low, high = summary.speedup_span
+    return f"{summary.speedup:.2f}× [{low:.2f} … {high:.2f}]"
+
+
+def format_number(value: float | None) -> str:
+    """
+    Args:
+        value (`float`, *optional*): A number.
+
+    Returns:
+        `str`: The number with two digits after the point; a dash if there is none.
+    """
+    return "–" if value is None else f"{value:.2f}"
 
 
 def markdown_table(head: list[str], rows: list[list[str]]) -> str:
@@ -105,31 +148,3 @@ def markdown_table(head: list[str], rows: list[list[str]]) -> str:
     """
     lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def print_table(title: str, head: list[str], rows: list[list[str]]) -> None:
-    """
-    Print a table.
-
-    Args:
-        title (`str`): What was compared.
-        head (`list[str]`): Its columns.
-        rows (`list[list[str]]`): Its rows.
-    """
-    table = Table(title=title, title_justify="left")
-    for number, column in enumerate(head):
-        table.add_column(column, justify="left" if number == 0 else "right")
-    for row in rows:
-        table.add_row(*row)
-    print_wide(table)
-
-
-def print_wide(table: Table) -> None:
-    """
-    Print a table; where the output is no terminal it is not squeezed into 80 columns.
-
-    Args:
-        table (`rich.table.Table`): The table.
-    """
-    console = Console()  # 80 columns wide where the output is a file
-    Console(width=max(console.width, 120)).print(table)

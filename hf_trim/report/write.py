@@ -8,9 +8,12 @@ import statistics
 from pathlib import Path
 
 from hf_trim.files import write_json
+from hf_trim.report.notes import notes
 from hf_trim.report.plots import plot
-from hf_trim.report.summary import Summary, summarize
-from hf_trim.report.tables import markdown_table, overview_rows, print_table, table_rows
+from hf_trim.report.summary import TITLES, Summary, summarize
+from hf_trim.report.tables import brief_rows, markdown_table, overview_rows, table_rows
+from hf_trim.report.terminal import print_table
+from hf_trim.run.records import metric_name
 
 
 def print_report(groups: dict[str, list[dict]]) -> None:
@@ -21,9 +24,11 @@ def print_report(groups: dict[str, list[dict]]) -> None:
         groups (`dict[str, list[dict]]`): What [`~hf_trim.report.group`] returned.
     """
     for title, records in groups.items():
-        print_table(title, *table_rows(records))
+        print_table(title, *table_rows(records), notes=tuple(notes(records)))
+        print()
     if len(groups) > 1:
-        print_table("All", *overview_rows(groups))
+        metrics = sorted({TITLES[metric_name(records[0])] for records in groups.values()})
+        print_table(f"All, {' or '.join(metrics)}, mean over the seeds", *brief_rows(groups))
 
 
 def write_report(groups: dict[str, list[dict]], folder: Path) -> None:
@@ -45,10 +50,11 @@ def write_report(groups: dict[str, list[dict]], folder: Path) -> None:
         name = "".join(c if c.isalnum() or c in "-_." else "_" for c in title)
         plot(records, folder / f"{name}.png", title)
         environment, table = "; ".join(_describe_environment(records)), markdown_table(*table_rows(records))
-        sections.append(f"## {title}\n\n{environment}\n\n{table}\n![{title}]({name}.png)\n")
+        remarks = "".join(f"\n{note}\n" for note in notes(records))
+        sections.append(f"## {title}\n\n{environment}\n\n{table}{remarks}\n![{title}]({name}.png)\n")
         for summary in summarize(records):
-            interval = "" if summary.interval is None else f"{summary.interval[0]} {summary.interval[1]}"
-            writer.writerow([title, *(summary._asdict() | {"interval": interval}).values()])
+            values = [" ".join(map(str, v)) if isinstance(v, tuple) else v for v in summary]  # both ends of a range
+            writer.writerow([title, *values])
     (folder / "report.md").write_text("\n".join(sections), encoding="utf-8")
     (folder / "report.csv").write_text(sheet.getvalue(), encoding="utf-8")
     write_json(folder / "records.json", [record for records in groups.values() for record in records])

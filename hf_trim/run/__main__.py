@@ -2,17 +2,19 @@
 
 import sys
 
-from rich.table import Table
 from safetensors import SafetensorError
 
 from hf_trim.files import is_write_error
 from hf_trim.hub.push import PushError
+from hf_trim.messages import print_error
 from hf_trim.processes import leave_process_group
-from hf_trim.report import print_wide
+from hf_trim.report import print_table
+from hf_trim.run.chatter import quiet_libraries
 from hf_trim.run.compare import compare, compare_grid
+from hf_trim.run.folder import check_settings, nothing_left
 from hf_trim.run.grid import is_grid, leave_launcher
 from hf_trim.run.recipe import Job, RecipeError, RecipeParser, parse, read_recipe, recipe_names
-from hf_trim.run.train import check_settings, push, train
+from hf_trim.run.train import push, train
 
 
 USAGE = """usage: python -m hf_trim.run RECIPE [--compare] [--seeds N] [--any_field value ...]
@@ -35,9 +37,10 @@ def run(job: Job) -> None:
         [`RecipeError`]: If the output folder holds runs with other settings.
         [`PushError`]: If the upload fails.
     """
-    check_settings(job)
+    job = check_settings(job)
     if not job.run.push_only:
-        (compare if job.run.compare else train)(job)
+        with nothing_left(job.output_dir):
+            (compare if job.run.compare else train)(job)
         if not job.training.push_to_hub:
             return
     if not job.training.should_save:  # one process of a distributed run pushes for all
@@ -50,15 +53,15 @@ def run(job: Job) -> None:
 
 def print_recipes() -> None:
     """Print the recipes that come with the package."""
-    table = Table("recipe", "data", "model", "expected time", title="Recipes", title_justify="left")
+    rows = []
     for name in recipe_names():
         _, fields = read_recipe(name)
         model = next((fields[key] for key in ("model_name_or_path", "timm_model", "model_type") if key in fields), "?")
-        table.add_row(name, fields.get("dataset", "?"), model, fields.get("expected_time", "unknown"))
+        rows.append([name, fields.get("dataset", "?"), model, fields.get("expected_time", "unknown")])
     for name in recipe_names("grids"):
         _, fields = read_recipe(name)
-        table.add_row(name, ", ".join(fields["recipes"]), "a grid: compares each of these recipes")
-    print_wide(table)
+        rows.append([name, f"a grid of {len(fields['recipes'])} recipes", "", ""])
+    print_table("Recipes", ["recipe", "data", "model", "expected time"], rows, least=("model", "data"))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -83,24 +86,24 @@ def main(argv: list[str] | None = None) -> int:
         elif {"-h", "--help"} & set(options):
             RecipeParser().print_help()
         elif is_grid(recipe):
-            leave_launcher()
-            compare_grid(recipe, options)
+            leave_launcher(options)
+            with quiet_libraries():
+                compare_grid(recipe, options)
         else:
-            run(parse(recipe, options))
+            with quiet_libraries():
+                run(parse(recipe, options))
     except RecipeError as error:
-        print(f"hf_trim.run: {error}", file=sys.stderr)
+        print_error(error)
         return 2
     except PushError as error:
-        print(f"hf_trim.run: {error}", file=sys.stderr)
+        print_error(error)
         return 1
     except (OSError, SafetensorError, RuntimeError) as error:
         if not is_write_error(error):
             raise
-        print(
-            f"hf_trim.run: A file could not be written: {str(error).splitlines()[0]}. Make room for it, or choose "
-            "another --output_dir. The same command goes on from the last complete checkpoint, and what is finished "
-            "stays.",
-            file=sys.stderr,
+        print_error(
+            f"A file could not be written: {str(error).splitlines()[0]}. Make room for it, or choose another "
+            "--output_dir. The same command goes on from the last complete checkpoint, and what is finished stays."
         )
         return 1
     return 0

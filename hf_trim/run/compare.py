@@ -1,24 +1,26 @@
 """Comparisons: a recipe with each arm and each seed, and grids of such comparisons."""
 
 import shutil
-from contextlib import nullcontext
+import time
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from hf_trim.data import Data
 from hf_trim.environment import hardware
 from hf_trim.files import write_json
-from hf_trim.report import find_records, group, plot, print_report, print_table, table_rows, write_report
+from hf_trim.report import find_records, group, notes, plot, print_report, print_table, table_rows, write_report
 from hf_trim.run.clock import samples_per_second
+from hf_trim.run.folder import check_settings, claim_folder, lock_run, nothing_left
 from hf_trim.run.grid import expand
+from hf_trim.run.metrics import describe_classes
+from hf_trim.run.progress import describe_time
 from hf_trim.run.recipe import Job, RecipeError, parse, user_errors
 from hf_trim.run.records import ARMS, UNITS, make_record, metric_name, read_record, test_score
-from hf_trim.run.train import check_settings, save_run
+from hf_trim.run.train import clear, evaluate, save_run, start, write_card
 from hf_trim.run.trainer import load_job_data, make_trainer
 from hf_trim.trainer.arguments import TrimmingConfig
-from hf_trim.trainer.checkpoints import last_complete_checkpoint
 
 
 # The arguments of each arm that differ from the recipe's.
@@ -62,7 +64,7 @@ def record_path(job: Job, arm: str, seed: int) -> Path:
     return job.output_dir / "records" / f"{arm}-seed{seed}.json"
 
 
-def finish_run(job: Job, data: Data, arm: str, seed: int) -> dict:
+def finish_run(job: Job, data: Data, arm: str, seed: int, title: str) -> dict:
     """
     Train one run of a comparison, from its last checkpoint if there is one, and write its record.
 
@@ -71,20 +73,25 @@ def finish_run(job: Job, data: Data, arm: str, seed: int) -> dict:
         data ([`Data`]): Its data.
         arm (`str`): One of `ARMS`.
         seed (`int`): The seed.
+        title (`str`): What the terminal calls it.
 
     Returns:
         `dict`: The record.
     """
     folder = job.output_dir / f"{arm}-seed{seed}"
-    trainer = make_trainer(job, data, CHANGES[arm], seed, folder)
-    trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder))
-    metrics = trainer.evaluate()
-    record = make_record(job.name, arm, seed, job.settings, metrics, trainer.state.log_history)
+    trainer = make_trainer(job, data, CHANGES[arm], seed, folder, title=title)
+    start(job, trainer, folder, has_model=False)
+    metrics = evaluate(trainer, data)
+    history = trainer.state.log_history
+    record = make_record(job.name, arm, seed, job.settings, metrics, history, describe_classes(data))
     record.update(samples_per_second(trainer))
     if (arm, seed) == ("trimmed", job.training.seed):  # the model of a comparison that is saved, and can be pushed
-        save_run(job, trainer, metrics)
+        save_run(job, data, trainer, metrics, metrics)
+        if trainer.is_world_process_zero():
+            claim_folder(job, has_model=True)
     if trainer.is_world_process_zero():
         write_json(record_path(job, arm, seed), record)
+        write_card(job.output_dir)  # its table has this run
         # The record is enough to continue the comparison; the checkpoints of many runs would fill the disk.
         shutil.rmtree(folder, ignore_errors=True)
     return record
@@ -98,36 +105,64 @@ def compare(job: Job) -> None:
     Args:
         job ([`Job`]): The recipe.
     """
-    data = None
     seeds = range(job.training.seed, job.training.seed + job.run.seeds)
     runs = [(seed, arm) for seed in seeds for arm in arms_of(job)]
-    records = []
+    # Loaded late: a comparison that is finished needs no data.
+    data = _clear(job, *runs[0]) if job.run.overwrite else None
+    trained, is_main = [], job.training.process_index == 0
     for number, (seed, arm) in enumerate(runs, start=1):
-        label, path = f"[{number}/{len(runs)}] {job.name}: {arm}, seed {seed}", record_path(job, arm, seed)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        label, path = f"[{number}/{len(runs)}] {arm}, seed {seed}", record_path(job, arm, seed)
         try:
-            # No lock for the processes of one distributed run: they train each run together.
-            with FileLock(f"{path}.lock", timeout=0) if job.training.world_size == 1 else nullcontext():
+            # The processes of one distributed run train each run together.
+            with lock_run(path, shared=job.training.world_size > 1):
                 with user_errors():
-                    record = read_record(path)
+                    record = _read_run(path)
+                note = "finished before"
                 if record is None:
-                    print(label, flush=True)
-                    # Loaded late: a comparison that is finished needs no data.
                     data = load_job_data(job) if data is None else data
-                    record = finish_run(job, data, arm, seed)
+                    begun = time.perf_counter()
+                    record = finish_run(job, data, arm, seed, label)
+                    trained.append(time.perf_counter() - begun)
+                    note = describe_time(trained[-1])
+                    left = sum(not record_path(job, arm, seed).exists() for seed, arm in runs[number:])
+                    if left:
+                        note += f"; {describe_time(left * sum(trained) / len(trained))} left"
         except Timeout:
             print(f"{label}: another process trains it", flush=True)
             continue
-        metric = metric_name(record)
-        print(f"{label}: test {metric} {test_score(record):.2f}{UNITS[metric]}", flush=True)
-        records.append(record)
+        if is_main:
+            metric = metric_name(record)
+            print(f"{label}: test {metric} {test_score(record):.2f}{UNITS[metric]} ({note})", flush=True)
+    if is_main:
+        _show(job, [record_path(job, arm, seed) for seed, arm in runs])
+
+
+def _clear(job: Job, seed: int, arm: str) -> Data:
+    """Empty the output folder if the first run can be made; returns its data."""
+    data = load_job_data(job)
+    clear(job, make_trainer(job, data, CHANGES[arm], seed, job.output_dir / f"{arm}-seed{seed}"))
+    return data
+
+
+def _read_run(path: Path) -> dict | None:
+    try:
+        return read_record(path)
+    except ValueError as error:
+        raise ValueError(f"{error} To repeat this run, move the file to another place.") from None
+
+
+def _show(job: Job, paths: list[Path]) -> None:
+    """Print the table of these runs; plot all that the folder holds, and write them into its model card."""
+    records = [record for path in paths if (record := read_record(path)) is not None]
     if not records:
         return
     picture = job.output_dir / "comparison.png"
-    plot(records, picture, job.name)
-    title = f"{job.name}, {len(seeds)} seed{'s' if len(seeds) > 1 else ''}, {hardware()}"
-    print_table(title, *table_rows(records))
-    print(f"Records: {job.output_dir / 'records'}; plot: {picture}")
+    with user_errors():
+        plot(find_records([str(job.output_dir)]), picture, job.name)
+    write_card(job.output_dir)
+    title = f"{job.name}, {job.run.seeds} seed{'s' if job.run.seeds > 1 else ''}, {hardware()}"
+    print_table(title, *table_rows(records), notes=tuple(notes(records)))
+    print(f"The records and {picture.name} are in {job.output_dir}.")
 
 
 def compare_grid(grid: str, options: list[str]) -> None:
@@ -149,10 +184,11 @@ def compare_grid(grid: str, options: list[str]) -> None:
                 "a grid is not pushed: leave push_to_hub and push_only out, and push one of its comparisons with "
                 f"`python -m hf_trim.run {job.name} ... --compare --output_dir {job.output_dir} --push_only`."
             )
-        check_settings(job)
+    jobs = [check_settings(job) for job in jobs]
     for number, job in enumerate(jobs, start=1):
         print(f"{number} of {len(jobs)}: {job.output_dir}", flush=True)
-        compare(job)
+        with nothing_left(job.output_dir):
+            compare(job)
     groups = group(find_records([folder]))
     print_report(groups)
     write_report(groups, Path(folder) / "report")

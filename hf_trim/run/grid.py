@@ -66,14 +66,25 @@ def expand(grid: str, command_line: list[str]) -> tuple[str, list[tuple[str, lis
     return folder, comparisons
 
 
-def leave_launcher() -> None:
+def leave_launcher(options: list[str]) -> None:
     """
     Under torchrun or `accelerate launch`, start this process again as an independent one, with one GPU. The processes
     then share the runs of a grid, one run at a time on each GPU, instead of training each run together.
+
+    Args:
+        options (`list[str]`): Options of the command line.
+
+    Raises:
+        [`RecipeError`]: If each process would delete what another one has just trained.
     """
     rank = os.environ.get("LOCAL_RANK")
     if rank is None:
         return
+    if "--overwrite" in options:
+        raise RecipeError(
+            "--overwrite is for one process, and a launcher starts several: choose another --output_dir, or delete "
+            "the old one before."
+        )
     variables = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHER_VARIABLES)}
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
     if gpus:

@@ -142,6 +142,20 @@ class ModelArguments:
         name = self.model_name_or_path
         return None if name is None or Path(name).expanduser().exists() else name
 
+    def origin(self) -> str:
+        """
+        Say what the training starts from.
+
+        Returns:
+            `str`: `"trained from scratch"`, or `"fine-tuned from ..."`.
+        """
+        if self.source() != "model_name_or_path":
+            return "trained from scratch"
+        name = self.hub_name()
+        # Of a local folder its name; where it lies on this machine means nothing to others.
+        folder = Path(cast(str, self.model_name_or_path)).name
+        return f"fine-tuned from `{name}`" if name else f"fine-tuned from the local model `{folder}`"
+
 
 def load_processing_class(args: ModelArguments) -> Any:
     """

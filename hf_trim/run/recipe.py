@@ -20,6 +20,7 @@ from hf_trim.trainer.arguments import TrimmingArguments
 
 
 GROUPS = ("model", "data", "training")
+RECIPE_SUFFIXES = (".yaml", ".yml")  # what tells a file from the name of a recipe of the package
 
 
 @dataclass
@@ -38,7 +39,8 @@ class RunArguments:
         lr_milestones (`list[float]`, *optional*): Epochs after which the learning rate is multiplied by `lr_gamma`,
             in place of `lr_scheduler_type`.
         lr_gamma (`float`): That factor.
-        license (`str`): The license in the model card.
+        license (`str`, *optional*): The license in the model card.
+        overwrite (`bool`): Train anew, in the place of what earlier runs left in `output_dir`.
         push_only (`bool`): Push what is in `output_dir` to the Hub, without training.
         expected_time (`str`): The time of a run, as `--list` shows it.
     """
@@ -59,7 +61,10 @@ class RunArguments:
         default=None, metadata={"help": "Epochs after which the learning rate is multiplied by lr_gamma."}
     )
     lr_gamma: float = field(default=0.5, metadata={"help": "Factor of the learning rate at each milestone."})
-    license: str = field(default="apache-2.0", metadata={"help": "The license in the model card."})
+    license: str | None = field(default=None, metadata={"help": "The license in the model card. Default: none."})
+    overwrite: bool = field(
+        default=False, metadata={"help": "Train anew, in the place of what earlier runs left in output_dir."}
+    )
     push_only: bool = field(
         default=False,
         metadata={"help": "Push what is in output_dir to the Hub, without training: after a failed push."},
@@ -158,7 +163,7 @@ def read_recipe(recipe: str) -> tuple[str, dict]:
         [`RecipeError`]: If there is no such recipe, or the file is not valid.
     """
     path = Path(recipe)
-    if path.suffix not in (".yaml", ".yml"):
+    if path.suffix not in RECIPE_SUFFIXES:
         names = recipe_names() + recipe_names("grids")
         if recipe not in names:
             raise RecipeError(
@@ -207,8 +212,10 @@ def as_options(fields: dict) -> list[str]:
 
 
 # Fields on which a result does not depend, or which differ between the runs of a comparison.
-NOT_SETTINGS = {"arms", "compare", "disable_tqdm", "expected_time", "license", "output_dir", "report_to", "run_name",
-               "save_total_limit", "seed", "seeds", "trim_select"}  # fmt: skip
+NOT_SETTINGS = {"arms", "compare", "disable_tqdm", "expected_time", "license", "output_dir", "overwrite", "report_to",
+               "run_name", "save_total_limit", "seed", "seeds", "trim_select"}  # fmt: skip
+# A log each twentieth of the training, so that a short one shows its losses and p too; `Trainer` logs each 500 steps.
+DEFAULT_LOGGING_STEPS = 0.05
 # Fields of the Hub. They are kept out of records, because one of them is the user's token.
 HUB_PREFIXES = ("hub_", "push_")
 
@@ -225,6 +232,7 @@ class Job(NamedTuple):
         training ([`TrimmingArguments`]): Arguments of the training.
         settings (`dict`): The fields that were set and on which a result depends.
         command (`str`): The command that repeats the run, without options of this machine and of the Hub.
+        own_recipe (`str`, *optional*): The content of a recipe that does not come with the package.
     """
 
     name: str
@@ -234,6 +242,7 @@ class Job(NamedTuple):
     training: TrimmingArguments
     settings: dict
     command: str
+    own_recipe: str | None = None
 
     @property
     def output_dir(self) -> Path:
@@ -268,6 +277,8 @@ def parse(recipe: str, command_line: list[str]) -> Job:
     if unknown:
         choices = [option for action in parser._actions for option in action.option_strings]
         raise RecipeError(f"unknown argument '{unknown[0]}'.{closest(unknown[0].split('=')[0], choices)}")
+    if run.overwrite and run.push_only:
+        raise RecipeError("--overwrite deletes what --push_only would push: leave one of them out.")
     asked = _set_fields(parser, command_line)
     for key in ("arms", "seeds"):
         if key in asked and not run.compare:
@@ -278,11 +289,30 @@ def parse(recipe: str, command_line: list[str]) -> Job:
             f"p follows the losses in this recipe anyway (trim_schedule=adaptive), and the arm {adaptive[0]} would be "
             "the same: ask for trimmed, which is the adaptive one here, and for random, which is its control."
         )
-    settings = {key: value for key, value in _set_fields(parser, options).items() if key not in NOT_SETTINGS}
+    given = _set_fields(parser, options)
+    if not {"logging_steps", "logging_strategy"} & given.keys():
+        training.logging_steps = DEFAULT_LOGGING_STEPS
+    settings = {key: value for key, value in given.items() if key not in NOT_SETTINGS}
     hidden = NOT_SETTINGS - {"arms", "compare", "seed", "seeds", "trim_select"}
     changes = {key: value for key, value in asked.items() if key not in hidden}
     command = ["python", "-m", "hf_trim.run", Path(recipe).name, *as_options(changes)]
-    return Job(name, run, model, data, training, settings, shlex.join(command))
+    own = None
+    if Path(recipe).suffix in RECIPE_SUFFIXES:
+        left_out = ("output_dir", *HUB_PREFIXES)
+        shown = {key: value for key, value in fields.items() if not key.startswith(left_out)}
+        own = yaml.safe_dump(shown, sort_keys=False, allow_unicode=True).rstrip()
+    return Job(name, run, model, data, training, settings, shlex.join(command), own)
+
+
+def default_values() -> dict:
+    """
+    Look up the defaults of all fields.
+
+    Returns:
+        `dict`: Names and values.
+    """
+    parser = RecipeParser()
+    return {name: parser.get_default(name) for name in parser.names()}
 
 
 def _set_fields(parser: RecipeParser, options: list[str]) -> dict:

@@ -15,7 +15,9 @@ DEFAULT_ARMS = ARMS[:4]  # those of a comparison without `--arms`
 UNITS = {"error": " %", "perplexity": ""}
 
 
-def make_record(recipe: str, arm: str, seed: int, settings: dict, metrics: dict, log_history: list[dict]) -> dict:
+def make_record(
+    recipe: str, arm: str, seed: int, settings: dict, metrics: dict, log_history: list[dict], classes: dict
+) -> dict:
     """
     Make the record of a finished run.
 
@@ -27,12 +29,14 @@ def make_record(recipe: str, arm: str, seed: int, settings: dict, metrics: dict,
         metrics (`dict`): Metrics on the test split after training: `eval_loss`, and `eval_error` in percent or
             `eval_perplexity`.
         log_history (`list[dict]`): `TrainerState.log_history`.
+        classes (`dict`): What [`~hf_trim.run.metrics.describe_classes`] returned.
 
     Returns:
         `dict`: The record.
     """
     metric = "error" if "eval_error" in metrics else "perplexity"
     history: dict[int, dict] = {}
+    scores: dict[str, float] = {}
     seconds = 0.0
     for log in log_history:
         names = {f"eval_{metric}": f"test_{metric}", "eval_loss": "test_loss", "loss": "loss",
@@ -43,6 +47,9 @@ def make_record(recipe: str, arm: str, seed: int, settings: dict, metrics: dict,
             values["train_seconds"] = seconds
         if values:
             history.setdefault(log["step"], {"epoch": log["epoch"]}).update(values)
+    if classes:
+        scores = {"majority_error": classes["majority_error"]}
+        scores |= {"test_macro_f1": metrics["eval_macro_f1"]} if classes["is_unbalanced"] else {}
     return {
         "recipe": recipe,
         "arm": arm,
@@ -50,6 +57,7 @@ def make_record(recipe: str, arm: str, seed: int, settings: dict, metrics: dict,
         "metric": metric,
         f"test_{metric}": metrics[f"eval_{metric}"],
         "test_loss": metrics["eval_loss"],
+        **scores,
         "train_seconds": train_seconds(log_history),
         "history": [history[step] for step in sorted(history)],
         "settings": settings,
@@ -119,7 +127,7 @@ def read_records(path: Path) -> list[dict]:
     except FileNotFoundError:
         return []
     except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is no record of a finished run ({error!r}): delete it to repeat the run.") from None
+        raise ValueError(f"{path} is no record of a finished run ({error!r}).") from None
     return records
 
 

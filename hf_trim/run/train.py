@@ -1,47 +1,21 @@
 """One training of a recipe: settings → training → evaluation → output folder → Hub."""
 
 import json
+from pathlib import Path
 
+from hf_trim.data import Data
 from hf_trim.files import write_json
-from hf_trim.hub.model_card import plot_curves, render_card, summarize_training
+from hf_trim.hub.model_card import plot_curves, render_card, shown_metrics, summarize_training
 from hf_trim.hub.push import push_folder, save_arguments
+from hf_trim.run.chatter import write_chatter_to
 from hf_trim.run.clock import samples_per_second, train_seconds
-from hf_trim.run.recipe import Job, RecipeError
+from hf_trim.run.folder import claim_folder, clear_folder
+from hf_trim.run.metrics import describe_classes
+from hf_trim.run.progress import describe_checkpoint
+from hf_trim.run.recipe import Job, RecipeError, user_errors
 from hf_trim.run.records import UNITS
-from hf_trim.run.trainer import RecipeTrainer, choose_metric, load_job_data, make_trainer
+from hf_trim.run.trainer import RecipeTrainer, load_job_data, make_trainer
 from hf_trim.trainer.checkpoints import last_complete_checkpoint
-
-
-def check_settings(job: Job) -> None:
-    """
-    Refuse an output folder whose runs had other settings. In a new folder, write the settings down.
-
-    Args:
-        job ([`Job`]): The recipe.
-
-    Raises:
-        [`RecipeError`]: If the settings differ.
-    """
-    path = job.output_dir / "settings.json"
-    # As they look after JSON, so that a tuple equals the list that was read back.
-    settings = json.loads(json.dumps(job.settings))
-    if not path.is_file():
-        write_json(path, settings)
-        return
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise RecipeError(f"{path} is not valid JSON: delete the folder, or choose another --output_dir.") from None
-    changed = [
-        f"{name} was {saved.get(name, 'not set')!r} and is {settings.get(name, 'not set')!r}"
-        for name in sorted(saved.keys() | settings.keys())
-        if saved.get(name) != settings.get(name)
-    ]
-    if changed:
-        raise RecipeError(
-            f"{job.output_dir} holds runs with other settings ({'; '.join(changed)}): choose another --output_dir, or "
-            "delete the folder."
-        )
 
 
 def train(job: Job) -> None:
@@ -53,33 +27,101 @@ def train(job: Job) -> None:
         job ([`Job`]): The recipe.
     """
     results = job.output_dir / "all_results.json"
-    if results.is_file():
-        print(f"Finished before; choose another --output_dir to train again. {results}:\n{results.read_text()}")
+    if results.is_file() and not job.run.overwrite:
+        print(f"Finished before: {_describe_results(json.loads(results.read_text()))}. The results are in {results}.")
+        print("To train again, choose another --output_dir, or replace what is there with --overwrite.")
         return
     data = load_job_data(job)
     args = job.training
     trainer = make_trainer(job, data, {}, args.seed, job.output_dir, args.push_to_hub)
-    metrics = trainer.train(resume_from_checkpoint=last_complete_checkpoint(job.output_dir)).metrics
+    if job.run.overwrite:
+        clear(job, trainer)
+    metrics = start(job, trainer, job.output_dir, has_model=True)
     metrics["train_seconds"] = train_seconds(trainer.state.log_history)
     metrics.update(samples_per_second(trainer))
-    trainer.log_metrics("train", metrics)
     trainer.save_metrics("train", metrics, combined=False)
-    test_metrics = trainer.evaluate()
-    trainer.log_metrics("eval", test_metrics)
+    test_metrics = evaluate(trainer, data)
     trainer.save_metrics("eval", test_metrics, combined=False)
-    save_run(job, trainer, {**metrics, **test_metrics})
-    name = choose_metric(data).name
-    print(f"Test {name} {test_metrics[f'eval_{name}']:.2f}{UNITS[name]}. Model and results are in {job.output_dir}.")
+    save_run(job, data, trainer, {**metrics, **test_metrics}, test_metrics)
+    if trainer.is_world_process_zero():
+        classes = describe_classes(data)
+        majority = f" (always the most frequent class: {classes['majority_error']:.2f} %)" if classes else ""
+        print(f"{_describe_results(test_metrics).capitalize()}{majority}. Model and results are in {job.output_dir}.")
+        if classes and test_metrics["eval_error"] >= classes["majority_error"]:
+            print("Warning: the model is no better than always the most frequent class.")
 
 
-def save_run(job: Job, trainer: RecipeTrainer, metrics: dict) -> None:
+def _describe_results(results: dict) -> str:
+    name = next(name for name in UNITS if f"eval_{name}" in results)
+    return f"test {name} {results[f'eval_{name}']:.2f}{UNITS[name]}"
+
+
+def clear(job: Job, trainer: RecipeTrainer) -> None:
+    """
+    Delete what earlier runs left in the output folder. Only once it is known that the new one can start.
+
+    Args:
+        job ([`Job`]): The recipe.
+        trainer ([`RecipeTrainer`]): The trainer of its first run.
+    """
+    if trainer.is_world_process_zero():
+        clear_folder(job.output_dir)
+    trainer.accelerator.wait_for_everyone()
+
+
+def start(job: Job, trainer: RecipeTrainer, folder: Path, has_model: bool) -> dict:
+    """
+    Train, from the last complete checkpoint if there is one.
+
+    Args:
+        job ([`Job`]): The recipe.
+        trainer ([`RecipeTrainer`]): The trainer.
+        folder (`Path`): The folder of its checkpoints.
+        has_model (`bool`): Whether the output folder will hold this model and no other.
+
+    Returns:
+        `dict`: Metrics of the training.
+    """
+    if trainer.is_world_process_zero():
+        claim_folder(job, has_model)
+        write_chatter_to(job.output_dir / "run.log")
+    checkpoint = last_complete_checkpoint(folder)
+    if checkpoint is not None and trainer.is_world_process_zero():
+        note = describe_checkpoint(checkpoint, trainer.args.num_train_epochs)
+        print(f"{note[0].upper()}{note[1:]}", flush=True)
+    return trainer.train(resume_from_checkpoint=checkpoint).metrics
+
+
+def evaluate(trainer: RecipeTrainer, data: Data) -> dict:
+    """
+    Test a trained model. The test at the end of the training is not run again.
+
+    Args:
+        trainer ([`RecipeTrainer`]): After its training.
+        data ([`Data`]): Its data.
+
+    Returns:
+        `dict`: The metrics, as `Trainer.evaluate` returns them.
+    """
+    state = trainer.state
+    tests = [log for log in state.log_history if "eval_loss" in log and log["step"] == state.global_step]
+    # `load_best_model_at_end` may have put the model of an earlier step in its place.
+    is_last = not trainer.args.load_best_model_at_end or state.best_global_step in (None, state.global_step)
+    if tests and is_last and trainer.eval_dataset is data.test_dataset:
+        return {name: value for name, value in tests[-1].items() if name != "step"}
+    return trainer.evaluate(data.test_dataset)
+
+
+def save_run(job: Job, data: Data, trainer: RecipeTrainer, metrics: dict, test_metrics: dict) -> None:
     """
     Save a finished training in the recipe's folder: model, arguments, trainer state, plot, model card and results.
 
     Args:
         job ([`Job`]): The recipe.
+        data ([`Data`]): Its data.
         trainer ([`RecipeTrainer`]): After training and evaluation.
         metrics (`dict`): All metrics of training and evaluation.
+        test_metrics (`dict`): Those of the test alone.
     """
     folder = job.output_dir
     trainer.save_model(str(folder))
@@ -87,6 +129,30 @@ def save_run(job: Job, trainer: RecipeTrainer, metrics: dict) -> None:
         return
     trainer.state.save_to_json(str(folder / "trainer_state.json"))
     save_arguments(trainer.args, folder)
+    summary = summarize(job, data, trainer, test_metrics)
+    plot_curves(summary, folder / "curves.png")
+    write_json(folder / "run.json", summary)
+    write_card(folder)
+    # Written last, because this file marks the training as finished.
+    write_json(folder / "all_results.json", metrics)
+
+
+def summarize(job: Job, data: Data, trainer: RecipeTrainer, test_metrics: dict) -> dict:
+    """
+    Collect what the model card says about a training of a recipe.
+
+    Args:
+        job ([`Job`]): The recipe.
+        data ([`Data`]): Its data.
+        trainer ([`RecipeTrainer`]): After its training.
+        test_metrics (`dict`): Metrics of the test.
+
+    Returns:
+        `dict`: The summary, as [`~hf_trim.hub.model_card.summarize_training`] returns it.
+    """
+    classes, shown = describe_classes(data), shown_metrics(test_metrics)
+    if not classes.get("is_unbalanced"):
+        shown.pop("macro_f1", None)  # nearly the accuracy
     summary = summarize_training(
         trainer,
         (job.training.hub_model_id or job.name).split("/")[-1],
@@ -97,16 +163,42 @@ def save_run(job: Job, trainer: RecipeTrainer, metrics: dict) -> None:
         dataset_args=job.data.dataset_config_name,
     )
     summary.update(
+        origin=job.model.origin(),
+        metrics=shown,
+        majority_error=classes.get("majority_error"),
         split="the test split",
         train_seconds=train_seconds(trainer.state.log_history),
         includes_evaluation=False,
         command=job.command,
+        recipe=job.own_recipe,
     )
-    plot_curves(summary, folder / "curves.png")
-    render_card(summary, str(folder), folder).save(folder / "README.md")
-    write_json(folder / "run.json", summary)
-    # Written last, because this file marks the training as finished.
-    write_json(folder / "all_results.json", metrics)
+    # What replaces the optimizer and the schedule of `Trainer` is not among its hyperparameters.
+    if job.run.l2_weight_decay is not None:
+        summary["hyperparameters"]["optimizer"] = f"Adam with an L2 penalty of {job.run.l2_weight_decay}"
+    if job.run.lr_milestones is not None:
+        epochs = ", ".join(f"{epoch:g}" for epoch in job.run.lr_milestones)
+        summary["hyperparameters"]["lr_scheduler_type"] = f"times {job.run.lr_gamma} after the epochs {epochs}"
+        summary["hyperparameters"].pop("lr_scheduler_warmup_steps", None)
+    if job.data.label_noise:
+        summary["hyperparameters"]["label_noise"] = (
+            f"{100 * job.data.label_noise:g} % of the training labels were wrong"
+        )
+    return summary
+
+
+def write_card(folder: Path) -> None:
+    """
+    Write the model card of a finished training, with all records of a comparison that are there. Does nothing if the
+    folder holds no model.
+
+    Args:
+        folder (`Path`): The output folder.
+    """
+    path = folder / "run.json"
+    if path.is_file():
+        with user_errors():  # a record may be damaged
+            card = render_card(json.loads(path.read_text(encoding="utf-8")), None, folder)
+        card.save(folder / "README.md")
 
 
 def push(job: Job) -> None:

@@ -1,17 +1,17 @@
 """A recipe's data, its model and its trainer."""
 
 import copy
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import set_seed
+from transformers import PrinterCallback, set_seed
 
 from hf_trim.data import Data, DeviceImages, load_data
 from hf_trim.run.clock import TrainingClock
 from hf_trim.run.metrics import ERROR, PERPLEXITY, Metric
 from hf_trim.run.models import build_model, load_processing_class
+from hf_trim.run.progress import Progress
 from hf_trim.run.recipe import Job, RecipeError, RunArguments, user_errors
 from hf_trim.trainer.trainer import TrimmingTrainer
 
@@ -88,7 +88,13 @@ def choose_metric(data: Data) -> Metric:
 
 
 def make_trainer(
-    job: Job, data: Data, changes: dict[str, Any], seed: int, output_dir: Path, push_to_hub: bool = False
+    job: Job,
+    data: Data,
+    changes: dict[str, Any],
+    seed: int,
+    output_dir: Path,
+    push_to_hub: bool = False,
+    title: str | None = None,
 ) -> RecipeTrainer:
     """
     Make a new model and its trainer. The seed sets the weights, the data order and dropout. Two trainers with one seed
@@ -101,6 +107,8 @@ def make_trainer(
         seed (`int`): The seed.
         output_dir (`Path`): Folder of the checkpoints.
         push_to_hub (`bool`, *optional*, defaults to `False`): Whether checkpoints go to the Hub (`hub_strategy`).
+        title (`str`, *optional*): What a progress bar calls this run of a comparison. The logs of a single training
+            are printed too.
 
     Returns:
         [`RecipeTrainer`]: The trainer.
@@ -113,8 +121,8 @@ def make_trainer(
     args.push_to_hub = push_to_hub
     args.output_dir, args.seed = str(output_dir), seed
     vars(args).update(changes)
-    # Progress bars fill a log file, and so do warnings of data loaders about memory that they cannot pin.
-    args.disable_tqdm = args.disable_tqdm or not sys.stderr.isatty()
+    metric, show_bar, args.disable_tqdm = choose_metric(data), not args.disable_tqdm, True
+    # Warnings of data loaders about memory that they cannot pin would fill the log.
     args.dataloader_pin_memory = args.dataloader_pin_memory and torch.accelerator.is_available()
     if isinstance(data.train_dataset, DeviceImages) and args.device.type != "cpu":
         # The images are on the device already, and worker processes cannot read them there.
@@ -126,7 +134,7 @@ def make_trainer(
             "'sample'."
         )
     with user_errors():
-        return RecipeTrainer(
+        trainer = RecipeTrainer(
             run_args=job.run,
             model=build_model(job.model, data),
             args=args,
@@ -134,6 +142,8 @@ def make_trainer(
             eval_dataset=data.test_dataset,
             data_collator=data.data_collator,
             processing_class=data.processing_class,
-            callbacks=[TrainingClock()],
-            **choose_metric(data).arguments,
+            callbacks=[TrainingClock(), Progress(title or job.name, metric.name, title is None, show_bar)],
+            **metric.arguments,
         )
+    trainer.remove_callback(PrinterCallback)  # in its place there is `Progress`
+    return trainer

@@ -7,9 +7,20 @@ import re
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 from hf_trim.files import write_json
-from hf_trim.report import find_records, group, markdown_table, summarize, table_rows
+from hf_trim.report import (
+    ARMS,
+    find_records,
+    group,
+    markdown_table,
+    notes,
+    plot,
+    print_report,
+    summarize,
+    table_rows,
+)
 from hf_trim.report.__main__ import main
 from hf_trim.report.summary import paired_interval
 from hf_trim.report.tables import overview_rows
@@ -32,8 +43,12 @@ def test_summary():
     assert (trimmed.arm, trimmed.runs, trimmed.speedup, trimmed.wins) == ("trimmed", 3, pytest.approx(1.25), 2)
     assert trimmed.mean == pytest.approx(5.5) and trimmed.sd == pytest.approx(math.sqrt(1.75))
     assert trimmed.difference == pytest.approx(sum(TRIMMED) / 3 - sum(PLAIN) / 3)
-    low, high = trimmed.interval
-    assert -1.5 <= low < trimmed.difference < high <= 0.5  # between the extremes of the three differences
+    assert trimmed.span == (-1.5, 0.5) and trimmed.interval is None  # too few for an interval
+    row = table_rows(three_seeds())[1][1]
+    assert row[3:] == ["−0.67 [−1.50 … +0.50]", "2 of 3", "100 %", "8.0 s", "1.25× [1.25 … 1.25]"]
+    six = [{**run, "seed": run["seed"] + shift} for shift in (0, 3) for run in three_seeds()]
+    low, high = summarize(six)[1].interval
+    assert -1.5 <= low < trimmed.difference < high <= 0.5  # between the extremes of the differences
     assert paired_interval([1.0]) is None
     assert paired_interval([1.0, 2.0, 4.0]) == paired_interval([1.0, 2.0, 4.0])
     assert table_rows(three_seeds()[:1])[1] == [["plain", "1", "5.00", "–", "–", "100 %", "10.0 s", "–"]]
@@ -64,7 +79,7 @@ def test_report_of_many_runs(tmp_path, capsys):
     assert main([*arguments, str(tmp_path / "report")]) == 0
     printed = capsys.readouterr().out
     assert all(
-        title in printed for title in ("All", "other", "tiny, trim_keep_end 0.2", "tiny, trim_keep_end 0.5", "2 of 3")
+        title in printed for title in ("All", "other", "tiny, trim_keep_end 0.2", "tiny, trim_keep_end 0.5", "−0.67 [")
     )
     report = {path.name: path.read_bytes() for path in (tmp_path / "report").iterdir()}
     assert set(report) == {"report.md", "report.csv", "records.json", "other.png", "tiny__trim_keep_end_0.2.png",
@@ -106,3 +121,65 @@ def test_readmes_have_the_tables_of_the_committed_records():
         groups = group(find_records([str(RESULTS / name) for name in names.split()]))
         rows = overview_rows(groups) if title == "all" else table_rows(groups[title])
         assert markdown_table(*rows) == table, (names, title)
+
+
+def test_few_seeds_have_no_interval_and_a_note():
+    def told(seeds):
+        records = [record(arm, seed, 5.0 + seed) for arm in ("plain", "trimmed") for seed in range(seeds)]
+        return table_rows(records)[0][3], notes(records)
+
+    head, (note,) = told(1)
+    assert head == "difference to plain [range]" and note.startswith("One seed cannot tell a difference from chance")
+    head, (note,) = told(3)
+    assert head == "difference to plain [range]" and "all 3 would agree in sign in 1 of 4 comparisons" in note
+    assert told(5) == ("difference to plain (95 % interval)", [])
+
+
+def test_the_most_frequent_class_stands_beside_the_table(tmp_path, capsys):
+    records = [{**run, "majority_error": 6.2, "test_macro_f1": 0.75} for run in three_seeds()]
+    head, rows = table_rows(records)
+    assert head[3] == "macro-F1" and rows[0][3] == "0.75"
+    assert notes(records)[1:] == ["Always the most frequent class has a test error of 6.20 %."]
+    write_json(tmp_path / "records.json", [{**run, "majority_error": 6.0} for run in records])
+    assert main([str(tmp_path / "records.json"), "--output", str(tmp_path / "report")]) == 0
+    warning = "Warning: no better than that is plain."
+    assert warning in capsys.readouterr().out and warning in (tmp_path / "report" / "report.md").read_text()
+
+
+def test_a_single_training_is_no_comparison_and_nothing_is_to_be_deleted(tmp_path, capsys):
+    write_json(tmp_path / "run" / "all_results.json", {"eval_error": 2.5})
+    write_json(tmp_path / "run" / "settings.json", {"dataset": "digits"})
+    for path in (tmp_path / "run", tmp_path / "run" / "all_results.json"):
+        assert main([str(path)]) == 2
+        error = capsys.readouterr().err
+        assert f"{tmp_path / 'run'} holds a single finished training, with a test error of 2.50 %" in error
+        assert "delete" not in error and "--compare" in error
+
+
+@pytest.mark.parametrize("width", [80, 100, 200])
+def test_tables_are_no_wider_than_the_terminal(width, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", str(width))
+    settings = {"label_noise": 0.2, "trim_keep_end": 0.1, "trim_schedule": "epoch", "learning_rate": 0.001}
+    arms = [(arm, seed) for arm in ARMS for seed in range(10)]
+    records = [record(arm, seed, 5.0 + seed + len(arm), 1000.0 + seed, "fashion-mnist-vit") for arm, seed in arms]
+    noisy = [{**run, "settings": settings} for run in records]
+    print_report(group(records + noisy))
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= width
+    assert any("speed-up" in line for line in lines)
+    assert any("train time" in line for line in lines) == (width == 200)
+    # One whole line an arm.
+    assert len([line for line in lines if re.match(r"random-adaptive .* 24.50 ± 3.03 .* \(.* … .*\) .*×", line)]) == 2
+
+
+def test_axes_are_linear_unless_values_span_decades(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: figures.append(figure))
+    for errors in ([0.0, 0.5], [3.0, 4.0], [0.1, 50.0]):
+        plot([record("plain", seed, error) for seed, error in enumerate(errors)], tmp_path / "a.png", "title")
+    assert [figure.axes[0].get_yscale() for figure in figures] == ["linear", "linear", "linear"]
+    history = [{"epoch": epoch, "test_error": error} for epoch, error in ((1, 90.0), (2, 9.0), (3, 0.5))]
+    plot([{**record("plain", 0, 0.5), "history": history}], tmp_path / "a.png", "title")
+    epochs = figures[-1].axes[0]
+    assert epochs.get_yscale() == "log" and list(epochs.lines[0].get_ydata()) == [90.0, 9.0, 0.5]
+    assert [epochs.yaxis.get_major_formatter()(value) for value in (0.1, 100)] == ["0.1", "100"]

@@ -85,7 +85,7 @@ def check(recipe, options, message, tmp_path, capsys):
     path.write_text(recipe if isinstance(recipe, str) else yaml.safe_dump(recipe))
     assert main([str(path), "--output_dir", str(tmp_path / "out"), *options]) == 2
     printed = capsys.readouterr()
-    last = [line for line in printed.err.splitlines() if line.startswith("hf_trim.run: ")]
+    last = [line for line in printed.err.splitlines() if line.startswith("hf-trim: ")]
     assert len(last) == 1 and message in printed.err and "Traceback" not in printed.err
     assert "'loss'" not in printed.out and not list((tmp_path / "out").glob("checkpoint-*"))
 
@@ -174,4 +174,6 @@ def test_broken_records_and_settings(tmp_path, capsys):
     (out / "records" / "plain-seed42.json").write_text(json.dumps({"arm": "plain"})[:9])
     check(TINY, ["--compare", "--seeds", "1"], "is no record of a finished run", tmp_path, capsys)
     (out / "settings.json").write_text("{")
-    check(TINY, [], "settings.json is not valid JSON: delete the folder", tmp_path, capsys)
+    check(
+        TINY, [], "settings.json is not valid JSON: choose another --output_dir, or add --overwrite", tmp_path, capsys
+    )

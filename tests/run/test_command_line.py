@@ -20,17 +20,17 @@ from tests.support.recipes import TINY
 
 
 def test_command_line_overrides_the_recipe(recipe):
-    name, run, model, data, training, settings, command = parse(
-        recipe, ["--num_train_epochs", "5", "--trim-keep-end", "0.4", "--compare", "--seeds", "2"]
-    )
-    assert (name, run.compare, run.seeds, data.dataset) == ("tiny", True, 2, "digits")
+    job = parse(recipe, ["--num_train_epochs", "5", "--trim-keep-end", "0.4", "--compare", "--seeds", "2"])
+    training, settings = job.training, job.settings
+    assert (job.name, job.run.compare, job.run.seeds, job.data.dataset) == ("tiny", True, 2, "digits")
     assert (training.num_train_epochs, training.trim_keep_end, training.learning_rate) == (5, 0.4, 0.01)
     assert training.output_dir == "runs/tiny"
-    assert model.config_overrides["patch_size"] == 4
+    assert job.model.config_overrides["patch_size"] == 4
     assert settings["num_train_epochs"] == 5 and settings["trim_keep_end"] == 0.4 and "seeds" not in settings
-    assert command == "python -m hf_trim.run tiny.yaml --compare --num_train_epochs 5.0 --seeds 2 --trim_keep_end 0.4"
-    *_, settings, command = parse(recipe, ["--hub_token", "hf_secret", "--output_dir", "/some/where"])
-    assert "hf_secret" not in json.dumps(settings) + command and command == "python -m hf_trim.run tiny.yaml"
+    command = "python -m hf_trim.run tiny.yaml"
+    assert job.command == f"{command} --compare --num_train_epochs 5.0 --seeds 2 --trim_keep_end 0.4"
+    job = parse(recipe, ["--hub_token", "hf_secret", "--output_dir", "/some/where"])
+    assert "hf_secret" not in json.dumps(job.settings) + job.command and job.command == command
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -99,7 +99,7 @@ def test_no_traceback_and_exit_status_2_from_the_shell():
 
 def check_unknown_recipe(errors):
     message = errors.strip().splitlines()[-1]
-    assert message.startswith("hf_trim.run: there is no recipe 'digits-vti'. Did you mean 'digits-vit'?")
+    assert message.startswith("hf-trim: there is no recipe 'digits-vti'. Did you mean 'digits-vit'?")
     assert "Traceback" not in errors
 
 
@@ -128,10 +128,10 @@ def test_the_console_script_knows_its_version(capsys):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["rnu"], "hf_trim: there is no command 'rnu'. Did you mean 'run'?"),
+        (["rnu"], "hf-trim: there is no command 'rnu'. Did you mean 'run'?"),
         (["reports", "runs"], "Did you mean 'report'?"),
-        (["--verison"], "hf_trim: there is no command '--verison'."),
-        (["digits-vit"], "hf_trim: there is no command 'digits-vit'."),
+        (["--verison"], "hf-trim: there is no command '--verison'."),
+        (["digits-vit"], "hf-trim: there is no command 'digits-vit'."),
     ],
 )
 def test_unknown_commands_are_refused(arguments, message, capsys):
@@ -148,7 +148,7 @@ def test_the_console_script_passes_arguments_and_exit_status_on(tmp_path, capsys
     assert hf_trim_main(["run", "digits-vti"]) == 2
     check_unknown_recipe(capsys.readouterr().err)
     assert hf_trim_main(["report", str(tmp_path / "nothing")]) == 2
-    assert "hf_trim.report: there is no file or folder" in capsys.readouterr().err
+    assert "hf-trim: there is no file or folder" in capsys.readouterr().err
     for command in ("report", "bench"):
         with pytest.raises(SystemExit) as end:
             hf_trim_main([command, "--help"])

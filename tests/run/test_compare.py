@@ -32,9 +32,9 @@ def test_a_killed_comparison_goes_on_and_gives_the_same_table(recipe, tmp_path, 
     options = [recipe, "--compare", "--seeds", "1", "--output_dir"]
     assert main([*options, str(whole)]) == 0
     printed = capsys.readouterr().out
-    assert "[4/4] tiny: random, seed 42: test error" in printed
+    assert "[4/4] random, seed 42: test error" in printed
     assert (whole / "comparison.png").stat().st_size > 10_000
-    assert not list(whole.glob("*-seed*"))  # checkpoints of finished runs
+    assert not [*whole.glob("*-seed*"), *whole.rglob("*.lock")]  # checkpoints and locks of finished runs
 
     # In the middle of the second run: the first has its record, the second a checkpoint.
     assert Forked("hf_trim.run", *options, killed, kill=("step", 6)).finish()[0] == -signal.SIGKILL
@@ -80,7 +80,7 @@ def test_a_grid_compares_its_recipes_with_each_setting(grid, tmp_path, capsys, n
     with FileLock(f"{missing}.lock"):
         assert main([grid, "--output_dir", str(out), "--max_train_samples", "48"]) == 0
     printed = capsys.readouterr().out
-    assert "tiny: plain, seed 42: another process trains it" in printed and not missing.exists()
+    assert "] plain, seed 42: another process trains it" in printed and not missing.exists()
     missing.write_text(content)
     report = (out / "report" / "report.md").read_text()
     assert "| tiny, label_noise 0.5 | 1 |" in report and "input alone" in report
@@ -95,7 +95,8 @@ def test_processes_of_a_launcher_share_the_runs_of_a_grid(grid, tmp_path):
     assert done.returncode == 0, done.stderr
     assert len(records_of(out)) == 2 * len(ARMS)
     # Each run was trained once, by one process alone.
-    assert len(re.findall(rf"(?m)^\[./{len(ARMS)}\] tiny: \w+, seed 42$", done.stdout)) == 2 * len(ARMS)
+    ends = re.findall(rf"(?m)^\[./{len(ARMS)}\] \w+, seed 42: test error \S+ % \((.*)\)$", done.stdout)
+    assert sum(end != "finished before" for end in ends) == 2 * len(ARMS)
     assert "another process trains it" in done.stdout
 
 

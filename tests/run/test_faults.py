@@ -134,7 +134,7 @@ def test_a_full_disk_ends_in_one_line_and_the_same_command_goes_on(limit, checkp
     """Files may not grow beyond a limit: of the state of the trainer, of the weights, of the optimizer."""
     arguments = [str(checkpoints / "tiny.yaml"), "--output_dir", str(tmp_path / "out")]
     status, output = Forked("hf_trim.run", *arguments, file_size=limit).finish()
-    lines = [line for line in output.splitlines() if line.startswith("hf_trim.run: ")]
+    lines = [line for line in output.splitlines() if line.startswith("hf-trim: ")]
     assert status == 1 and len(lines) == 1 and "Traceback" not in output, output[-3000:]
     assert "A file could not be written: " in lines[0] and "goes on from the last complete checkpoint" in lines[0]
     assert main(arguments) == 0

@@ -34,8 +34,6 @@ def test_training_saves_what_the_examples_save_and_is_not_repeated(recipe, tmp_p
     assert main(arguments) == 0
     assert "Finished before" in capsys.readouterr().out
     assert (out / "all_results.json").stat().st_mtime_ns == written
-    assert main([*arguments, "--trim_keep_end", "0.5"]) == 2
-    assert "other settings (trim_keep_end was 'not set' and is 0.5)" in capsys.readouterr().err
 
 
 def test_paper_recipes_have_the_papers_protocol():

@@ -3,13 +3,18 @@ Command lines of hf_trim in processes of their own. They are forked from one pro
 already, which takes 0.1 s in the place of the 8 s of a new interpreter.
 """
 
+import contextlib
+import fcntl
 import multiprocessing
 import os
 import resource
 import runpy
 import signal
 import socket
+import struct
 import sys
+import termios
+import threading
 
 from transformers import Trainer, TrainerState
 
@@ -29,14 +34,17 @@ class Forked:
         arguments: Its arguments.
         environment (`dict[str, str]`): Variables to set.
         file_size (`int`): Files cannot grow beyond this number of bytes, as on a full disk.
+        columns (`int`): Its output is a terminal of this width.
         kill (`tuple[str, int]`): The process kills itself with SIGKILL after this optimizer step of a trimmed
             training: `("step", 8)` when the next step begins, `("save", 8)` when all files of the checkpoint are
             written but the last.
     """
 
-    def __init__(self, module, *arguments, environment=None, file_size=None, kill=None):
+    def __init__(self, module, *arguments, environment=None, file_size=None, columns=None, kill=None):
         self._output, writer = _context.Pipe(duplex=False)
-        options = (module, [str(argument) for argument in arguments], writer, environment or {}, file_size, kill)
+        self._terminal = None if columns is None else Terminal(columns)
+        name = None if self._terminal is None else self._terminal.name
+        options = (module, [str(argument) for argument in arguments], writer, environment or {}, file_size, name, kill)
         self.process = _context.Process(target=_run, args=options)
         self.process.start()
         writer.close()
@@ -45,14 +53,39 @@ class Forked:
         """Wait for the end; returns exit status (−9 if killed) and output, errors among it."""
         with open(self._output.fileno(), "rb", closefd=False) as file:
             output = file.read().decode()
+        if self._terminal is not None:
+            output = self._terminal.close()
         self._output.close()
         self.process.join(60)
         return self.process.exitcode, output
 
 
-def _run(module, arguments, writer, environment, file_size, kill):
-    os.dup2(writer.fileno(), 1)
-    os.dup2(writer.fileno(), 2)
+class Terminal:
+    """A pseudo-terminal, and all that is written to it."""
+
+    def __init__(self, columns):
+        self._master, self._slave = os.openpty()
+        self.name, self._output = os.ttyname(self._slave), []
+        fcntl.ioctl(self._slave, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def _read(self):
+        with contextlib.suppress(OSError):  # the end of a terminal
+            while chunk := os.read(self._master, 65536):
+                self._output.append(chunk)
+
+    def close(self):
+        os.close(self._slave)
+        self._reader.join()
+        os.close(self._master)
+        return b"".join(self._output).decode()
+
+
+def _run(module, arguments, writer, environment, file_size, terminal, kill):
+    output = writer.fileno() if terminal is None else os.open(terminal, os.O_RDWR | os.O_NOCTTY)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
     os.environ.update(environment)
     measure_input_briefly()
     use_no_clock()

@@ -1,0 +1,53 @@
+"""
+What a reader of a table must know beside it: what so few seeds can show, and what a constant answer would score.
+
+Records of runs of one recipe → sentences.
+"""
+
+from hf_trim.report.summary import MIN_SEEDS, Summary, summarize
+
+
+def notes(records: list[dict]) -> list[str]:
+    """
+    Args:
+        records (`list[dict]`): Records of finished runs, of one recipe with one setting.
+
+    Returns:
+        `list[str]`: Sentences to stand below their table; warnings begin with "Warning".
+    """
+    summaries = summarize(records)
+    return [*_note_seeds(summaries), *_note_majority(summaries)]
+
+
+def _note_seeds(summaries: list[Summary]) -> list[str]:
+    pairs = sorted({summary.pairs for summary in summaries if 0 < summary.pairs < MIN_SEEDS})
+    if not pairs:
+        return []
+    if pairs == [1]:
+        return [f"One seed cannot tell a difference from chance: train {MIN_SEEDS} or more."]
+    few = pairs[-1]  # what the most of them could show
+    return [
+        f"Differences of {' or '.join(map(str, pairs))} seeds have their range (lowest … highest) in square brackets, "
+        f"which is no interval. Without any effect all {few} would agree in sign in 1 of {2 ** (few - 1)} "
+        f"comparisons: train {MIN_SEEDS} seeds or more."
+    ]
+
+
+def _note_majority(summaries: list[Summary]) -> list[str]:
+    errors = [summary.majority_error for summary in summaries if summary.majority_error is not None]
+    if not errors:
+        return []
+    lines = [describe_majority(max(errors))]
+    useless = [s.arm for s in summaries if s.majority_error is not None and s.mean >= s.majority_error]
+    return [*lines, f"Warning: no better than that is {', '.join(useless)}."] if useless else lines
+
+
+def describe_majority(error: float) -> str:
+    """
+    Args:
+        error (`float`): Test error in percent.
+
+    Returns:
+        `str`: A sentence that says that always the most frequent class has this error.
+    """
+    return f"Always the most frequent class has a test error of {error:.2f} %."
