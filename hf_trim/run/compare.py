@@ -16,7 +16,7 @@ from hf_trim.run.grid import expand
 from hf_trim.run.recipe import Job, RecipeError, parse, user_errors
 from hf_trim.run.records import ARMS, UNITS, make_record, metric_name, read_record, test_score
 from hf_trim.run.train import check_settings, save_run
-from hf_trim.run.trainer import load_job_data, make_trainer
+from hf_trim.run.trainer import load_job_data, make_trainer, test_metrics
 from hf_trim.trainer.arguments import TrimmingConfig
 from hf_trim.trainer.checkpoints import last_complete_checkpoint
 
@@ -78,7 +78,7 @@ def finish_run(job: Job, data: Data, arm: str, seed: int) -> dict:
     folder = job.output_dir / f"{arm}-seed{seed}"
     trainer = make_trainer(job, data, CHANGES[arm], seed, folder)
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder))
-    metrics = trainer.evaluate()
+    metrics = test_metrics(trainer, data)
     record = make_record(job.name, arm, seed, job.settings, metrics, trainer.state.log_history)
     record.update(samples_per_second(trainer))
     if (arm, seed) == ("trimmed", job.training.seed):  # the model of a comparison that is saved, and can be pushed

@@ -8,7 +8,7 @@ from hf_trim.hub.push import push_folder, save_arguments
 from hf_trim.run.clock import samples_per_second, train_seconds
 from hf_trim.run.recipe import Job, RecipeError
 from hf_trim.run.records import UNITS
-from hf_trim.run.trainer import RecipeTrainer, choose_metric, load_job_data, make_trainer
+from hf_trim.run.trainer import RecipeTrainer, choose_metric, load_job_data, make_trainer, test_metrics
 from hf_trim.trainer.checkpoints import last_complete_checkpoint
 
 
@@ -56,20 +56,21 @@ def train(job: Job) -> None:
     if results.is_file():
         print(f"Finished before; choose another --output_dir to train again. {results}:\n{results.read_text()}")
         return
-    data = load_job_data(job)
     args = job.training
+    checkpoint = args.resume_from_checkpoint or last_complete_checkpoint(job.output_dir)
+    data = load_job_data(job)
     trainer = make_trainer(job, data, {}, args.seed, job.output_dir, args.push_to_hub)
-    metrics = trainer.train(resume_from_checkpoint=last_complete_checkpoint(job.output_dir)).metrics
+    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     metrics["train_seconds"] = train_seconds(trainer.state.log_history)
     metrics.update(samples_per_second(trainer))
     trainer.log_metrics("train", metrics)
     trainer.save_metrics("train", metrics, combined=False)
-    test_metrics = trainer.evaluate()
-    trainer.log_metrics("eval", test_metrics)
-    trainer.save_metrics("eval", test_metrics, combined=False)
-    save_run(job, trainer, {**metrics, **test_metrics})
+    tested = test_metrics(trainer, data)
+    trainer.log_metrics("eval", tested)
+    trainer.save_metrics("eval", tested, combined=False)
+    save_run(job, trainer, {**metrics, **tested})
     name = choose_metric(data).name
-    print(f"Test {name} {test_metrics[f'eval_{name}']:.2f}{UNITS[name]}. Model and results are in {job.output_dir}.")
+    print(f"Test {name} {tested[f'eval_{name}']:.2f}{UNITS[name]}. Model and results are in {job.output_dir}.")
 
 
 def save_run(job: Job, trainer: RecipeTrainer, metrics: dict) -> None:
