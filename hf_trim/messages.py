@@ -17,7 +17,10 @@ def closest(word: str, choices: Iterable[str]) -> str:
     Returns:
         `str`: `" Did you mean 'x'?"`, or an empty string if no choice is close.
     """
-    matches = difflib.get_close_matches(str(word), [str(choice) for choice in choices], n=1, cutoff=0.5)
+    names = [str(choice) for choice in choices]
+    matches = difflib.get_close_matches(str(word), names, n=1, cutoff=0.75)
+    # Swapped letters weigh too much in short words.
+    matches += [name for name in names if sorted(name) == sorted(str(word))]
     return f" Did you mean '{matches[0]}'?" if matches else ""
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hf_trim.data.sources import EMBEDDED, HUB_NAMES, local_path
+from hf_trim.data.names import EMBEDDED, HUB_NAMES, local_path
 from hf_trim.messages import check_choice
 
 
@@ -33,8 +33,14 @@ class DataArguments:
             The split to test on. By default `"test"` if there is one, else a stratified part of the training split.
         test_fraction (`float`, *optional*, defaults to 0.2):
             The size of that part.
+        validation_split (`str`, *optional*):
+            The split to test on during training: for early stopping, `load_best_model_at_end`, and to choose settings
+            by. The test split is then looked at once, at the end. `"auto"` is a split with a usual name
+            (`"validation"`, `"valid"`, `"val"`, `"dev"`) or else a stratified part of the training split.
+        validation_fraction (`float`, *optional*):
+            The size of that part, which is then held out in any case; with `"auto"` it is 0.1.
         split_seed (`int`, *optional*, defaults to 0):
-            The seed of the split and of `max_*_samples`; it does not depend on the training's seed.
+            The seed of the splits and of `max_*_samples`; it does not depend on the training's seed.
         image_column (`str`, *optional*):
             The column with the images. Found by its type by default.
         text_column (`str`, *optional*):
@@ -86,8 +92,19 @@ class DataArguments:
         },
     )
     test_fraction: float = field(default=0.2, metadata={"help": "The size of that stratified part."})
+    validation_split: str | None = field(
+        default=None,
+        metadata={
+            "help": "The split for tests during training, early stopping and the choice of settings; the test split "
+            "is then looked at once, at the end. 'auto': 'validation' if there is one, else a stratified part of "
+            "train_split."
+        },
+    )
+    validation_fraction: float | None = field(
+        default=None, metadata={"help": "The size of that part. Default: 0.1 with --validation_split auto."}
+    )
     split_seed: int = field(
-        default=0, metadata={"help": "Seed of that split and of max_*_samples; apart from the training's seed."}
+        default=0, metadata={"help": "Seed of these splits and of max_*_samples; apart from the training's seed."}
     )
     image_column: str | None = field(
         default=None, metadata={"help": "The column with the images. Default: found by its type."}
@@ -133,9 +150,16 @@ class DataArguments:
             )
         check_choice("task", self.task, TASK_CHOICES)
         check_choice("augment", self.augment, AUGMENT_CHOICES)
-        if not _is_number(self.test_fraction) or not 0 < self.test_fraction < 1:
+        for name in ("test_fraction", "validation_fraction"):
+            value = getattr(self, name)
+            if name == "validation_fraction" and value is None:
+                continue
+            if not _is_number(value) or not 0 < value < 1:
+                raise ValueError(f"{name} must lie between 0 and 1, and is {value!r}: 0.2 holds out a fifth.")
+        if self.validation_fraction is not None and self.validation_split not in (None, "auto"):
             raise ValueError(
-                f"test_fraction must lie between 0 and 1, and is {self.test_fraction!r}: 0.2 tests on a fifth."
+                f"validation_split '{self.validation_split}' and validation_fraction {self.validation_fraction} "
+                "exclude each other: give the name of a split, or the size of a part of train_split."
             )
         if not _is_number(self.label_noise) or not 0 <= self.label_noise < 1:
             raise ValueError(

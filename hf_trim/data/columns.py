@@ -32,14 +32,13 @@ class Columns(NamedTuple):
     label: str | None
 
 
-def find_columns(args: DataArguments, train: Dataset, test: Dataset | None) -> Columns:
+def find_columns(args: DataArguments, splits: dict[str, Dataset]) -> Columns:
     """
     Find the columns by the arguments, else by their types and names.
 
     Args:
         args ([`~hf_trim.data.DataArguments`]): The task, and the columns as far as the user names them.
-        train (`datasets.Dataset`): The training split.
-        test (`datasets.Dataset`, *optional*): The test split, which must have the same columns.
+        splits (`dict[str, datasets.Dataset]`): The splits by their use, which must all have these columns.
 
     Returns:
         [`Columns`]: The columns.
@@ -47,7 +46,7 @@ def find_columns(args: DataArguments, train: Dataset, test: Dataset | None) -> C
     Raises:
         `ValueError`: If a column is missing, of a wrong type, or one of several that it could be.
     """
-    features = train.features
+    features = splits["train"].features
     image, text, label = (
         _named_column(args, name, features) for name in ("image_column", "text_column", "label_column")
     )
@@ -68,7 +67,7 @@ def find_columns(args: DataArguments, train: Dataset, test: Dataset | None) -> C
     inputs = image or text
     assert inputs is not None  # one of them was named or found
     columns = Columns("image" if image else "text", inputs, label)
-    _check_columns(args, columns, train, test)
+    _check_columns(args, columns, splits)
     return columns
 
 
@@ -109,18 +108,18 @@ def _only_column(args: DataArguments, name: str, candidates: list[str], features
     return candidates[0]
 
 
-def _check_columns(args: DataArguments, columns: Columns, train: Dataset, test: Dataset | None) -> None:
+def _check_columns(args: DataArguments, columns: Columns, splits: dict[str, Dataset]) -> None:
     kind, inputs, label = columns
+    features = splits["train"].features
     if label is None and kind == "image":
         raise ValueError(f"task 'causal-lm' needs texts, and dataset '{args.dataset}' holds images.")
     if inputs == label:
         raise ValueError(f"label_column and the column of the inputs are both '{label}': give different ones.")
-    if kind == "text" and not is_string(train.features[inputs]):
-        raise ValueError(f"text_column '{inputs}' must hold strings, and holds {train.features[inputs]}.")
-    if test is None:
-        return
-    missing = {inputs, label or inputs} - set(test.features)
-    if missing:
-        raise ValueError(
-            f"The test split lacks the column {', '.join(sorted(missing))}: it has {', '.join(test.features)}."
-        )
+    if kind == "text" and not is_string(features[inputs]):
+        raise ValueError(f"text_column '{inputs}' must hold strings, and holds {features[inputs]}.")
+    for use, split in splits.items():
+        missing = {inputs, label or inputs} - set(split.features)
+        if missing:
+            raise ValueError(
+                f"The {use} split lacks the column {', '.join(sorted(missing))}: it has {', '.join(split.features)}."
+            )

@@ -21,18 +21,17 @@ from hf_trim.data.device_images import DeviceImages, unwrap_batch
 from hf_trim.data.prepared import Data
 
 
-# Both splits together, as bytes, at most: then they are kept on the device.
+# All splits together, as bytes, at most: then they are kept on the device.
 IN_MEMORY_BYTES = 2**30
 
 
 def prepare_images(
-    args: DataArguments, train: Dataset, test: Dataset, column: str, processor: Any, device: torch.device | str
+    args: DataArguments, splits: dict[str, Dataset], column: str, processor: Any, device: torch.device | str
 ) -> Data:
     """
     Args:
         args ([`~hf_trim.data.DataArguments`]): Size, channels, mean, deviation, augmentation.
-        train (`datasets.Dataset`): The training split, with `labels`.
-        test (`datasets.Dataset`): The test split, with `labels`.
+        splits (`dict[str, datasets.Dataset]`): `train`, `test` and perhaps `validation`, with `labels`.
         column (`str`): The column with the images.
         processor (image processor, *optional*): The pretrained model's, for the defaults.
         device (`torch.device`): Where a small data set is kept.
@@ -45,19 +44,23 @@ def prepare_images(
     """
     if isinstance(processor, PreTrainedTokenizerBase):
         raise ValueError(f"dataset '{args.dataset}' holds images, and the model is one for text: choose another.")
-    label_names = train.features["labels"].names
-    train, test = _select_columns(train, column), _select_columns(test, column)
-    size, mean, std = _image_settings(args, train, processor)
+    label_names = splits["train"].features["labels"].names
+    splits = {use: _select_columns(split, column) for use, split in splits.items()}
+    size, mean, std = _image_settings(args, splits["train"], processor)
     decode = partial(_decode, size=size, channels=args.image_channels)
     collator: Callable[[list], dict[str, Any]]
-    if (len(train) + len(test)) * args.image_channels * size**2 <= IN_MEMORY_BYTES:
+    if sum(map(len, splits.values())) * args.image_channels * size**2 <= IN_MEMORY_BYTES:
         prepare, collator = partial(_decode_once, decode=decode, mean=mean, std=std, device=device), unwrap_batch
     else:
         prepare, collator = partial(_decode_when_drawn, decode=decode, mean=mean, std=std), DefaultDataCollator()
+    prepared = {
+        use: prepare(split, augment=args.augment if use == "train" else "none") for use, split in splits.items()
+    }
     return Data(
         kind="image",
-        train_dataset=prepare(train, augment=args.augment),
-        test_dataset=prepare(test, augment="none"),
+        train_dataset=prepared["train"],
+        test_dataset=prepared["test"],
+        validation_dataset=prepared.get("validation"),
         label_names=label_names,
         data_collator=collator,
         processing_class=ViTImageProcessor(size={"height": size, "width": size}, image_mean=mean, image_std=std),

@@ -1,7 +1,7 @@
 """
 Classes as numbers, and wrong ones for experiments with label noise.
 
-A column of strings, whole numbers or `ClassLabel` → the column `labels`: a `ClassLabel`, numbers from 0 to C − 1.
+A column of strings, whole numbers, booleans or `ClassLabel` → the column `labels`: a `ClassLabel`, 0 to C − 1.
 """
 
 import re
@@ -11,40 +11,41 @@ import numpy as np
 from datasets import ClassLabel, Dataset, Value
 
 from hf_trim.data.columns import is_string
+from hf_trim.data.splits import TITLES
 
 
-def encode_labels(column: str, train: Dataset, test: Dataset | None) -> tuple[Dataset, Dataset | None]:
+def encode_labels(column: str, splits: dict[str, Dataset]) -> dict[str, Dataset]:
     """
-    Give both splits a column `labels` with class numbers, in the place of the label column.
+    Give all splits a column `labels` with class numbers, in the place of the label column.
 
     Args:
         column (`str`): The column of the classes.
-        train (`datasets.Dataset`): The training split; the classes are those that occur in it.
-        test (`datasets.Dataset`, *optional*): The test split.
+        splits (`dict[str, datasets.Dataset]`): The splits by their use, the training split first; the classes are
+            those that occur in it.
 
     Returns:
-        `tuple[datasets.Dataset, datasets.Dataset or None]`: Both splits; the classes' names are those of
-        `train.features["labels"]`.
+        `dict[str, datasets.Dataset]`: The splits; the classes' names are those of `features["labels"]`.
 
     Raises:
         `ValueError`: If the column does not hold one class per sample, or the splits do not fit each other.
     """
-    feature = train.features[column]
-    _check_type(column, feature, test)
-    for split in (train, test):
-        if column != "labels" and split is not None and "labels" in split.features:
+    feature = splits["train"].features[column]
+    for use, split in splits.items():
+        _check_type(column, feature, split, use)
+        if column != "labels" and "labels" in split.features:
             raise ValueError(f"label_column is '{column}', and another column is named 'labels': rename that one.")
     # The classes of a column without names are the values in the training split.
     numbers = {n: n for n in range(feature.num_classes)} if isinstance(feature, ClassLabel) else None
-    train, numbers = _encode_split(column, train, "training", numbers)
-    if test is not None:
-        test, _ = _encode_split(column, test, "test", numbers)
+    encoded = {}
+    for use, split in splits.items():
+        encoded[use], numbers = _encode_split(column, split, TITLES[use], numbers)
+    train = encoded["train"]
     if len(set(train["labels"][:])) < 2:
         raise ValueError(
             f"label_column '{column}' has one class only in the {len(train)} rows of the training split: there is "
             "nothing to learn. Choose another column or split."
         )
-    return train, test
+    return encoded
 
 
 def add_label_noise(split: Dataset, fraction: float, seed: int) -> Dataset:
@@ -70,19 +71,18 @@ def add_label_noise(split: Dataset, fraction: float, seed: int) -> Dataset:
     return split.remove_columns("labels").add_column("labels", labels.tolist(), feature=feature)
 
 
-def _check_type(column: str, feature: Any, test: Dataset | None) -> None:
-    if not isinstance(feature, ClassLabel) and not (
-        isinstance(feature, Value) and (is_string(feature) or re.fullmatch(r"u?int\d+|bool", feature.dtype))
-    ):
+def _check_type(column: str, feature: Any, split: Dataset, use: str) -> None:
+    is_simple = is_string(feature) or re.fullmatch(r"u?int\d+|bool|float\d+|null", str(getattr(feature, "dtype", "")))
+    if not isinstance(feature, ClassLabel) and not (isinstance(feature, Value) and is_simple):
         raise ValueError(
             f"label_column '{column}' must hold one class per sample, as whole numbers or strings, and holds "
             f"{feature}."
         )
     # The same number would mean different classes.
-    if test is not None and isinstance(feature, ClassLabel) and test.features[column] != feature:
+    if isinstance(feature, ClassLabel) and split.features[column] != feature:
         raise ValueError(
-            f"label_column '{column}' means {feature} in the training split and {test.features[column]} in the test "
-            "split: save both with the same classes."
+            f"label_column '{column}' means {feature} in the training split and {split.features[column]} in the "
+            f"{TITLES[use]} split: save both with the same classes."
         )
 
 
@@ -90,13 +90,10 @@ def _encode_split(
     column: str, split: Dataset, name: str, numbers: dict[Any, int] | None
 ) -> tuple[Dataset, dict[Any, int]]:
     """One split with the column `labels`, and the number of each class (by default in sorted order)."""
-    values = split[column][:]
-    empty = sum(value is None for value in values)
-    if empty:
-        raise ValueError(f"label_column '{column}' is empty in {empty} of {len(values)} rows of the {name} split.")
+    values = _read_values(column, split, name)
     if numbers is None:
         numbers = {value: number for number, value in enumerate(sorted(set(values)))}
-    unknown = sorted(set(values) - set(numbers))
+    unknown = sorted(set(values) - set(numbers), key=str)
     if unknown:
         hint = " A label of -1 usually means that the labels are held back." if unknown[0] == -1 else ""
         raise ValueError(
@@ -108,3 +105,25 @@ def _encode_split(
     labels = [numbers[value] for value in values]
     feature = ClassLabel(names=[str(value) for value in numbers])
     return split.remove_columns(column).add_column("labels", labels, feature=feature), numbers
+
+
+def _read_values(column: str, split: Dataset, name: str) -> list:
+    """The labels of a split. A CSV file has its whole numbers as floats if one of them is missing."""
+    values = split[column][:]
+    empty = [
+        row
+        for row, value in enumerate(values, start=1)
+        if value is None or value != value or (isinstance(value, str) and not value.strip())
+    ]
+    if empty:
+        raise ValueError(
+            f"Row {empty[0]} has no label: label_column '{column}' is empty in {len(empty)} of {len(values)} rows of "
+            f"the {name} split. Give these rows a label, or drop them."
+        )
+    for row, value in enumerate(values, start=1):
+        if isinstance(value, float) and not value.is_integer():
+            raise ValueError(
+                f"label_column '{column}' must hold one class per sample, as whole numbers or strings, and row {row} "
+                f"of the {name} split holds {value}."
+            )
+    return [int(value) if isinstance(value, float) else value for value in values]

@@ -12,16 +12,15 @@ from transformers import DefaultDataCollator
 
 from hf_trim.data.arguments import DataArguments
 from hf_trim.data.prepared import Data
-from hf_trim.data.splits import take_subset
+from hf_trim.data.splits import TITLES, take_subset
 from hf_trim.data.texts import check_texts
 
 
-def prepare_language(args: DataArguments, train: Dataset, test: Dataset | None, column: str, tokenizer: Any) -> Data:
+def prepare_language(args: DataArguments, splits: dict[str, Dataset], column: str, tokenizer: Any) -> Data:
     """
     Args:
-        args ([`~hf_trim.data.DataArguments`]): Length and number of the blocks, size of the test split.
-        train (`datasets.Dataset`): The training split.
-        test (`datasets.Dataset`, *optional*): The test split; by default some texts of the training split.
+        args ([`~hf_trim.data.DataArguments`]): Length and number of the blocks.
+        splits (`dict[str, datasets.Dataset]`): `train`, `test` and perhaps `validation`.
         column (`str`): The column with the texts.
         tokenizer (`PreTrainedTokenizerBase`): The model's tokenizer.
 
@@ -31,12 +30,10 @@ def prepare_language(args: DataArguments, train: Dataset, test: Dataset | None, 
     Raises:
         `ValueError`: If there is no tokenizer, a text is missing, or a split has no tokens for one block.
     """
-    if test is None:
-        parts = train.train_test_split(args.test_fraction, seed=args.split_seed)
-        train, test = parts["train"], parts["test"]
-    length = check_texts(args, train, test, column, tokenizer)
-    prepared = []
-    for split, name, size in ((train, "training", args.max_train_samples), (test, "test", args.max_test_samples)):
+    length = check_texts(args, splits, column, tokenizer)
+    sizes = {"train": args.max_train_samples, "test": args.max_test_samples}
+    prepared = {}
+    for use, split in splits.items():
         blocks = split.map(
             partial(_cut_blocks, column=column, tokenizer=tokenizer, length=length),
             batched=True,
@@ -46,13 +43,15 @@ def prepare_language(args: DataArguments, train: Dataset, test: Dataset | None, 
         )
         if not len(blocks):
             raise ValueError(
-                f"The texts of the {name} split have fewer than max_seq_length = {length} tokens together: lower it."
+                f"The texts of the {TITLES[use]} split have fewer than max_seq_length = {length} tokens together: "
+                "lower it."
             )
-        prepared.append(take_subset(blocks, size, args.split_seed))
+        prepared[use] = take_subset(blocks, sizes.get(use), args.split_seed)
     return Data(
         kind="language",
-        train_dataset=prepared[0],
-        test_dataset=prepared[1],
+        train_dataset=prepared["train"],
+        test_dataset=prepared["test"],
+        validation_dataset=prepared.get("validation"),
         label_names=[],
         data_collator=DefaultDataCollator(),
         processing_class=tokenizer,

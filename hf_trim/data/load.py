@@ -1,22 +1,62 @@
 """
 A recipe's data, from its arguments to what `Trainer` takes.
 
-source → splits → columns → class numbers → split by class → subsets → label noise → images or tokens ([`Data`])
+source → splits → columns → class numbers → parts held out → subsets → label noise → images or tokens ([`Data`])
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from datasets import Dataset
 
 from hf_trim.data.arguments import DataArguments
-from hf_trim.data.columns import find_columns
+from hf_trim.data.columns import Columns, find_columns
 from hf_trim.data.images import prepare_images
 from hf_trim.data.labels import add_label_noise, encode_labels
 from hf_trim.data.language import prepare_language
 from hf_trim.data.prepared import Data
 from hf_trim.data.sources import load_splits
-from hf_trim.data.splits import pick_splits, split_by_class, take_subset
+from hf_trim.data.splits import fractions_to_hold_out, hold_out, pick_splits, take_subset
+from hf_trim.data.summary import first_rows, summarize
 from hf_trim.data.texts import prepare_texts
+
+
+class RawData(NamedTuple):
+    """
+    Data as they were read: images and texts, not tensors.
+
+    Args:
+        splits (`dict[str, datasets.Dataset]`): `train`, `test` and perhaps `validation`; with the column `labels` if
+            there are classes.
+        columns ([`~hf_trim.data.columns.Columns`]): Where images or texts, and classes, were found.
+        held_out (`list[str]`): Which of the splits were taken out of the training split.
+    """
+
+    splits: dict[str, Dataset]
+    columns: Columns
+    held_out: list[str]
+
+
+def read_data(args: DataArguments) -> RawData:
+    """
+    Load a data set, find its columns, and split it.
+
+    Args:
+        args ([`DataArguments`]): Which data.
+
+    Returns:
+        [`RawData`]: The splits.
+
+    Raises:
+        `ValueError`: If the data cannot be found or cannot be used; the message names the argument to change.
+    """
+    splits = pick_splits(args, load_splits(args.dataset, args.dataset_config_name, args.train_split))
+    columns = find_columns(args, splits)
+    if args.task != "causal-lm":
+        assert columns.label is not None  # classes have a column
+        splits = encode_labels(columns.label, splits)
+    held_out = list(fractions_to_hold_out(args, splits))
+    return RawData(hold_out(args, splits), columns, held_out)
 
 
 def load_data(args: DataArguments, processing_class: Any = None, device: torch.device | str = "cpu") -> Data:
@@ -32,23 +72,23 @@ def load_data(args: DataArguments, processing_class: Any = None, device: torch.d
             Where the images of a small set are kept.
 
     Returns:
-        [`Data`]: Both splits and what belongs to them.
+        [`Data`]: The splits and what belongs to them.
 
     Raises:
         `ValueError`: If the data cannot be found or cannot be used; the message names the argument to change.
     """
-    splits = load_splits(args.dataset, args.dataset_config_name, args.train_split)
-    train, test = pick_splits(args, splits)
-    columns = find_columns(args, train, test)
+    splits, columns, held_out = read_data(args)
     if args.task == "causal-lm":
-        return prepare_language(args, train, test, columns.inputs, processing_class)
-    assert columns.label is not None  # classes have a column
-    train, test = encode_labels(columns.label, train, test)
-    if test is None:
-        train, test = split_by_class(args, train)
-    train = take_subset(train, args.max_train_samples, args.split_seed)
-    test = take_subset(test, args.max_test_samples, args.split_seed)
-    train = add_label_noise(train, args.label_noise, args.split_seed)  # test labels stay right
-    if columns.kind == "image":
-        return prepare_images(args, train, test, columns.inputs, processing_class, device)
-    return prepare_texts(args, train, test, columns.inputs, processing_class)
+        data = prepare_language(args, splits, columns.inputs, processing_class)
+    else:
+        for use, size in (("train", args.max_train_samples), ("test", args.max_test_samples)):
+            splits[use] = take_subset(splits[use], size, args.split_seed)
+        # Labels to test on stay right.
+        splits["train"] = add_label_noise(splits["train"], args.label_noise, args.split_seed)
+        if columns.kind == "image":
+            data = prepare_images(args, splits, columns.inputs, processing_class, device)
+        else:
+            data = prepare_texts(args, splits, columns.inputs, processing_class)
+    data.summary = summarize(args.dataset, splits, columns, held_out, data)
+    data.examples = first_rows(splits["train"], columns)
+    return data

@@ -1,7 +1,7 @@
-"""What comes out: both splits, and what `Trainer`, the model and the saved folder need to know of them."""
+"""What comes out: the splits, and what `Trainer`, the model and the saved folder need to know of them."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from datasets import Dataset
@@ -35,6 +35,12 @@ class Data:
             Number of colour channels.
         max_seq_length (`int`, *optional*):
             Number of tokens after which texts are cut.
+        validation_dataset (`datasets.Dataset` or [`~hf_trim.data.DeviceImages`], *optional*):
+            What to test on during training; without it that is the test split.
+        summary (`str`, *optional*):
+            A few lines: the columns, and how many rows and classes there are.
+        examples (`list[tuple[str, str]]`, *optional*):
+            The first rows of the training split, as they are shown to a reader: input and class.
     """
 
     kind: str
@@ -46,3 +52,11 @@ class Data:
     image_size: int | None = None
     num_channels: int | None = None
     max_seq_length: int | None = None
+    validation_dataset: Dataset | DeviceImages | None = None
+    summary: str = ""
+    examples: list[tuple[str, str]] = field(default_factory=list)
+
+    @property
+    def eval_dataset(self) -> Dataset | DeviceImages:
+        """What to test on during training: the validation split if there is one, else the test split."""
+        return self.test_dataset if self.validation_dataset is None else self.validation_dataset

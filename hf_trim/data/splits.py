@@ -1,7 +1,7 @@
 """
-The samples to train on and to test on.
+The samples to train on, to validate on and to test on.
 
-All splits of a data set → training split and test split, which share no sample; each, if wished, a random subset.
+All splits of a data set → the splits by their use, which share no sample; each, if wished, a random subset.
 """
 
 import math
@@ -13,27 +13,42 @@ from hf_trim.data.arguments import DataArguments
 from hf_trim.messages import closest
 
 
-def pick_splits(args: DataArguments, splits: DatasetDict) -> tuple[Dataset, Dataset | None]:
+TITLES = {"train": "training", "validation": "validation", "test": "test"}  # use → its name in messages
+VALIDATION_SPLITS = ("validation", "valid", "val", "dev")
+VALIDATION_FRACTION = 0.1
+
+
+def pick_splits(args: DataArguments, splits: DatasetDict) -> dict[str, Dataset]:
     """
     Args:
         args ([`~hf_trim.data.DataArguments`]): Names of the splits.
         splits (`datasets.DatasetDict`): All splits.
 
     Returns:
-        `tuple[datasets.Dataset, datasets.Dataset or None]`: The training split; the test split, if there is one.
+        `dict[str, datasets.Dataset]`: `train`, and `validation` and `test` as far as there are such splits. What is
+            missing is to be held out, see [`hold_out`].
 
     Raises:
-        `ValueError`: If a split is missing or empty.
+        `ValueError`: If a split is missing or empty, or has two uses.
     """
-    train = _pick_split(args, "train_split", args.train_split, splits)
-    if args.test_split is None and ("test" not in splits or args.train_split == "test"):
-        return train, None
-    if args.test_split == args.train_split:
-        raise ValueError(
-            f"test_split must differ from train_split, and both are '{args.train_split}': leave test_split out to "
-            "test on a part that is not trained on."
-        )
-    return train, _pick_split(args, "test_split", args.test_split or "test", splits)
+    names = {"train": args.train_split, "validation": args.validation_split, "test": args.test_split}
+    if names["test"] is None and "test" in splits and "test" not in names.values():
+        names["test"] = "test"
+    if names["validation"] == "auto":
+        usual = [name for name in VALIDATION_SPLITS if name in splits and name not in (names["train"], names["test"])]
+        names["validation"] = usual[0] if usual and args.validation_fraction is None else None
+    picked: dict[str, Dataset] = {}
+    for use, name in names.items():
+        if name is None:
+            continue
+        for other in picked:
+            if names[other] == name:
+                raise ValueError(
+                    f"{use}_split must differ from {other}_split, and both are '{name}': leave {use}_split out to "
+                    "take a part of train_split that is not trained on."
+                )
+        picked[use] = _pick_split(args, f"{use}_split", name, splits)
+    return picked
 
 
 def _pick_split(args: DataArguments, argument: str, split: str, splits: DatasetDict) -> Dataset:
@@ -47,36 +62,63 @@ def _pick_split(args: DataArguments, argument: str, split: str, splits: DatasetD
     return splits[split]
 
 
-def split_by_class(args: DataArguments, split: Dataset) -> tuple[Dataset, Dataset]:
+def fractions_to_hold_out(args: DataArguments, splits: dict[str, Dataset]) -> dict[str, float]:
     """
-    Take a part of the training split to test on, with the same share of each class.
-
     Args:
-        args ([`~hf_trim.data.DataArguments`]): Size and seed of that part.
-        split (`datasets.Dataset`): The training split, with `labels`.
+        args ([`~hf_trim.data.DataArguments`]): The sizes of the parts.
+        splits (`dict[str, datasets.Dataset]`): What [`pick_splits`] returned.
 
     Returns:
-        `tuple[datasets.Dataset, datasets.Dataset]`: What is left to train on, and the part to test on.
+        `dict[str, float]`: The splits that are missing, and the fraction of the training split that each of them gets.
+    """
+    fractions = {} if "test" in splits else {"test": args.test_fraction}
+    if "validation" not in splits and (args.validation_split or args.validation_fraction):
+        fractions["validation"] = args.validation_fraction or VALIDATION_FRACTION
+    return fractions
+
+
+def hold_out(args: DataArguments, splits: dict[str, Dataset]) -> dict[str, Dataset]:
+    """
+    Take the splits that are missing out of the training split. For a classifier each part has the same share of each
+    class.
+
+    Args:
+        args ([`~hf_trim.data.DataArguments`]): Sizes and seed of the parts.
+        splits (`dict[str, datasets.Dataset]`): What [`pick_splits`] returned, for a classifier with `labels`.
+
+    Returns:
+        `dict[str, datasets.Dataset]`: The splits, among them those that were missing.
 
     Raises:
         `ValueError`: If there are too few samples to have each class on both sides.
     """
+    splits = dict(splits)
+    size = len(splits["train"])  # of the whole: a fraction means the same, whatever is taken first
+    for use, fraction in fractions_to_hold_out(args, splits).items():
+        train = splits["train"]
+        count = math.ceil(fraction * size)
+        stratify = "labels" if args.task == "classification" else None
+        if stratify:
+            _check_classes(args, train, use, fraction, count)
+        parts = train.train_test_split(count, stratify_by_column=stratify, seed=args.split_seed)
+        splits["train"], splits[use] = parts["train"], parts["test"]
+    return splits
+
+
+def _check_classes(args: DataArguments, split: Dataset, use: str, fraction: float, count: int) -> None:
+    """The conditions of `train_test_split`, checked here to say what to change."""
     names = split.features["labels"].names
     counts = np.bincount(split["labels"][:], minlength=len(names))
-    rare = [name for name, count in zip(names, counts, strict=True) if count == 1]
+    rare = [name for name, number in zip(names, counts, strict=True) if number == 1]
     num_classes = int((counts > 0).sum())
-    num_tests = math.ceil(args.test_fraction * len(split))
-    # The conditions of `train_test_split`, checked here to say what to change.
-    if rare or not num_classes <= num_tests <= len(split) - num_classes:
+    if rare or not num_classes <= count <= len(split) - num_classes:
         reason = (
             f"the class {rare[0]!r} has one sample"
             if rare
-            else f"{num_tests} test samples of {len(split)} (test_fraction {args.test_fraction}) leave no room for "
-            f"{num_classes} classes on both sides"
+            else f"{count} {use} samples of {len(split)} ({use}_fraction {fraction}) leave no room for {num_classes} "
+            "classes on both sides"
         )
-        raise ValueError(f"dataset '{args.dataset}' has no test split, and cannot be split by class: {reason}.")
-    parts = split.train_test_split(args.test_fraction, stratify_by_column="labels", seed=args.split_seed)
-    return parts["train"], parts["test"]
+        raise ValueError(f"dataset '{args.dataset}' has no {use} split, and cannot be split by class: {reason}.")
 
 
 def take_subset(split: Dataset, size: int | None, seed: int) -> Dataset:

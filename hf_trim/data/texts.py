@@ -12,14 +12,14 @@ from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from hf_trim.data.arguments import DataArguments
 from hf_trim.data.prepared import Data
+from hf_trim.data.splits import TITLES
 
 
-def prepare_texts(args: DataArguments, train: Dataset, test: Dataset, column: str, tokenizer: Any) -> Data:
+def prepare_texts(args: DataArguments, splits: dict[str, Dataset], column: str, tokenizer: Any) -> Data:
     """
     Args:
         args ([`~hf_trim.data.DataArguments`]): The number of tokens.
-        train (`datasets.Dataset`): The training split, with `labels`.
-        test (`datasets.Dataset`): The test split, with `labels`.
+        splits (`dict[str, datasets.Dataset]`): `train`, `test` and perhaps `validation`, with `labels`.
         column (`str`): The column with the texts.
         tokenizer (`PreTrainedTokenizerBase`): The model's tokenizer.
 
@@ -29,36 +29,36 @@ def prepare_texts(args: DataArguments, train: Dataset, test: Dataset, column: st
     Raises:
         `ValueError`: If there is no tokenizer, or a text is missing.
     """
-    max_length = check_texts(args, train, test, column, tokenizer)
+    max_length = check_texts(args, splits, column, tokenizer)
     tokenize = partial(_tokenize, column=column, tokenizer=tokenizer, max_length=max_length)
-    train_dataset, test_dataset = (
-        split.map(
+    prepared = {
+        use: split.map(
             tokenize,
             batched=True,
             remove_columns=[name for name in split.column_names if name != "labels"],
             desc="Tokenizing",
         )
-        for split in (train, test)
-    )
+        for use, split in splits.items()
+    }
     return Data(
         kind="text",
-        train_dataset=train_dataset,
-        test_dataset=test_dataset,
-        label_names=train.features["labels"].names,
+        train_dataset=prepared["train"],
+        test_dataset=prepared["test"],
+        validation_dataset=prepared.get("validation"),
+        label_names=splits["train"].features["labels"].names,
         data_collator=DataCollatorWithPadding(tokenizer),
         processing_class=tokenizer,
         max_seq_length=max_length,
     )
 
 
-def check_texts(args: DataArguments, train: Dataset, test: Dataset, column: str, tokenizer: Any) -> int:
+def check_texts(args: DataArguments, splits: dict[str, Dataset], column: str, tokenizer: Any) -> int:
     """
     Refuse what cannot be tokenized, and give the tokenizer a padding token if it has none.
 
     Args:
         args ([`~hf_trim.data.DataArguments`]): The number of tokens.
-        train (`datasets.Dataset`): The training split.
-        test (`datasets.Dataset`): The test split.
+        splits (`dict[str, datasets.Dataset]`): The splits by their use.
         column (`str`): The column with the texts.
         tokenizer (`PreTrainedTokenizerBase`): The model's tokenizer.
 
@@ -75,9 +75,13 @@ def check_texts(args: DataArguments, train: Dataset, test: Dataset, column: str,
         )
     if tokenizer.pad_token is None:  # GPT-2, for example
         tokenizer.pad_token = tokenizer.eos_token
-    for split, name in ((train, "training"), (test, "test")):
-        if any(text is None for text in split[column][:]):
-            raise ValueError(f"text_column '{column}' is empty in some rows of the {name} split: drop these rows.")
+    for use, split in splits.items():
+        empty = [row for row, text in enumerate(split[column][:], start=1) if text is None]
+        if empty:
+            raise ValueError(
+                f"text_column '{column}' is empty in {len(empty)} of {len(split)} rows of the {TITLES[use]} split: "
+                "drop these rows."
+            )
     # Some tokenizers have no limit, and say so with a huge number.
     return args.max_seq_length or min(tokenizer.model_max_length, 512)
 

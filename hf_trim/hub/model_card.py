@@ -147,8 +147,8 @@ def shown_metrics(evaluation: dict) -> dict:
     Returns:
         `dict`: The metrics without their prefix, and without speeds.
     """
-    metrics = {key.removeprefix("eval_"): value for key, value in evaluation.items()}
-    return {key: value for key, value in metrics.items() if key not in (*SPEED_METRICS, "epoch", "step")}
+    metrics = {key.removeprefix("eval_"): value for key, value in evaluation.items() if key.startswith("eval_")}
+    return {key: value for key, value in metrics.items() if key not in SPEED_METRICS}
 
 
 def _last_evaluation(trainer: Trainer) -> dict:

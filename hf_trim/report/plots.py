@@ -11,7 +11,7 @@ from matplotlib.ticker import MaxNLocator
 
 from hf_trim.plotting import scale_values
 from hf_trim.report.summary import ARMS, TITLES
-from hf_trim.run.records import metric_name, test_score
+from hf_trim.run.records import UNITS, metric_name, test_score
 
 
 COLORS = {"plain": "tab:gray", "trimmed": "tab:red", "adaptive": "tab:green", "random": "tab:blue",
@@ -34,12 +34,15 @@ def plot(records: list[dict], path: Path, title: str) -> None:
     figure.suptitle(title)
     epochs, seconds, seeds = figure.subplots(1, 3)
     runs_of = {arm: sorted((r for r in records if r["arm"] == arm), key=lambda r: r["seed"]) for arm in ARMS}
+    # With a validation split, the test split is looked at once, and there is no curve of it.
+    is_validated = any(f"validation_{metric}" in entry for run in records for entry in run["history"])
+    split = "validation" if is_validated else "test"
     for arm, runs in runs_of.items():
         if runs:
-            _plot_curves(epochs, seconds, runs, f"test_{metric}", arm)
+            _plot_curves(epochs, seconds, runs, f"{split}_{metric}", arm)
     for axes, label in ((epochs, "epoch"), (seconds, "seconds of training")):
         scale_values(axes)
-        axes.set(xlabel=label, ylabel=TITLES[metric])
+        axes.set(xlabel=label, ylabel=f"{split} {metric}{UNITS[metric]}")
     _plot_fractions(epochs, runs_of["trimmed"])
     epochs.legend()
     seconds.set_visible(bool(seconds.lines))  # older records do not say how long each epoch took

@@ -1,6 +1,8 @@
 """`python -m hf_trim.run RECIPE`: train a recipe, or compare it with and without trimming."""
 
 import sys
+from dataclasses import fields as dataclass_fields
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -11,19 +13,36 @@ from hf_trim.processes import leave_process_group
 from hf_trim.report import print_table
 from hf_trim.run.chatter import quiet_libraries
 from hf_trim.run.compare import compare, compare_grid
+from hf_trim.run.dry_run import dry_run
 from hf_trim.run.folder import check_settings, nothing_left
-from hf_trim.run.grid import is_grid, leave_launcher
-from hf_trim.run.recipe import Job, RecipeError, RecipeParser, parse, read_recipe, recipe_names
+from hf_trim.run.grid import expand, is_grid, leave_launcher
+from hf_trim.run.recipe import (
+    Job,
+    RecipeError,
+    RecipeParser,
+    fields_to_run,
+    group_fields,
+    parse,
+    read_recipe,
+    recipe_names,
+)
+from hf_trim.run.starter import as_yaml
 from hf_trim.run.train import push, train
+from hf_trim.trainer.arguments import TrimmingConfig
 
 
 USAGE = """usage: python -m hf_trim.run RECIPE [--compare] [--seeds N] [--any_field value ...]
+       python -m hf_trim.run --dataset DATA --model_name_or_path MODEL [--any_field value ...]
        python -m hf_trim.run GRID [--seeds N] [--any_field value ...]
        python -m hf_trim.run --list
 
 RECIPE is a name that --list shows, or the path of a YAML file. Its values are defaults that the
 command line overrides: the fields of TrainingArguments, trim_*, and those of model and data
 (`python -m hf_trim.run RECIPE --help` explains each)."""
+
+
+# Fields of `TrainingArguments` that `--print_config` shows also where they have their defaults.
+IMPORTANT = ("num_train_epochs", "per_device_train_batch_size", "learning_rate", "seed")
 
 
 def run(job: Job) -> None:
@@ -51,6 +70,49 @@ def run(job: Job) -> None:
         raise PushError(f"{error} The same command with --push_only pushes it later.", error.refused) from None
 
 
+def run_recipe(recipe: str | None, options: list[str]) -> None:
+    """
+    Run a recipe, a grid, or what the command line alone describes; or only show it.
+
+    Args:
+        recipe (`str`, *optional*): Name or path of a recipe or a grid.
+        options (`list[str]`): Options of the command line.
+
+    Raises:
+        [`RecipeError`]: If the recipe, an option or the data are wrong.
+        [`PushError`]: If the upload fails.
+    """
+    grid = recipe if recipe is not None and is_grid(recipe) else None
+    runs: list[tuple[str | None, list[str]]] = [*expand(grid, options)[1]] if grid else [(recipe, options)]
+    jobs = [parse(*run) for run in runs]
+    if any(job.run.print_config for job in jobs):
+        print("---\n".join(config_of(job, fields_to_run(*run)) for job, run in zip(jobs, runs, strict=True)), end="")
+    elif any(job.run.dry_run for job in jobs):
+        for job in jobs:
+            dry_run(job)
+    elif grid:
+        leave_launcher(options)
+        compare_grid(grid, options)
+    else:
+        run(jobs[0])
+
+
+def config_of(job: Job, fields: dict[str, Any]) -> str:
+    """
+    Write a recipe with all that the command line changes, and the values of the most important other fields.
+
+    Args:
+        job ([`Job`]): The recipe.
+        fields (`dict`): The fields that are set.
+
+    Returns:
+        `str`: The recipe as YAML, which runs as `job` would.
+    """
+    unused = ("trim_keep_start", "trim_keep_end") if job.training.is_adaptive else ("trim_mass",)
+    shown = [*IMPORTANT, *(x.name for x in dataclass_fields(TrimmingConfig) if x.name not in unused)]
+    return as_yaml(group_fields(fields | {name: getattr(job.training, name) for name in shown}))
+
+
 def print_recipes() -> None:
     """Print the recipes that come with the package."""
     rows = []
@@ -75,23 +137,19 @@ def main(argv: list[str] | None = None) -> int:
         `int`: Exit status: 0; 2 if the recipe, an argument or the data is wrong; 1 if the Hub took nothing or a file
             could not be written.
     """
-    recipe, *options = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    options = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    recipe = None if options[0].startswith("-") else options.pop(0)
     try:
-        if recipe in ("-h", "--help"):
-            print(USAGE)
-        elif recipe == "--list":
+        if options == ["--list"]:
             print_recipes()
-        elif recipe.startswith("-"):
-            raise RecipeError(f"the recipe comes first, and {recipe!r} is none.\n{USAGE}")
         elif {"-h", "--help"} & set(options):
-            RecipeParser().print_help()
-        elif is_grid(recipe):
-            leave_launcher(options)
-            with quiet_libraries():
-                compare_grid(recipe, options)
+            if recipe is None:
+                print(USAGE)
+            else:
+                RecipeParser().print_help()
         else:
             with quiet_libraries():
-                run(parse(recipe, options))
+                run_recipe(recipe, options)
     except RecipeError as error:
         print_error(error)
         return 2

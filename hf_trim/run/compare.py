@@ -18,8 +18,8 @@ from hf_trim.run.metrics import describe_classes
 from hf_trim.run.progress import describe_time
 from hf_trim.run.recipe import Job, RecipeError, parse, user_errors
 from hf_trim.run.records import ARMS, UNITS, make_record, metric_name, read_record, test_score
-from hf_trim.run.train import clear, evaluate, save_run, start, write_card
-from hf_trim.run.trainer import load_job_data, make_trainer
+from hf_trim.run.train import clear, save_run, start, write_card
+from hf_trim.run.trainer import load_job_data, make_trainer, test_metrics
 from hf_trim.trainer.arguments import TrimmingConfig
 
 
@@ -81,7 +81,7 @@ def finish_run(job: Job, data: Data, arm: str, seed: int, title: str) -> dict:
     folder = job.output_dir / f"{arm}-seed{seed}"
     trainer = make_trainer(job, data, CHANGES[arm], seed, folder, title=title)
     start(job, trainer, folder, has_model=False)
-    metrics = evaluate(trainer, data)
+    metrics = test_metrics(trainer, data)
     history = trainer.state.log_history
     record = make_record(job.name, arm, seed, job.settings, metrics, history, describe_classes(data))
     record.update(samples_per_second(trainer))

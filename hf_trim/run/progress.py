@@ -22,13 +22,14 @@ class Progress(TrainerCallback):
 
     Args:
         title (`str`): What is trained, before the bar.
-        metric (`str`): Name of the test metric.
+        split (`str`): What is evaluated during the training, `"test"` or `"validation"`.
+        metric (`str`): Name of its metric.
         show_logs (`bool`): Whether to print a line for each log.
         show_bar (`bool`): Whether to draw a bar, if there is a terminal.
     """
 
-    def __init__(self, title: str, metric: str, show_logs: bool, show_bar: bool):
-        self.title, self.metric, self.show_logs = title, metric, show_logs
+    def __init__(self, title: str, split: str, metric: str, show_logs: bool, show_bar: bool):
+        self.title, self.split, self.metric, self.show_logs = title, split, metric, show_logs
         self.show_bar = show_bar and sys.stderr.isatty()
         self._bar: tqdm | None = None
         self._line: tuple[float, str] | None = None  # epoch and losses, until it is known whether a test follows
@@ -51,7 +52,7 @@ class Progress(TrainerCallback):
             parts = [f"{name} {logs[key]:.4g}" for key, name in LOSSES.items() if key in logs]
             self._line = (logs["epoch"], ", ".join(parts))
         elif f"eval_{self.metric}" in logs:
-            score = f"test {self.metric} {logs[f'eval_{self.metric}']:.2f}{UNITS[self.metric]}"
+            score = f"{self.split} {self.metric} {logs[f'eval_{self.metric}']:.2f}{UNITS[self.metric]}"
             if self._line is not None and self._line[0] == logs["epoch"]:
                 self._line = (logs["epoch"], f"{self._line[1]}, {score}")
             else:

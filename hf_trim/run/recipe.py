@@ -6,8 +6,9 @@ import re
 import shlex
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from dataclasses import fields as dataclass_fields
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import yaml
 from transformers import HfArgumentParser
@@ -16,7 +17,9 @@ from hf_trim.data import DataArguments
 from hf_trim.messages import check_choice, closest
 from hf_trim.run.models import ModelArguments
 from hf_trim.run.records import ARMS, DEFAULT_ARMS
+from hf_trim.run.starter import as_yaml, starter_fields
 from hf_trim.trainer.arguments import TrimmingArguments
+from hf_trim.trainer.checkpoints import check_checkpoint
 
 
 GROUPS = ("model", "data", "training")
@@ -39,9 +42,13 @@ class RunArguments:
         lr_milestones (`list[float]`, *optional*): Epochs after which the learning rate is multiplied by `lr_gamma`,
             in place of `lr_scheduler_type`.
         lr_gamma (`float`): That factor.
+        early_stopping_patience (`int`, *optional*): Stop after this number of tests in a row without a better metric
+            on the validation split, and take the best model.
         license (`str`, *optional*): The license in the model card.
         overwrite (`bool`): Train anew, in the place of what earlier runs left in `output_dir`.
         push_only (`bool`): Push what is in `output_dir` to the Hub, without training.
+        dry_run (`bool`): Show the data, the model, the schedule and the time it will take. Nothing is trained or left.
+        print_config (`bool`): Print the recipe with the changes of the command line, as YAML. Nothing is trained.
         expected_time (`str`): The time of a run, as `--list` shows it.
     """
 
@@ -61,6 +68,13 @@ class RunArguments:
         default=None, metadata={"help": "Epochs after which the learning rate is multiplied by lr_gamma."}
     )
     lr_gamma: float = field(default=0.5, metadata={"help": "Factor of the learning rate at each milestone."})
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={
+            "help": "Stop after this number of tests in a row without a better metric_for_best_model (by default the "
+            "loss) on the validation split, and take the best model."
+        },
+    )
     license: str | None = field(default=None, metadata={"help": "The license in the model card. Default: none."})
     overwrite: bool = field(
         default=False, metadata={"help": "Train anew, in the place of what earlier runs left in output_dir."}
@@ -69,6 +83,12 @@ class RunArguments:
         default=False,
         metadata={"help": "Push what is in output_dir to the Hub, without training: after a failed push."},
     )
+    dry_run: bool = field(
+        default=False, metadata={"help": "Show data, model, schedule and time; train nothing, leave nothing."}
+    )
+    print_config: bool = field(
+        default=False, metadata={"help": "Print the recipe with the changes of the command line; train nothing."}
+    )
     expected_time: str = field(default="unknown", metadata={"help": "The time of a run, as --list shows it."})
 
     def __post_init__(self):
@@ -76,6 +96,8 @@ class RunArguments:
             check_choice("arms", arm, ARMS)
         if self.seeds < 1:
             raise ValueError(f"seeds must be at least 1, and is {self.seeds}.")
+        if self.early_stopping_patience is not None and self.early_stopping_patience < 1:
+            raise ValueError(f"early_stopping_patience must be at least 1, and is {self.early_stopping_patience}.")
         if self.l2_weight_decay is not None and self.l2_weight_decay < 0:
             raise ValueError(f"l2_weight_decay must not be negative, and is {self.l2_weight_decay}.")
         if self.lr_milestones is not None and (
@@ -184,11 +206,22 @@ def read_recipe(recipe: str) -> tuple[str, dict]:
         group = value if key in GROUPS else {key: value}
         if not isinstance(group, dict):
             raise RecipeError(f"{path}: the group '{key}' must hold fields, and holds {value!r}.")
+        if "columns" in group:
+            fields.update(_read_columns(path, group["columns"]))
+            group = {name: value for name, value in group.items() if name != "columns"}
         for name in group:
             if name in fields:
                 raise RecipeError(f"{path}: the field '{name}' stands there twice.")
         fields.update(group)
     return path.stem, fields
+
+
+def _read_columns(path: Path, columns: Any) -> dict:
+    """`columns: {text: review, label: score}` is short for `text_column: review` and `label_column: score`."""
+    uses = ("image", "text", "label")
+    if not isinstance(columns, dict) or not set(columns) <= set(uses):
+        raise RecipeError(f"{path}: 'columns' must map {', '.join(uses)} to names of columns, and is {columns!r}.")
+    return {f"{use}_column": name for use, name in columns.items()}
 
 
 def as_options(fields: dict) -> list[str]:
@@ -212,8 +245,9 @@ def as_options(fields: dict) -> list[str]:
 
 
 # Fields on which a result does not depend, or which differ between the runs of a comparison.
-NOT_SETTINGS = {"arms", "compare", "disable_tqdm", "expected_time", "license", "output_dir", "overwrite", "report_to",
-               "run_name", "save_total_limit", "seed", "seeds", "trim_select"}  # fmt: skip
+NOT_SETTINGS = {"arms", "compare", "disable_tqdm", "dry_run", "expected_time", "license", "output_dir", "overwrite",
+                "print_config", "report_to", "resume_from_checkpoint", "run_name", "save_total_limit", "seed", "seeds",
+                "trim_select"}  # fmt: skip
 # A log each twentieth of the training, so that a short one shows its losses and p too; `Trainer` logs each 500 steps.
 DEFAULT_LOGGING_STEPS = 0.05
 # Fields of the Hub. They are kept out of records, because one of them is the user's token.
@@ -250,12 +284,13 @@ class Job(NamedTuple):
         return Path(cast(str, self.training.output_dir))  # without one, `TrainingArguments` sets a default
 
 
-def parse(recipe: str, command_line: list[str]) -> Job:
+def parse(recipe: str | None, command_line: list[str]) -> Job:
     """
     Make the arguments of a run. The recipe's values are defaults, which the command line overrides.
 
     Args:
-        recipe (`str`): Name or path of the recipe.
+        recipe (`str`, *optional*): Name or path of the recipe. Without one the command line gives data and model, and
+            the rest is that of [`~hf_trim.run.starter.starter_fields`].
         command_line (`list[str]`): Options, e.g. `["--num_train_epochs", "3"]`.
 
     Returns:
@@ -264,12 +299,8 @@ def parse(recipe: str, command_line: list[str]) -> Job:
     Raises:
         [`RecipeError`]: If a field is unknown or has a wrong value.
     """
-    name, fields = read_recipe(recipe)
     parser = RecipeParser()
-    for key in fields:
-        if key not in parser.names():
-            raise RecipeError(f"the recipe {name} has an unknown field '{key}'.{closest(key, parser.names())}")
-    options = as_options({"output_dir": f"runs/{name}", **fields}) + command_line
+    name, options = _read_options(parser, recipe, command_line)
     with user_errors():
         run, model, data, training, unknown = parser.parse_args_into_dataclasses(
             options, look_for_args_file=False, return_remaining_strings=True
@@ -279,10 +310,20 @@ def parse(recipe: str, command_line: list[str]) -> Job:
         raise RecipeError(f"unknown argument '{unknown[0]}'.{closest(unknown[0].split('=')[0], choices)}")
     if run.overwrite and run.push_only:
         raise RecipeError("--overwrite deletes what --push_only would push: leave one of them out.")
+    if run.overwrite and training.resume_from_checkpoint is not None:
+        raise RecipeError("--overwrite starts anew, and --resume_from_checkpoint goes on: leave one of them out.")
     asked = _set_fields(parser, command_line)
     for key in ("arms", "seeds"):
         if key in asked and not run.compare:
             raise RecipeError(f"--{key} has no effect without --compare: add that, or leave --{key} out.")
+    if training.resume_from_checkpoint is not None:
+        if run.compare:
+            raise RecipeError(
+                "--resume_from_checkpoint has no effect with --compare, whose runs go on from their own checkpoints: "
+                "leave it out."
+            )
+        with user_errors():
+            check_checkpoint(training.resume_from_checkpoint)
     adaptive = [arm for arm in run.arms if "adaptive" in arm]
     if run.compare and training.is_adaptive and adaptive and run.arms != list(DEFAULT_ARMS):
         raise RecipeError(
@@ -295,13 +336,17 @@ def parse(recipe: str, command_line: list[str]) -> Job:
     settings = {key: value for key, value in given.items() if key not in NOT_SETTINGS}
     hidden = NOT_SETTINGS - {"arms", "compare", "seed", "seeds", "trim_select"}
     changes = {key: value for key, value in asked.items() if key not in hidden}
-    command = ["python", "-m", "hf_trim.run", Path(recipe).name, *as_options(changes)]
-    own = None
-    if Path(recipe).suffix in RECIPE_SUFFIXES:
-        left_out = ("output_dir", *HUB_PREFIXES)
-        shown = {key: value for key, value in fields.items() if not key.startswith(left_out)}
-        own = yaml.safe_dump(shown, sort_keys=False, allow_unicode=True).rstrip()
-    return Job(name, run, model, data, training, settings, shlex.join(command), own)
+    command = ["python", "-m", "hf_trim.run", *([Path(recipe).name] if recipe else []), *as_options(changes)]
+    return Job(name, run, model, data, training, settings, shlex.join(command), _own_recipe(recipe))
+
+
+def _own_recipe(recipe: str | None) -> str | None:
+    """The content of a recipe that does not come with the package, for the model card."""
+    if recipe is None or Path(recipe).suffix not in RECIPE_SUFFIXES:
+        return None
+    private = ("output_dir", *HUB_PREFIXES)
+    fields = {name: value for name, value in read_recipe(recipe)[1].items() if not name.startswith(private)}
+    return as_yaml(group_fields(fields)).rstrip()
 
 
 def default_values() -> dict:
@@ -315,9 +360,67 @@ def default_values() -> dict:
     return {name: parser.get_default(name) for name in parser.names()}
 
 
-def _set_fields(parser: RecipeParser, options: list[str]) -> dict:
-    """The fields that the options set, without those of the Hub."""
+def fields_to_run(recipe: str | None, command_line: list[str]) -> dict[str, Any]:
+    """
+    Args:
+        recipe (`str`, *optional*): Name or path of the recipe.
+        command_line (`list[str]`): Options.
+
+    Returns:
+        `dict`: The fields that are set by them, without the user's token.
+    """
+    parser = RecipeParser()
+    fields = _all_set_fields(parser, _read_options(parser, recipe, command_line)[1])
+    if isinstance(fields.get("config_overrides"), str):
+        fields["config_overrides"] = json.loads(fields["config_overrides"])
+    return {name: value for name, value in fields.items() if name not in ("hub_token", "dry_run", "print_config")}
+
+
+def group_fields(fields: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """
+    Args:
+        fields (`dict`): Fields of a recipe.
+
+    Returns:
+        `dict[str, dict]`: The fields of each of `GROUPS`; those that are in none of them under `""`, which is first.
+    """
+    dataclass_of = dict(zip(("", *GROUPS), DATACLASSES, strict=True))
+    names = {group: [x.name for x in dataclass_fields(cls)] for group, cls in dataclass_of.items()}
+    return {group: {name: fields[name] for name in names[group] if name in fields} for group in names}
+
+
+def _read_options(parser: RecipeParser, recipe: str | None, command_line: list[str]) -> tuple[str, list[str]]:
+    """The name of a run, and its recipe and command line as options of one parser."""
+    if recipe is not None:
+        name, fields = read_recipe(recipe)
+        for key in fields:
+            if key not in parser.names():
+                raise RecipeError(f"the recipe {name} has an unknown field '{key}'.{closest(key, parser.names())}")
+    elif not any(option.split("=")[0] == "--dataset" for option in command_line):
+        raise RecipeError(
+            "the recipe comes first; without one, give --dataset and a model (--model_name_or_path, --model_type or "
+            "--timm_model)."
+        )
+    else:
+        name, fields = starter_fields(_all_set_fields(parser, command_line))
+    options = as_options({"output_dir": f"runs/{name}", **fields}) + command_line
+    asked = _all_set_fields(parser, options)
+    if asked.get("early_stopping_patience") is not None and "load_best_model_at_end" not in asked:
+        options.append("--load_best_model_at_end")
+        asked["load_best_model_at_end"] = True
+    if asked.get("load_best_model_at_end") and not {"validation_split", "validation_fraction"} & set(asked):
+        options += ["--validation_split", "auto"]  # the test split must not choose the model
+    return name, options
+
+
+def _all_set_fields(parser: RecipeParser, options: list[str]) -> dict[str, Any]:
+    """The fields that the options set."""
     # A field that still has this value after parsing was not set.
     unset = object()
-    fields = vars(parser.parse_args(options, argparse.Namespace(**dict.fromkeys(parser.names(), unset))))
-    return {key: value for key, value in fields.items() if value is not unset and not key.startswith(HUB_PREFIXES)}
+    unknown_too, _ = parser.parse_known_args(options, argparse.Namespace(**dict.fromkeys(parser.names(), unset)))
+    return {key: value for key, value in vars(unknown_too).items() if value is not unset}
+
+
+def _set_fields(parser: RecipeParser, options: list[str]) -> dict[str, Any]:
+    """The same without those of the Hub."""
+    return {k: v for k, v in _all_set_fields(parser, options).items() if not k.startswith(HUB_PREFIXES)}

@@ -35,12 +35,16 @@ def make_record(
         `dict`: The record.
     """
     metric = "error" if "eval_error" in metrics else "perplexity"
+    # With a validation split, the tests during the training are of that split.
+    split = "validation" if any(f"test_{metric}" in log for log in log_history) else "test"
     history: dict[int, dict] = {}
     scores: dict[str, float] = {}
     seconds = 0.0
     for log in log_history:
-        names = {f"eval_{metric}": f"test_{metric}", "eval_loss": "test_loss", "loss": "loss",
-                 "full_loss": "full_loss", "keep_fraction": "keep_fraction"}  # fmt: skip
+        names = {
+            f"eval_{metric}": f"{split}_{metric}", "eval_loss": f"{split}_loss", f"test_{metric}": f"test_{metric}",
+            "test_loss": "test_loss", "loss": "loss", "full_loss": "full_loss", "keep_fraction": "keep_fraction",
+        }  # fmt: skip
         values = {name_in_record: log[name] for name, name_in_record in names.items() if name in log}
         if "train_seconds" in log:
             seconds += log["train_seconds"]
@@ -58,6 +62,7 @@ def make_record(
         f"test_{metric}": metrics[f"eval_{metric}"],
         "test_loss": metrics["eval_loss"],
         **scores,
+        **{name: metrics[name] for name in (f"validation_{metric}", "validation_loss") if name in metrics},
         "train_seconds": train_seconds(log_history),
         "history": [history[step] for step in sorted(history)],
         "settings": settings,

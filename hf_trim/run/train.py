@@ -14,7 +14,7 @@ from hf_trim.run.metrics import describe_classes
 from hf_trim.run.progress import describe_checkpoint
 from hf_trim.run.recipe import Job, RecipeError, user_errors
 from hf_trim.run.records import UNITS
-from hf_trim.run.trainer import RecipeTrainer, load_job_data, make_trainer
+from hf_trim.run.trainer import RecipeTrainer, load_job_data, make_trainer, test_metrics
 from hf_trim.trainer.checkpoints import last_complete_checkpoint
 
 
@@ -28,26 +28,27 @@ def train(job: Job) -> None:
     """
     results = job.output_dir / "all_results.json"
     if results.is_file() and not job.run.overwrite:
-        print(f"Finished before: {_describe_results(json.loads(results.read_text()))}. The results are in {results}.")
-        print("To train again, choose another --output_dir, or replace what is there with --overwrite.")
+        if job.training.process_index == 0:
+            result = _describe_results(json.loads(results.read_text(encoding="utf-8")))
+            print(f"Finished before: {result}. The results are in {job.output_dir}.")
+            print("To train again, choose another --output_dir, or replace what is there with --overwrite.")
         return
     data = load_job_data(job)
-    args = job.training
-    trainer = make_trainer(job, data, {}, args.seed, job.output_dir, args.push_to_hub)
+    trainer = make_trainer(job, data, {}, job.training.seed, job.output_dir, job.training.push_to_hub)
     if job.run.overwrite:
         clear(job, trainer)
     metrics = start(job, trainer, job.output_dir, has_model=True)
     metrics["train_seconds"] = train_seconds(trainer.state.log_history)
     metrics.update(samples_per_second(trainer))
     trainer.save_metrics("train", metrics, combined=False)
-    test_metrics = evaluate(trainer, data)
-    trainer.save_metrics("eval", test_metrics, combined=False)
-    save_run(job, data, trainer, {**metrics, **test_metrics}, test_metrics)
+    tested = test_metrics(trainer, data)
+    trainer.save_metrics("eval", tested, combined=False)
+    save_run(job, data, trainer, {**metrics, **tested}, tested)
     if trainer.is_world_process_zero():
         classes = describe_classes(data)
         majority = f" (always the most frequent class: {classes['majority_error']:.2f} %)" if classes else ""
-        print(f"{_describe_results(test_metrics).capitalize()}{majority}. Model and results are in {job.output_dir}.")
-        if classes and test_metrics["eval_error"] >= classes["majority_error"]:
+        print(f"{_describe_results(tested).capitalize()}{majority}. Model and results are in {job.output_dir}.")
+        if classes and tested["eval_error"] >= classes["majority_error"]:
             print("Warning: the model is no better than always the most frequent class.")
 
 
@@ -85,34 +86,14 @@ def start(job: Job, trainer: RecipeTrainer, folder: Path, has_model: bool) -> di
     if trainer.is_world_process_zero():
         claim_folder(job, has_model)
         write_chatter_to(job.output_dir / "run.log")
-    checkpoint = last_complete_checkpoint(folder)
+    checkpoint = trainer.args.resume_from_checkpoint or last_complete_checkpoint(folder)
     if checkpoint is not None and trainer.is_world_process_zero():
         note = describe_checkpoint(checkpoint, trainer.args.num_train_epochs)
         print(f"{note[0].upper()}{note[1:]}", flush=True)
     return trainer.train(resume_from_checkpoint=checkpoint).metrics
 
 
-def evaluate(trainer: RecipeTrainer, data: Data) -> dict:
-    """
-    Test a trained model. The test at the end of the training is not run again.
-
-    Args:
-        trainer ([`RecipeTrainer`]): After its training.
-        data ([`Data`]): Its data.
-
-    Returns:
-        `dict`: The metrics, as `Trainer.evaluate` returns them.
-    """
-    state = trainer.state
-    tests = [log for log in state.log_history if "eval_loss" in log and log["step"] == state.global_step]
-    # `load_best_model_at_end` may have put the model of an earlier step in its place.
-    is_last = not trainer.args.load_best_model_at_end or state.best_global_step in (None, state.global_step)
-    if tests and is_last and trainer.eval_dataset is data.test_dataset:
-        return {name: value for name, value in tests[-1].items() if name != "step"}
-    return trainer.evaluate(data.test_dataset)
-
-
-def save_run(job: Job, data: Data, trainer: RecipeTrainer, metrics: dict, test_metrics: dict) -> None:
+def save_run(job: Job, data: Data, trainer: RecipeTrainer, metrics: dict, tested: dict) -> None:
     """
     Save a finished training in the recipe's folder: model, arguments, trainer state, plot, model card and results.
 
@@ -121,7 +102,7 @@ def save_run(job: Job, data: Data, trainer: RecipeTrainer, metrics: dict, test_m
         data ([`Data`]): Its data.
         trainer ([`RecipeTrainer`]): After training and evaluation.
         metrics (`dict`): All metrics of training and evaluation.
-        test_metrics (`dict`): Those of the test alone.
+        tested (`dict`): Those of the test alone.
     """
     folder = job.output_dir
     trainer.save_model(str(folder))
@@ -129,7 +110,7 @@ def save_run(job: Job, data: Data, trainer: RecipeTrainer, metrics: dict, test_m
         return
     trainer.state.save_to_json(str(folder / "trainer_state.json"))
     save_arguments(trainer.args, folder)
-    summary = summarize(job, data, trainer, test_metrics)
+    summary = summarize(job, data, trainer, tested)
     plot_curves(summary, folder / "curves.png")
     write_json(folder / "run.json", summary)
     write_card(folder)
@@ -137,7 +118,7 @@ def save_run(job: Job, data: Data, trainer: RecipeTrainer, metrics: dict, test_m
     write_json(folder / "all_results.json", metrics)
 
 
-def summarize(job: Job, data: Data, trainer: RecipeTrainer, test_metrics: dict) -> dict:
+def summarize(job: Job, data: Data, trainer: RecipeTrainer, tested: dict) -> dict:
     """
     Collect what the model card says about a training of a recipe.
 
@@ -145,12 +126,12 @@ def summarize(job: Job, data: Data, trainer: RecipeTrainer, test_metrics: dict) 
         job ([`Job`]): The recipe.
         data ([`Data`]): Its data.
         trainer ([`RecipeTrainer`]): After its training.
-        test_metrics (`dict`): Metrics of the test.
+        tested (`dict`): Metrics of the test.
 
     Returns:
         `dict`: The summary, as [`~hf_trim.hub.model_card.summarize_training`] returns it.
     """
-    classes, shown = describe_classes(data), shown_metrics(test_metrics)
+    classes, shown = describe_classes(data), shown_metrics(tested)
     if not classes.get("is_unbalanced"):
         shown.pop("macro_f1", None)  # nearly the accuracy
     summary = summarize_training(

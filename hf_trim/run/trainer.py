@@ -2,10 +2,10 @@
 
 import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from transformers import PrinterCallback, set_seed
+from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback, set_seed
 
 from hf_trim.data import Data, DeviceImages, load_data
 from hf_trim.run.clock import TrainingClock
@@ -59,19 +59,22 @@ class RecipeTrainer(TrimmingTrainer):
 
 def load_job_data(job: Job) -> Data:
     """
-    Load the data of a recipe, prepared for its model.
+    Load the data of a recipe, prepared for its model, and print how many rows and classes they have.
 
     Args:
         job ([`Job`]): The recipe.
 
     Returns:
-        [`Data`]: The training and the test split.
+        [`Data`]: The splits.
 
     Raises:
         [`RecipeError`]: If the data cannot be found or used.
     """
     with user_errors():
-        return load_data(job.data, load_processing_class(job.model), job.training.device)
+        data = load_data(job.data, load_processing_class(job.model), job.training.device)
+    if job.training.process_index == 0:
+        print(data.summary, flush=True)
+    return data
 
 
 def choose_metric(data: Data) -> Metric:
@@ -127,6 +130,12 @@ def make_trainer(
     if isinstance(data.train_dataset, DeviceImages) and args.device.type != "cpu":
         # The images are on the device already, and worker processes cannot read them there.
         args.dataloader_pin_memory, args.dataloader_num_workers = False, 0
+    split = "test" if data.validation_dataset is None else "validation"
+    progress = Progress(title or job.name, split, metric.name, show_logs=title is None, show_bar=show_bar)
+    callbacks: list[TrainerCallback] = [TrainingClock(), progress]
+    if job.run.early_stopping_patience is not None:
+        callbacks.append(EarlyStoppingCallback(job.run.early_stopping_patience))
+        args.restore_callback_states_from_checkpoint = True  # a resumed training knows how long it has been waiting
     set_seed(seed)
     if args.trim_unit == "token" and data.kind != "language":
         raise RecipeError(
@@ -139,11 +148,45 @@ def make_trainer(
             model=build_model(job.model, data),
             args=args,
             train_dataset=data.train_dataset,
-            eval_dataset=data.test_dataset,
+            eval_dataset=data.eval_dataset,
             data_collator=data.data_collator,
             processing_class=data.processing_class,
-            callbacks=[TrainingClock(), Progress(title or job.name, metric.name, title is None, show_bar)],
+            callbacks=callbacks,
             **metric.arguments,
         )
     trainer.remove_callback(PrinterCallback)  # in its place there is `Progress`
     return trainer
+
+
+def test_metrics(trainer: RecipeTrainer, data: Data) -> dict[str, float]:
+    """
+    Test a trained model on the test split. What was computed at the end of the training is not computed again.
+
+    Args:
+        trainer ([`RecipeTrainer`]): After training.
+        data ([`Data`]): The recipe's data.
+
+    Returns:
+        `dict[str, float]`: The metrics, as `eval_error` etc. If there is a validation split, its metrics are
+            `validation_error` etc., and the logs have those of the test split as `test_error` etc.
+    """
+    last = _last_evaluation(trainer)
+    if data.validation_dataset is None:
+        return last or trainer.evaluate()
+    # `predict`, and not `evaluate`: callbacks such as early stopping would take it for a test of the validation split.
+    tested = trainer.predict(cast(Any, data.test_dataset), metric_key_prefix="test").metrics or {}
+    trainer.log(dict(tested))
+    if last:
+        validated = {name.replace("eval_", "validation_", 1): value for name, value in last.items()}
+    else:
+        validated = trainer.predict(cast(Any, data.validation_dataset), metric_key_prefix="validation").metrics or {}
+    return {name.replace("test_", "eval_", 1): value for name, value in tested.items()} | validated
+
+
+def _last_evaluation(trainer: RecipeTrainer) -> dict[str, float]:
+    """The evaluation of the model as it is, if the training ended with one."""
+    state = trainer.state
+    logs = [log for log in state.log_history if "eval_loss" in log and log["step"] == state.global_step]
+    # `load_best_model_at_end` may have put the model of an earlier step in its place.
+    is_last = not trainer.args.load_best_model_at_end or state.best_global_step in (None, state.global_step)
+    return {name: value for name, value in logs[-1].items() if name != "step"} if logs and is_last else {}

@@ -45,11 +45,30 @@ def last_complete_checkpoint(output_dir: str | Path) -> str | None:
     return None
 
 
-def _find_defect(folder: Path, step: int) -> str | None:
+def check_checkpoint(folder: str | Path) -> None:
+    """
+    Args:
+        folder (`str` or `Path`): A checkpoint's folder.
+
+    Raises:
+        `ValueError`: If there is no complete checkpoint in it.
+    """
+    number = Path(folder).name.rsplit("-", 1)[-1]
+    if not Path(folder).is_dir():
+        others = [path.name for path in sorted(Path(folder).parent.glob(f"{PREFIX_CHECKPOINT_DIR}-*"))]
+        hint = f" Beside it are {', '.join(others)}." if others else ""
+        raise ValueError(f"resume_from_checkpoint: there is no folder {folder}.{hint}")
+    defect = _find_defect(Path(folder), int(number) if number.isdigit() else None)
+    if defect is not None:
+        raise ValueError(f"resume_from_checkpoint: {folder} is no complete checkpoint ({defect}): choose another.")
+
+
+def _find_defect(folder: Path, step: int | None) -> str | None:
     """What is wrong with a checkpoint. Only what torch knows to be plain data is unpickled."""
     try:
         # `Trainer` writes it last.
-        if TrainerState.load_from_json(str(folder / "trainer_state.json")).global_step != step:
+        saved = TrainerState.load_from_json(str(folder / "trainer_state.json")).global_step
+        if step is not None and saved != step:
             return "trainer_state.json is of another step"
     except (OSError, TypeError, json.JSONDecodeError, UnicodeDecodeError):
         return "trainer_state.json is missing or torn"

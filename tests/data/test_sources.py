@@ -7,7 +7,7 @@ from sklearn.datasets import load_digits
 
 from hf_trim.data import DataArguments, load_data
 from hf_trim.data.sources import local_path
-from tests.support.data import DIGIT_NAMES, first_batch, labels_of, tiny_digits
+from tests.support.data import DIGIT_NAMES, first_batch, labels_of, tiny_digits, write_pictures
 
 
 @pytest.mark.parametrize("form", ["save_to_disk", "imagefolder", "parquet", "csv"])
@@ -52,3 +52,55 @@ def test_a_folder_without_data_does_not_hide_a_hub_name(tmp_path, monkeypatch):
     assert local_path("owner/name") is None
     tiny_digits().to_parquet(tmp_path / "owner" / "name" / "train.parquet")
     assert local_path("owner/name") == tmp_path / "owner" / "name"
+
+
+def sizes(folder, **arguments):
+    data = load_data(DataArguments(str(folder), **arguments))
+    return len(data.train_dataset), len(data.test_dataset), data.label_names
+
+
+CLASSES = [f"class {number}" for number in range(4)]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["a_test_{}", "{}", "{}", "{}"],  # `datasets` would take one picture of four
+        ["train {}", "test-{}", "val.{}", "eval_{}"],
+        ["dev-board {}", "{}"],
+    ],
+)
+def test_words_in_the_names_of_pictures_make_no_splits(names, tmp_path, caplog):
+    write_pictures(tmp_path / "pictures", 40, names=names)
+    assert sizes(tmp_path / "pictures") == (32, 8, CLASSES)
+    assert not caplog.records
+
+
+def test_folders_make_the_splits_of_pictures(tmp_path, caplog):
+    folder = tmp_path / "pictures"
+    for name, count in (("Train", 20), ("testing", 12), ("val", 8)):
+        write_pictures(folder / name, count, names=["train_{}", "{}"])
+    assert sizes(folder) == (20, 12, CLASSES)
+    data = load_data(DataArguments(str(folder), validation_split="auto"))
+    assert [len(x) for x in (data.train_dataset, data.validation_dataset, data.test_dataset)] == [20, 8, 12]
+    assert not caplog.records
+    write_pictures(folder / "more", 3)
+    assert sizes(folder) == (20, 12, CLASSES)
+    assert "3 of its 43 files are left out, such as more/class 0/0.png" in caplog.text
+    # A class may be called "train".
+    classes = tmp_path / "vehicles"
+    write_pictures(classes, 40)
+    (classes / "class 0").rename(classes / "train")
+    assert sizes(classes) == (32, 8, [*CLASSES[1:], "train"])
+    # One folder that holds all is passed through.
+    (tmp_path / "outer").mkdir()
+    folder.rename(tmp_path / "outer" / "inner")
+    assert sizes(tmp_path / "outer") == (20, 12, CLASSES)
+
+
+def test_tables_that_are_left_out_are_named(tmp_path, caplog, minilm_tokenizer):
+    for name in ("train", "more", "reviews"):
+        (tmp_path / f"{name}.csv").write_text("text,label\n" + "\n".join(f"row {i},{i % 2}" for i in range(20)))
+    data = load_data(DataArguments(str(tmp_path)), minilm_tokenizer)
+    assert len(data.train_dataset) == 16
+    assert "2 of its 3 files are left out, such as more.csv" in caplog.text

@@ -34,7 +34,7 @@ OPTIONS = [
     (["--arms", "plain", "adaptive"], "--arms has no effect without --compare"),
     (["--seeds", "2"], "--seeds has no effect without --compare"),
     (["--trim_schedule", "adaptive", "--compare", "--arms", "plain", "adaptive"], "ask for trimmed, which is the"),
-    (["--trim_select", "easiest"], "Did you mean 'hardest'?"),
+    (["--trim_select", "easiest"], "(choose from 'hardest', 'random', 'none').\n"),
     (["--trim_unit", "word"], "invalid choice: 'word' (choose from"),
     (["--trim_unit", "token"], "trim_unit='token' needs a loss per token"),
     (["--trim_backward", "spares"], "Did you mean 'sparse'?"),
@@ -107,7 +107,7 @@ def texts(values, feature=None, name="label", **more):
 DATA = {
     "labels that are missing": (texts([0, None] * 8), None, "label_column 'label' is empty in 8 of 16 rows"),
     "labels that are NaN": (
-        texts([0.0, float("nan")] * 8, Value("float64")), None, "label_column 'label' must hold one class per sample",
+        texts([0.0, float("nan")] * 8, Value("float64")), None, "Row 2 has no label: label_column 'label' is empty",
     ),
     "labels of numbers": (texts([0.5, 1.5] * 8, Value("float32")), None, "as whole numbers or strings"),
     "labels out of range": (texts([0, 1] * 8), texts([0, 2]), "none of the 2 classes: 2. Choose another split"),

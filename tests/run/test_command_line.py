@@ -12,6 +12,7 @@ import yaml
 
 import hf_trim
 from hf_trim.__main__ import main as hf_trim_main
+from hf_trim.messages import closest
 from hf_trim.run.__main__ import main
 from hf_trim.run.grid import expand
 from hf_trim.run.recipe import parse, recipe_names
@@ -71,7 +72,7 @@ def test_wrong_input_ends_in_one_message(arguments, message, recipe, tmp_path, m
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"trainig": {}}, "unknown field 'trainig'. Did you mean"),
+        ({"trainig": {}}, "unknown field 'trainig'.\n"),
         ({"training": {"learning_rat": 1}}, "unknown field 'learning_rat'. Did you mean 'learning_rate'?"),
         ({"training": {"learning_rate": "fast"}}, "--learning_rate/--learning-rate: invalid float value: 'fast'"),
         ({"training": 3}, "the group 'training' must hold fields"),
@@ -165,3 +166,18 @@ def test_recipes_and_grids_of_the_readme_parse(tmp_path):
     assert (job.data.label_column, job.training.trim_keep_end) == ("label", 0.2)
     commands = re.findall(r"(?m)^python -m hf_trim\.run ([\w-]+)", readme)
     assert set(commands) <= {*recipe_names(), *recipe_names("grids"), "--list"}
+
+
+@pytest.mark.parametrize(
+    ("word", "choices", "hint"),
+    [
+        ("rnu", ["run", "report"], "run"),
+        ("crop_flip", ["crop", "crop-flip"], "crop-flip"),
+        ("spares", ["sparse", "dense"], "sparse"),
+        ("trainig", ["training_steps", "train_split", "max_train_samples"], None),
+        ("easiest", ["hardest", "random"], None),
+        ("--lr", ["--fp16", "--tf32"], None),
+    ],
+)
+def test_only_near_words_are_suggested(word, choices, hint):
+    assert closest(word, choices) == (f" Did you mean '{hint}'?" if hint else "")

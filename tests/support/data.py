@@ -28,3 +28,12 @@ def labels_of(split):
 
 def first_batch(data, size=4, split="train"):
     return next(iter(DataLoader(getattr(data, f"{split}_dataset"), batch_size=size, collate_fn=data.data_collator)))
+
+
+def write_pictures(folder, n, size=8, names=("{}",), classes=4):
+    """`n` digits as PNG files with a folder for each of some classes; `names` are the patterns of the files' names."""
+    for number, row in enumerate(tiny_digits(n, size=size)):
+        path = folder / f"class {number % classes}" / f"{names[number // classes % len(names)].format(number)}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        row["image"].save(path)
+    return folder
