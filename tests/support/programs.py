@@ -135,7 +135,40 @@ def channels_apart(x, w):
     return out.flatten(2) + read.mean(0).repeat(1, 2)[:, None]
 
 
+def experts(x, w):
+    """Each token goes to one of two experts."""
+    tokens, out = x.flatten(0, 1), torch.zeros_like(x).flatten(0, 1)
+    chosen = tokens.detach().sum(-1) > 0
+    for mask, weight in ((chosen, w), (~chosen, w.t())):
+        (place,) = torch.where(mask)
+        out.index_add_(0, place, tokens[place].tanh() @ weight)
+    return out.view_as(x) + x
+
+
+def loop_over_tokens(x, w):
+    """A recurrence whose states are written into a buffer."""
+    out, state = torch.zeros_like(x), torch.zeros_like(x[:, 0])
+    for t in range(x.shape[1]):
+        state = (state @ w + x[:, t]).tanh()
+        out[:, t] = state
+    return out
+
+
 ROW_BY_ROW |= {
+    "windows": lambda x, w: (
+        F.scaled_dot_product_attention(
+            *[(y.unflatten(2, (2, 2)).movedim(2, 1).flatten(0, 1)[:, None]) for y in (x, x @ w, x)]
+        )[:, 0]
+        .unflatten(0, (-1, 2))
+        .movedim(1, 2)
+        .flatten(2)
+    ),
+    "experts": experts,
+    "loop over tokens": loop_over_tokens,
+    "assigned mask": assigned(lambda x: order(x.sum(-1), 1) > 2, 0.5),
+    "scattered mask": lambda x, w: (x * w[0]).masked_scatter(
+        (torch.arange(x.shape[1]) < 2)[:, None], x[:, 2:4].flatten(0, 1).sin()
+    ),
     "assigned": assigned(lambda x: (slice(None), torch.tensor([2, 0])), lambda x: x[:, :2].sin()),
     "assigned number": assigned(lambda x: (slice(None), torch.tensor([2, 0])), 0.5),
     "assigned token each": assigned(
