@@ -38,6 +38,11 @@ def op_name(op: OpOverload) -> str:
     return op.overloadpacket.__name__
 
 
+def is_torch_op(op: OpOverload) -> bool:
+    """Whether an op is torch's own. In another library, one of the same name may do something else."""
+    return op.namespace in ("aten", "prims")
+
+
 @cache
 def is_mutable(op: OpOverload) -> bool:
     """Whether an op changes one of its arguments."""

@@ -10,8 +10,8 @@ Example: a linear layer was traced for `[s0*5, 16]` (B·T, C), and B = 4, of whi
 | weight `[16, 16]` | `[16, 16]` | left as it is | `[16, 16]` |
 | gradient `[s0*5, 16]` | row-sparse | its payload | `[10, 16]` |
 
-A plan is made once for each combination of gradients that arrive (row-sparse, dense, none), and its numbers once for
-each combination of sizes.
+A plan is made once for each combination of gradients that arrive (row-sparse along some dimension, dense, none), and
+its numbers once for each combination of sizes.
 """
 
 from dataclasses import dataclass, field
@@ -204,7 +204,7 @@ class Planner:
 
 def _kind(grad: Tensor | None, rows: Rows) -> str:
     if isinstance(grad, RowSparseTensor):
-        return "rows" if grad.rows is rows else "other rows"
+        return f"rows along {grad.row_dim}" if grad.rows is rows else "other rows"
     return "none" if grad is None else "dense"
 
 

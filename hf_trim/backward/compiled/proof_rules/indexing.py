@@ -9,6 +9,8 @@ batch, which is checked in each call. Looked up by any other number, a row could
 
 from dataclasses import replace
 
+import torch
+
 from hf_trim.backward._torch_internals import traced_value
 from hf_trim.backward.compiled.values import Value, Zeros, check_no_rows, check_sum_over_rows
 from hf_trim.backward.registry import PROOF, NotRowwiseError, implements
@@ -44,7 +46,8 @@ def _check_indices(prop, x: Value, indices: list) -> tuple[Value | None, bool]:
     row_index = by_dim[x.row_dim]
     if not row_index.is_row_index:
         # The forward pass may have made the row index, `torch.arange(B)`, and saved it.
-        is_input = row_index.source is not None and traced_value(row_index.source).ndim == 1
+        saved = None if row_index.source is None else traced_value(row_index.source)
+        is_input = saved is not None and saved.ndim == 1 and saved.dtype in (torch.int64, torch.int32)  # no mask
         if not (is_input and row_index.outer == row_index.inner == 1):
             raise NotRowwiseError("it may look up entries of other rows")
         prop.use_as_row_index(row_index)
@@ -82,7 +85,7 @@ def _free_row_dim(x: Value, indices: list) -> int | None:
 def _index(prop, name, shape, x, indices):
     row_dim = _free_row_dim(x, indices)
     if row_dim is not None:
-        return prop.result(shape, row_dim, x, x.zeros)
+        return prop.result(shape, row_dim, x, x.zeros, x.is_row_index)
     carrier, by_row = _check_indices(prop, x, indices)
     if carrier is None:
         return prop.result(shape, zeros=x.zeros)
@@ -98,7 +101,7 @@ def _index_put(prop, name, shape, x, *args):
     adds = "accumulate" in name or bool(accumulate and accumulate[0])
     first, common = _place_of_indices(indices)
     dims = len(_free_dims(x, indices)) + common  # of `x[indices]`; values may have fewer, aligned at the end
-    if values.is_row_index:
+    if values.is_row_index or x.is_row_index:
         raise NotRowwiseError("a value depends on the number of a row")
     row_dim = _free_row_dim(x, indices)
     if row_dim is not None:
