@@ -15,11 +15,6 @@ from hf_trim.backward.facts.fact import squeezed, squeezed_dims
 from hf_trim.backward.registry import ACTIVATIONS, GRADIENTS, NotRowwiseError, implements, require
 
 
-@implements("lift_fresh", table=(GRADIENTS, ACTIVATIONS))
-def lift_fresh(func, x):
-    return x
-
-
 @implements("squeeze", "squeeze.dim", "squeeze.dims", table=(GRADIENTS, ACTIVATIONS))
 def squeeze(func, x, dim=None):
     return x.like(x.payload.squeeze(squeezed_dims(x, dim)), squeezed(x, dim))
