@@ -7,6 +7,7 @@ e.g. rows 1 and 3 of B = 4 samples with T = 2 tokens each: `Rows(torch.tensor([1
 and 7.
 """
 
+from collections.abc import Callable
 from typing import Any
 from weakref import WeakSet
 
@@ -167,18 +168,10 @@ class Rows:
         rows = x.view(*before, outer, self.batch, inner, *after).index_select(dim + 1, self.index)
         return rows.view(*before, outer * self.count * inner, *after)
 
-    def add_to(self, out: Tensor, values: Tensor, dim: int, outer: int, inner: int, alpha=1) -> Tensor:
-        """Adds a payload to a dense tensor, in place."""
+    def write(self, how: Callable, out: Tensor, values: Tensor, dim: int, outer: int, inner: int, **options) -> Tensor:
+        """Writes a payload to a dense tensor, in place: `how` is `Tensor.index_copy_` or `Tensor.index_add_`."""
         if outer == inner == 1:
-            return out.index_add_(dim, self.index, values, alpha=alpha)
+            return how(out, dim, self.index, values, **options)
         split = out.unflatten(dim, (outer, self.batch, inner))
-        split.index_add_(dim + 1, self.index, values.unflatten(dim, (outer, self.count, inner)), alpha=alpha)
-        return out
-
-    def put(self, out: Tensor, values: Tensor, dim: int, outer: int, inner: int) -> Tensor:
-        """Writes a payload over the kept rows of a dense tensor, in place."""
-        if outer == inner == 1:
-            return out.index_copy_(dim, self.index, values)
-        split = out.unflatten(dim, (outer, self.batch, inner))
-        split.index_copy_(dim + 1, self.index, values.unflatten(dim, (outer, self.count, inner)))
+        how(split, dim + 1, self.index, values.unflatten(dim, (outer, self.count, inner)), **options)
         return out
