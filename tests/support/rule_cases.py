@@ -227,6 +227,11 @@ CASES = {
     "rows_of_others": lambda n, x: x[numbers(x, x.shape[0], x.shape[0])].sin() * x,
     "rows_of_others_selected": lambda n, x: x.index_select(0, numbers(x, x.shape[0], x.shape[0])).sin() * x,
     "tokens_of_others": lambda n, x: x[numbers(x, x.shape[0], x.shape[0], 1), numbers(x, x.shape[1], x.shape[0], 4)],
+    "tokens_in_second_dim": lambda n, x: (
+        x.flatten(0, 1)[None][
+            :, (torch.arange(x.shape[0])[:, None] * x.shape[1] + numbers(x, x.shape[1], x.shape[0], 4)).flatten()
+        ].unflatten(1, (-1, 4))[0]
+    ),
     "masked": lambda n, x: torch.zeros_like(x).masked_scatter(x > 0, x[x > 0].sin()),
     "experts": experts,
     "pictures": lambda n, x: torch.zeros_like(x).masked_scatter(

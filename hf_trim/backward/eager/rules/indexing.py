@@ -117,12 +117,17 @@ def index_rows(indices) -> list:
     Indices of which the first one chooses rows, as numbers: e.g. those of tokens that are sent to an expert, the mask
     of a token of each sample, or `[arange(B)[:, None], positions]` with `[B, n]` positions.
     """
-    require(all(i is not None for i in indices), "indices and slices are mixed")
+    require(all(i is not None and i.dtype != torch.uint8 for i in indices), "indices and slices are mixed")
     indices = [n for i in indices for n in (i.nonzero().unbind(1) if i.dtype == torch.bool else [i])]
     common = max(i.ndim for i in indices)
     rows = indices[0]
     require(rows.ndim == common > 0 and rows.numel() == len(rows), "each entry chooses a row of its own")
     return [i.long() for i in indices]
+
+
+def slices_in_front(indices) -> int:
+    """How many dimensions are taken whole before the first index."""
+    return next(d for d, i in enumerate(indices) if i is not None)
 
 
 def along(first, indices, kept) -> list:
@@ -133,14 +138,13 @@ def along(first, indices, kept) -> list:
 @implements("index.Tensor", "_unsafe_index.Tensor")
 def index(func, x, indices):
     require(isinstance(x, RowSparseTensor), "it selects from a tensor without rows")
-    if indices[0] is None:
-        dim, _ = index_columns(x, indices)
-        return x.like(func(x.payload, indices), dim)
-    require(x.row_dim == 0, "it works along the rows")
-    first, *others = index_rows(indices)
+    dim = slices_in_front(indices)
+    if dim != x.row_dim:
+        return x.like(func(x.payload, indices), index_columns(x, indices)[0])
+    first, *others = index_rows(indices[dim:])
     rows, inner, kept, places = lookup(x, first.flatten())
-    out = func(x.payload, [places.view(-1, *first.shape[1:]), *along(first, others, kept)])
-    return RowSparseTensor(out.index_fill_(0, (places < 0).nonzero().flatten(), 0), rows, 0, 1, inner)
+    out = func(x.payload, [*indices[:dim], places.view(-1, *first.shape[1:]), *along(first, others, kept)])
+    return RowSparseTensor(out.index_fill_(dim, (places < 0).nonzero().flatten(), 0), rows, dim, 1, inner)
 
 
 @implements("index_put", "_unsafe_index_put")
@@ -149,31 +153,33 @@ def index_put(func, x, indices, source, accumulate=False):
     Backward of advanced indexing: `x[:, columns]`, `x[tokens]` as experts have it, `x[arange(B), positions]` as
     decoder classifiers do, or `x[mask]`, with one token of each sample, as encoder-decoder classifiers do.
     """
-    if accumulate and indices[0] is not None:
+    slices = slices_in_front(indices)
+    if accumulate and require_row_sparse(source).row_dim >= slices:
         return add_to_entries(func, x, indices, source)
     require(isinstance(x, RowSparseTensor) and is_zeros(source), "a dense tensor is joined")
-    if indices[0] is None:
+    if slices != x.row_dim:
         dim, ndim = index_columns(x, indices)
         if isinstance(source, RowSparseTensor):
             require(source.ndim == ndim, "operands are broadcast")
             return x.like(func(x.payload, indices, x.kept_rows(source, dim), accumulate))
         return x.like(func(x.payload, indices, source.new_zeros(()), accumulate))
-    require(x.row_dim == 0 and not isinstance(source, RowSparseTensor), "it works along the rows")
-    first, *others = index_rows(indices)
+    require(not isinstance(source, RowSparseTensor), "it works along the rows")
+    first, *others = index_rows(indices[slices:])
     places = x.rows.places(x.row_outer, x.row_inner)[first.flatten()]
     kept = (places >= 0).nonzero().flatten()
-    indices = [places[kept].view(-1, *first.shape[1:]), *along(first, others, kept)]
+    indices = [*indices[:slices], places[kept].view(-1, *first.shape[1:]), *along(first, others, kept)]
     return x.like(func(x.payload, indices, source.new_zeros(()), False))
 
 
 def add_to_entries(func, x, indices, grad):
     """Backward of a lookup `x[indices]`."""
-    require(isinstance(grad, RowSparseTensor), "the gradient has no rows")
+    slices = slices_in_front(indices)
+    front, indices = indices[:slices], indices[slices:]
     if any(i is not None and i.dtype == torch.bool for i in indices):
         indices = index_rows(indices)
     require(all(i is not None and i.dtype == torch.long for i in indices), "only some dimensions are indexed")
-    common = max(i.ndim for i in indices)  # dimensions of the indices' common shape, which the gradient begins with
-    dim = grad.row_dim - common
+    common = max(i.ndim for i in indices)  # dimensions of their common shape, which the gradient has after the slices
+    dim = grad.row_dim - slices - common
     require(dim < 0 and grad.ndim == x.ndim - len(indices) + common, "rows are not looked up")
     first, *others = (grad.kept_rows_or_broadcast(i, dim) for i in indices)
-    return add_entries(x, grad, 0, first, lambda out, i: func(out, [i, *others], grad.payload, True))
+    return add_entries(x, grad, slices, first, lambda out, i: func(out, [*front, i, *others], grad.payload, True))

@@ -168,9 +168,11 @@ def zeros(func, x, size=None, memory_format=None, **kwargs):
             size[x.row_dim] = x.payload.shape[x.row_dim]
             return x.like(torch.zeros(size, **options))
         rows = x.rows.origin or x.rows
-        inner, rest = divmod(size[0], rows.batch) if size else (0, 1)
-        if not rest:
-            return RowSparseTensor(torch.zeros(inner * rows.count, *size[1:], **options), rows, 0, 1, inner)
+        for dim in (x.row_dim, 0):
+            if dim < len(size) and size[dim] % rows.batch == 0 < size[dim]:
+                inner = size[dim] // rows.batch
+                size[dim] = inner * rows.count
+                return RowSparseTensor(torch.zeros(size, **options), rows, dim, 1, inner)
     return torch.zeros(size, **options)
 
 
