@@ -14,6 +14,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
+from hf_trim.backward import waiting
 from hf_trim.backward._torch_internals import StorageWeakRef, negative_view, version_of
 from hf_trim.backward.registry import NotRowwiseError
 
@@ -40,7 +41,7 @@ class Rows:
         # A run of neighbours is a view, not a copy, but only in front: kernels take it for granted that what they
         # saved (means, say) has no gaps. On a GPU, to read its ends would make the host wait.
         is_run = (
-            index.device.type == "cpu"
+            waiting.reads_freely(index.device)
             and int(index[-1]) - int(index[0]) == self.count - 1
             and bool((index.diff() == 1).all())
         )

@@ -8,6 +8,7 @@ mask, with the rows where they were. `grad + 1` is not zero outside the kept row
 import torch
 from torch import Tensor
 
+from hf_trim.backward import waiting
 from hf_trim.backward._torch_internals import (
     decompose,
     functional_form,
@@ -57,7 +58,7 @@ def _is_zero(x) -> bool:
     if isinstance(x, RowSparseTensor):
         return True
     if isinstance(x, Tensor):
-        return x.device.type == "cpu" and x.ndim == 0 and x.item() == 0
+        return x.ndim == 0 and waiting.reads_freely(x.device) and x.item() == 0
     return x == 0
 
 
