@@ -166,7 +166,7 @@ def test_recipes_and_grids_of_the_readme_parse(tmp_path):
     job = parse(str(tmp_path / "mine.yaml"), [])
     assert (job.data.label_column, job.training.trim_keep_end) == ("label", 0.2)
     commands = re.findall(r"(?m)^python -m hf_trim\.run ([\w-]+)", readme)
-    assert set(commands) <= {*recipe_names(), *recipe_names("grids"), "--list"}
+    assert set(commands) <= {*recipe_names(), *recipe_names("grids"), "--list", "--help"}
 
 
 @pytest.mark.parametrize(
