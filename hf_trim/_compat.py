@@ -70,6 +70,8 @@ NEEDED = (
         TRAINER, "get_batch_samples", ("epoch_iterator", "num_batches", "device"), "knowing the mini-batches of a step"
     ),
     Need(TRAINER, "log", ("logs", "start_time"), "logging keep_fraction and what goes with it"),
+    Need(TRAINER, "save_model", ("output_dir", "_internal_call"), "saving nothing of a training that is broken"),
+    Need(TRAINER, "_save_checkpoint", ("model", "trial"), "saving what later steps depend on"),
     Need(TRAINER, "_load_from_checkpoint", ("resume_from_checkpoint", "model"), "loading converted weights"),
     Need(TRAINER, "_load_best_model", (), "loading converted weights"),
     Need(TRAINER, "_load_callback_state", (), "keeping what later steps depend on"),

@@ -6,6 +6,8 @@ import platform
 import torch
 import transformers
 
+from hf_trim import __version__
+
 
 def hardware() -> str:
     """
@@ -26,8 +28,6 @@ def versions() -> dict[str, str]:
     Returns:
         `dict[str, str]`: Versions by package.
     """
-    from hf_trim import __version__  # here, since hf_trim imports this module before it sets its version
-
     return {
         "hf_trim": __version__,
         "python": platform.python_version(),

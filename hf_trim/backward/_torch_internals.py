@@ -38,6 +38,11 @@ def op_name(op: OpOverload) -> str:
     return op.overloadpacket.__name__
 
 
+def is_torch_op(op: OpOverload) -> bool:
+    """Whether an op is torch's own. In another library, one of the same name may do something else."""
+    return op.namespace in ("aten", "prims")
+
+
 @cache
 def is_mutable(op: OpOverload) -> bool:
     """Whether an op changes one of its arguments."""
@@ -129,7 +134,7 @@ def replace_function(node: Node, function: type) -> None:
 
 
 def saved_tensors(node: Node) -> Iterator[tuple[str, Any]]:
-    """Attribute and handle (`SavedTensor`, or a tuple of them) of whatever a node of ATen's saved for its formula."""
+    """Attribute and handle (`SavedTensor`, or a tuple of them) of whatever a node saved for its formula."""
     kind = type(node)
     if kind not in _saved_names:
         _saved_names[kind] = [name for name in dir(kind) if name.startswith(_SAVED)]
@@ -138,7 +143,7 @@ def saved_tensors(node: Node) -> Iterator[tuple[str, Any]]:
 
 def saved_value(node: Node, name: str) -> Any:
     """What a node saved under an attribute that [`saved_tensors`] names; `RuntimeError` if it was freed or changed."""
-    return getattr(node, name.replace("_raw", "", 1))
+    return getattr(node, name.replace("_raw", "", 1) if function_of(node) is None else "saved_tensors")
 
 
 def has_no_hooks(saved: Any) -> bool:

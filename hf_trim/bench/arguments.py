@@ -9,7 +9,8 @@ from hf_trim.messages import check_choice
 
 
 MODEL_CHOICES = (
-    "bert", "gpt2", "llama", "vit", "convnext", "bert-base", "vit-base", "llama-1b", "lm-head", "gpt2-lm",
+    "bert", "gpt2", "llama", "vit", "convnext", "convnextv2", "swin", "t5", "bert-base", "vit-base", "llama-1b",
+    "lm-head", "gpt2-lm",
 )  # fmt: skip
 TOKEN_MODELS = ("lm-head", "gpt2-lm")  # trimmed by tokens, the others by samples
 MODES = ("dense", "sparse", "replay")
@@ -23,16 +24,16 @@ class BenchArguments:
     What is measured, and how often.
 
     Args:
-        models (`list[str]`): Names of models. `bert`, `gpt2`, `llama`, `vit` and `convnext` have the size that
-            `layers` and `hidden_size` say, `bert-base`, `vit-base` and `llama-1b` their own; `gpt2-lm`
-            (a language model) and `lm-head` (its last layer alone) are trimmed by tokens, with all logits (`dense`)
-            or with chunks of them (`sparse`). Only the last layer of a language model shrinks with p, so it stays
-            below the bound.
+        models (`list[str]`): Names of models. `bert`, `gpt2`, `llama`, `vit`, `convnext`, `convnextv2`, `swin` and
+            `t5` have the size that `layers` and `hidden_size` say, `bert-base`, `vit-base` and `llama-1b` their own;
+            `gpt2-lm` (a language model) and `lm-head` (its last layer alone) are trimmed by tokens, with all logits
+            (`dense`) or with chunks of them (`sparse`). Only the last layer of a language model shrinks with p, so it
+            stays below the bound.
         keep (`list[float]`): Fractions p of the batch to keep.
         modes (`list[str]`): Backward passes; `dense` is the reference, and always runs.
         batch_size (`int`): Samples a step.
         seq_length (`int`): Tokens a sample of text; images have the size of their model (ViT 32 × 32,
-            ConvNeXt 64 × 64, ViT-base 224 × 224).
+            ConvNeXt and Swin 64 × 64, ViT-base 224 × 224).
         layers (`int`): Layers of the models without a size of their own.
         hidden_size (`int`): Their width, a multiple of 64 (the size of an attention head).
         vocab_size (`int`, *optional*): Their vocabulary; the default is that of the published model.
@@ -51,7 +52,7 @@ class BenchArguments:
 
     models: list[str] = field(
         default_factory=lambda: ["bert", "gpt2", "llama", "vit", "convnext"],
-        metadata={"help": "bert, gpt2, llama, vit, convnext, gpt2-lm, lm-head; bert-base, vit-base, llama-1b."},
+        metadata={"help": f"Any of {', '.join(MODEL_CHOICES)}."},
     )
     keep: list[float] = field(
         default_factory=lambda: [0.2, 0.4, 0.6, 0.8, 1.0], metadata={"help": "Fractions p of the batch to keep."}
@@ -112,8 +113,9 @@ class BenchArguments:
             raise ValueError(f"vocab_size must be at least 2 (one token is padding), and is {self.vocab_size}.")
         if self.dropout is not None and not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), and is {self.dropout}.")
-        if self.gradient_checkpointing and "convnext" in self.models:
-            raise ValueError("gradient_checkpointing: transformers has none for convnext; leave it out of models.")
+        for name in ("convnext", "convnextv2"):
+            if self.gradient_checkpointing and name in self.models:
+                raise ValueError(f"gradient_checkpointing: transformers has none for {name}; leave it out of models.")
         if Path(self.output).is_dir():
             raise ValueError(f"output must be a file, and {self.output} is a folder.")
         self.keep = sorted(set(self.keep))

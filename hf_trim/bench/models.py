@@ -15,6 +15,8 @@ from transformers import (
     BertForSequenceClassification,
     ConvNextConfig,
     ConvNextForImageClassification,
+    ConvNextV2Config,
+    ConvNextV2ForImageClassification,
     GPT2Config,
     GPT2ForSequenceClassification,
     GPT2LMHeadModel,
@@ -22,6 +24,10 @@ from transformers import (
     LlamaForSequenceClassification,
     PreTrainedConfig,
     PreTrainedModel,
+    SwinConfig,
+    SwinForImageClassification,
+    T5Config,
+    T5ForSequenceClassification,
     ViTConfig,
     ViTForImageClassification,
 )
@@ -100,17 +106,42 @@ def _vit(args: BenchArguments, **sizes) -> PreTrainedModel:
     return ViTForImageClassification._from_config(config, attn_implementation="sdpa")
 
 
-def _convnext(args: BenchArguments) -> PreTrainedModel:
-    config = ConvNextConfig(
-        image_size=64,
-        patch_size=2,
-        # Each stage has half the height and width of the one before, and twice its channels; the last `hidden_size`.
-        hidden_sizes=[args.hidden_size // 8 * factor for factor in (1, 2, 4, 8)],
-        depths=[1, 1, max(1, args.layers - 3), 1],
-        **_dropout(args, "drop_path_rate"),
-        **LABELS,
+def _stages(args: BenchArguments) -> dict:
+    # Each stage has half the height and width of the one before, and twice its channels; the last `hidden_size`.
+    depths = [1, 1, max(1, args.layers - 3), 1]
+    return {"image_size": 64, "patch_size": 2, "depths": depths, **_dropout(args, "drop_path_rate"), **LABELS}
+
+
+def _convnext(
+    args: BenchArguments, config_class=ConvNextConfig, model_class=ConvNextForImageClassification
+) -> PreTrainedModel:
+    return model_class(config_class(hidden_sizes=[args.hidden_size // 8 * i for i in (1, 2, 4, 8)], **_stages(args)))
+
+
+def _swin(args: BenchArguments) -> PreTrainedModel:
+    heads = [max(1, args.hidden_size // HEAD_SIZE // i) for i in (8, 4, 2, 1)]
+    config = SwinConfig(
+        embed_dim=args.hidden_size // 8,
+        num_heads=heads,
+        window_size=4,  # the height and width of the last stage
+        **_stages(args),
+        **_dropout(args, "hidden_dropout_prob", "attention_probs_dropout_prob"),
     )
-    return ConvNextForImageClassification(config)
+    return SwinForImageClassification(config)
+
+
+def _t5(args: BenchArguments) -> PreTrainedModel:
+    config = T5Config(
+        d_model=args.hidden_size,
+        d_ff=4 * args.hidden_size,
+        num_heads=args.hidden_size // HEAD_SIZE,
+        num_layers=max(1, args.layers // 2),  # of the encoder, and as many of the decoder
+        **LABELS,
+        **_vocabulary(args),
+        **_dropout(args, "dropout_rate", "classifier_dropout"),
+    )
+    config.decoder_start_token_id = 0
+    return T5ForSequenceClassification(config)
 
 
 class LMHeadOnly(nn.Module):
@@ -135,6 +166,9 @@ MODELS: dict[str, Callable[[BenchArguments], PreTrainedModel | LMHeadOnly]] = {
     ),
     "vit": lambda args: _vit(args, **_sizes(args), image_size=32, patch_size=4),
     "convnext": _convnext,
+    "convnextv2": lambda args: _convnext(args, ConvNextV2Config, ConvNextV2ForImageClassification),
+    "swin": _swin,
+    "t5": _t5,
     "bert-base": _bert,
     "vit-base": _vit,
     "llama-1b": lambda args: _llama(args, **LLAMA_1B),
@@ -186,5 +220,7 @@ def make_batch(config: PreTrainedConfig | None, args: BenchArguments) -> dict[st
     else:  # from 1: token 0 is padding
         shape = (args.batch_size, args.seq_length)
         batch = {"input_ids": torch.randint(1, config.vocab_size, shape, generator=generator)}
+        if config.is_encoder_decoder:  # each text has one end
+            batch["input_ids"].clamp_(min=config.eos_token_id + 1)[:, -1] = config.eos_token_id
     batch["labels"] = torch.randint(NUM_LABELS, (args.batch_size,), generator=generator)
     return {name: value.to(args.device) for name, value in batch.items()}

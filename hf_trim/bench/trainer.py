@@ -110,11 +110,14 @@ def time_selection(items: int, repeats: int, keep: float = 0.5) -> dict[str, flo
     def select_globally() -> None:
         # The same communication as in a step of `TrimmingTrainer`.
         process_group = ProcessGroup(
-            lambda values: gather(values[None]), state.process_index, state.num_processes, state.device
+            lambda values: gather(values[None]),
+            lambda size: [size] * state.num_processes,
+            state.process_index,
+            state.num_processes,
+            state.device,
         )
-        all_scores, _ = process_group.union(scores)
-        select_items(all_scores, keep)
-        process_group.sum([scores.sum()] * 2)
+        items, _ = process_group.union(torch.stack([scores, scores, torch.ones_like(scores)], 1))
+        select_items(items[:, 0], keep)
 
     seconds: dict[str, list[float]] = {"local": [], "global": []}
     for number in range(repeats + WARM_UP):

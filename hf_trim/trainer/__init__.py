@@ -1,12 +1,12 @@
 """
 The trainer: batch → per-item losses → keep decision → trimmed backward → logs.
 
-- The whole way: `trainer.py`; `functional.py` for a training loop of your own.
+- The whole way: `trainer.py`, for one mini-batch `trimmed_loss.py`; `functional.py` for a training loop of your own.
 - 1. batch: `arguments.py` (settings), `checks.py` (what is refused), `checkpoints.py` (resuming).
 - 2. per-item losses: `loss_pass.py` (through `compute_loss` and the model), `losses.py` (where they are caught),
   `loss_functions.py` (losses outside of the model), `lm_head.py`.
-- 3. keep decision: `schedule.py` (how many: p), `selection.py` (which), `batch.py` (what is ranked together),
-  `step_choice.py` (mini-batches of one sample), `process_group.py` (several processes).
+- 3. keep decision: `schedule.py` (how many: p), `ranking.py` (by what), `selection.py` (which), `batch.py` (of all
+  calls of a mini-batch), `step_choice.py` (mini-batches of one sample), `process_group.py` (several processes).
 - 4. trimmed backward: `hf_trim/backward`.
 - 5. logs: `logs.py`.
 """

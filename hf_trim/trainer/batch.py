@@ -4,35 +4,34 @@ Step 3 (keep decision) of: batch → per-item losses → keep decision → trimm
 Which of a mini-batch's losses are kept. For example, B = 4 texts of T = 3 tokens, with losses `[4, 3]` of the tokens
 and p = 0.5: 6 tokens are kept, `elements` are their `[6]` indices into the 12 losses. With `trim_unit="sample"` the
 losses are averaged over each text, `[4]`, 2 texts are kept, and `elements` are the `[6]` indices of all their tokens.
-
-A batch may have several calls of loss functions. What they are over decides which items are ranked together:
-
-- losses that are one for each sample (start and end of an answer), or that have the same targets (a main and an
-  auxiliary label map), belong to the same items. These are ranked by the sum, weighted as in the batch's loss;
-- sums by the same function over different targets are pieces of one loss (a long text in chunks): one ranking;
-- any others (tokens and pairs of sentences, two tasks of which each sample has one) are ranked separately.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor
 
+from hf_trim.backward import waiting
 from hf_trim.backward.eager.rows import Rows
 from hf_trim.backward.eager.sparse import DENSE_ABOVE, prepare_rows
 from hf_trim.trainer.arguments import TrimmingConfig
-from hf_trim.trainer.losses import NO_PART, Kept, LossCall
+from hf_trim.trainer.kept import Kept
+from hf_trim.trainer.late_checks import LateChecks
+from hf_trim.trainer.losses import IGNORE_INDEX, NO_PART, LossCall
 from hf_trim.trainer.process_group import ProcessGroup
-from hf_trim.trainer.selection import num_carrying, num_kept, top_items, without_hardest
-
-
-Track = list[tuple[LossCall, Tensor]]  # calls over the same items, and the weight of each
-
-
-def _part(items: Tensor, start: int, size: int) -> Tensor:
-    """Of indices into a joined list, those into one part of it: of (1, 4, 6) and the 2 from 3 on, (1,)."""
-    return items[(items >= start) & (items < start + size)] - start
+from hf_trim.trainer.ranking import (
+    NONFINITE_ADVICE,
+    Items,
+    Track,
+    check_samples,
+    groups_of,
+    items_of,
+    total_weight,
+    unknown_samples,
+)
+from hf_trim.trainer.selection import num_carrying, num_kept, places, top_mask, without_hardest
 
 
 @dataclass
@@ -49,8 +48,8 @@ class TrimmedBatch:
         labels (`torch.Tensor`, *optional*): `[B, ...]` labels, to verify which losses belong to which sample.
         process_group ([`~hf_trim.trainer.process_group.ProcessGroup`], *optional*): The processes that choose the
             hardest items together; without, this process chooses among its own.
-        mean_masses (`list[float]`): For each group of items that are ranked together, their mean mass in the training
-            so far.
+        mean_masses (`list`): For each group of items that are ranked together, their mean mass in the training so far.
+        checks ([`~hf_trim.trainer.late_checks.LateChecks`]): Raises errors, as soon as the host need not wait for it.
     """
 
     config: TrimmingConfig
@@ -60,7 +59,8 @@ class TrimmedBatch:
     generator: torch.Generator | None = None
     labels: Tensor | None = None
     process_group: ProcessGroup | None = None
-    mean_masses: list[float] = field(default_factory=list)
+    mean_masses: Sequence[float | Tensor] = ()
+    checks: LateChecks = field(default_factory=LateChecks)
 
     def __post_init__(self) -> None:
         self.calls: list[LossCall] = []
@@ -72,10 +72,10 @@ class TrimmedBatch:
         self.dropped = 0  # number of samples left out because their losses are not finite
         self.most_items = 0  # among how many items the choice was, at most
         self.has_unknown_weights = False  # whether a replay adds up several losses of the model as they are
-        self.logged: list[Tensor] | None = None  # numbers of kept and of valid items, threshold, mass
+        self.logged: Tensor | None = None  # `[5]`: numbers of kept and of valid items, threshold, kept mass, mass
         self.masses: list[Tensor] = []  # of each group of items: `[2]`, the mass of one's own and their number
         self._values: list[Tensor] = []  # what the calls returned, until the choice is made
-        self._joined: list[int] = []  # of each choice together with other processes, the number of calls
+        self._joined: list[int] = []  # of each choice together with other processes, how many numbers of an item
 
     @property
     def keeps_all(self) -> bool:
@@ -86,6 +86,28 @@ class TrimmedBatch:
     def counts_all(self) -> bool:
         """Whether a mean is divided by the number of all items. The items with little mass have hardly a gradient."""
         return self.config.is_adaptive and self.config.trim_select == "hardest"
+
+    @property
+    def is_bounded_by_labels(self) -> bool:
+        """Whether no loss has more items with a label than the mini-batch has labels. The host waits for it."""
+        if self.labels is None:
+            return False
+        most = int(self.labels.ne(IGNORE_INDEX).sum())
+        return all(int(call.labelled.sum()) <= most for call in self.calls)
+
+    def if_plain(self, plain: Tensor) -> Tensor | None:
+        """
+        Args:
+            plain (`torch.Tensor`): What a loss function has returned, where everything is kept.
+
+        Returns:
+            `torch.Tensor` or `None`: The same if it can be the loss: if there is no NaN, which may mean that there is
+            no label. Where the host would wait to see it, [`LossCall`] and [`select`] find what is wrong.
+        """
+        can_wait = self.config.trim_nonfinite == "drop" or self.checks.is_first
+        if not (can_wait or waiting.reads_freely(plain.device)):
+            return plain
+        return plain if plain.isfinite().all() else None
 
     # ---- calls ----------------------------------------------------------------------------------------------------
 
@@ -162,7 +184,7 @@ class TrimmedBatch:
             `torch.Tensor`: The loss, with that gradient.
         """
         call = LossCall(zero[None], zero.new_ones(1), "sum", 1)
-        call.full, call.kept = loss.detach(), Kept(zero.new_zeros(0, dtype=torch.long), zero.new_zeros(()), None)
+        call.full, call.kept = loss.detach(), Kept(zero.new_zeros(0, dtype=torch.long), zero.new_zeros(()))
         self.scored = None
         return self.add(call)
 
@@ -183,16 +205,16 @@ class TrimmedBatch:
             )
         scored = calls.pop(0)
         if scored.kept is None:  # the loss does not depend on it
-            call.kept = Kept(torch.zeros(0, dtype=torch.long), torch.zeros(()), None)
+            call.kept = Kept(torch.zeros(0, dtype=torch.long), torch.zeros(()))
             call.is_unknown = True
             return
-        elements, factor, _ = scored.kept
+        elements = scored.kept.elements
         if call.losses.numel() != scored.losses.numel():  # the model has run the kept samples alone
             if call.reduction == "none":
                 raise ValueError("mark_losses in a model's forward pass cannot go with trim_backward='replay'.")
             count = call.losses.numel() if elements.numel() else 0
             elements, call.full = torch.arange(count, device=elements.device), scored.full
-        call.kept = Kept(elements, factor, None)
+        call.kept = Kept(elements, scored.kept.factor)
 
     def rank_by(self, score: Callable[[Tensor], Tensor]) -> None:
         """
@@ -204,7 +226,7 @@ class TrimmedBatch:
         if not self.keeps_all:
             for call in self.calls:
                 if call.kept is None:
-                    call.rank_by(score, self.config.trim_unit == "sample")
+                    call.rank_by(score, self.config.trim_unit == "sample", self.checks)
 
     # ---- the choice -----------------------------------------------------------------------------------------------
 
@@ -230,7 +252,7 @@ class TrimmedBatch:
             weights |= {id(value): weight for value, weight in zip(values, found, strict=True)}
         # Calls without a weight computed metrics.
         used = [
-            (call, self._total_weight(call, weight.detach()))
+            (call, total_weight(call, weight.detach()))
             for call, value in pending
             if (weight := weights[id(value)]) is not None
         ]
@@ -242,71 +264,98 @@ class TrimmedBatch:
         if not self.is_scoring:
             self.calls = [call for call in self.calls if call.kept is not None]
 
-    @staticmethod
-    def _total_weight(call: LossCall, weight: Tensor) -> Tensor:
-        """The weight of all losses of a call together, from that of its value."""
-        if call.reduction == "mean" or weight.dim():
-            return weight.sum()
-        return weight * call.scale * call.losses.numel()
-
     def _is_per_sample(self, call: LossCall) -> bool:
         rows, length = call.losses.shape
         if self.config.trim_unit == "sample" and rows > self.batch_size:
-            raise self._unknown_samples(rows)
+            raise ValueError(unknown_samples(self.batch_size).format(count=rows))
         return rows == self.batch_size and (length == 1 or self.config.trim_unit == "sample")
 
     def _groups(self, calls: Track) -> list[list[Track]]:
         """The calls, sorted by what they are over: groups that are ranked together, of calls over the same items."""
-        tracks: dict[tuple, Track] = {}
-        for number, (call, weight) in enumerate(calls):
-            target = call.target
-            if self._is_per_sample(call):
-                key: tuple = ("samples",)
-            elif target is None:
-                key = (number,)
-            else:
-                key = (target.data_ptr(), target.shape, target.stride(), call.losses.numel())
-            tracks.setdefault(key, []).append((call, weight))
-        self.per_sample = all(key == ("samples",) for key in tracks)
+        groups = groups_of(calls, self._is_per_sample)
+        self.per_sample = all(self._is_per_sample(call) for call, _ in calls)
         has_label_per_sample = self.labels is None or self.labels.numel() == self.batch_size
-        if self.config.trim_unit == "token" and self.per_sample and tracks and has_label_per_sample:
+        if self.config.trim_unit == "token" and self.per_sample and has_label_per_sample:
             raise ValueError(
                 "trim_unit='token' needs a loss per token, and this model has one per sample: use trim_unit='auto' or "
                 "'sample'."
             )
-        groups: dict[tuple, list[Track]] = {}
-        for key, track in tracks.items():
-            is_piece = len(track) == 1 and track[0][0].reduction == "sum" and key != ("samples",)
-            groups.setdefault(track[0][0].kind if is_piece else (key,), []).append(track)
-        return list(groups.values())
+        return groups
 
     def _select(self, tracks: list[Track]) -> None:
         """Choose among the items of some calls, together with the other processes if there is a process group."""
-        ranked = [self._scores(track) for track in tracks]
-        sizes = [len(scores) for scores, _, _ in ranked]
-        scores, mass, valid = (torch.cat(x) for x in zip(*ranked, strict=True))
-        own_mass, start = mass.where(valid, 0), 0  # the items of this process begin at `start`
-        mass, number = own_mass, len(self.masses)
-        self.masses.append(torch.stack([mass.sum(), valid.sum().to(mass)]))
+        ranked = [self._items(track) for track in tracks]
+        items, most = Items.joined(ranked), sum(self._most_valid(track) for track in tracks)
+        own_mass, start, number = items.mass.where(items.valid, 0), 0, len(self.masses)
+        items = items._replace(mass=own_mass)
+        self.masses.append(torch.stack([own_mass.sum(), items.valid.sum().to(own_mass)]))
         if self.process_group is not None:
-            if self.config.is_adaptive:  # or the mass decides nothing, and is not sent around
-                mass, _ = self.process_group.union(mass)
-            scores, start = self.process_group.union(scores.where(valid, -torch.inf))
-            valid = scores > -torch.inf
-        self.most_items = max(self.most_items, len(scores))
-        chosen, rest = self.choose(scores, mass, valid, number)
-        self._note_for_logs(scores, valid, chosen, own_mass, _part(chosen, start, len(own_mass)))
-        divided = rest.nonzero().flatten() if self.counts_all else chosen
-        kept: list[tuple[LossCall, Tensor, Tensor]] = []
-        divisors: list[Tensor] = []
-        for track, size in zip(tracks, sizes, strict=True):
-            items, counted = _part(chosen, start, size), _part(divided, start, size)
-            start += size
-            kept += [(call, items, self._elements(call, items)) for call, _ in track]
-            divisors += [call.counts.flatten()[self._elements(call, counted)].sum() for call, _ in track]
-        self._keep(kept, divisors, is_pooled=len(tracks) > 1)
+            items, start = self._union(self.process_group, items)  # the items of this process begin at `start`
+            most = len(items.scores)
+        self.most_items = max(self.most_items, len(items.scores))
+        chosen, rest, most = self.choose(items.scores, items.mass, items.valid, most, number)
+        own = chosen[start : start + len(own_mass)]
+        self._note_for_logs(items, chosen, own_mass, own)
+        counts, divisors = items.counts.sum(0), items.counts.where((rest if self.counts_all else chosen)[:, None], 0)
+        kept: list[tuple[LossCall, Kept]] = []
+        for track, part in zip(tracks, own.split([len(x.scores) for x in ranked]), strict=True):
+            kept += self._kept(track, part, most)
+        processes = 1 if self.process_group is None else self.process_group.size
+        # Pieces of one loss have one number; other calls over the same items have one each.
+        sums = zip(counts.expand(len(kept)), divisors.sum(0).expand(len(kept)), strict=True)
+        rows = self._rows([call for call, _ in kept], kept[0][1].elements)
+        for (call, part), (count, divisor) in zip(kept, sums, strict=True):
+            # The engines average over the processes; a mean is over the items of all.
+            whole = processes if call.reduction == "mean" else count * call.scale
+            call.kept = part._replace(factor=torch.where(divisor > 0, whole / divisor, 0), rows=rows)
 
-    def choose(self, scores: Tensor, mass: Tensor, valid: Tensor, number: int = 0) -> tuple[Tensor, Tensor]:
+    def _items(self, track: Track) -> Items:
+        """The items of some calls. Those of samples with NaN and infinity are no items, or refused."""
+        call = track[0][0]
+        is_per_sample = self._is_per_sample(call)
+        if is_per_sample:
+            for other, _ in track:
+                if other.losses.shape[1] > 1:
+                    check_samples(other, self.labels, self.batch_size, self.checks)
+        elif call.most_labels < call.losses.numel():
+            more = (call.labelled.sum() - call.most_labels).clamp(min=0)
+            self.checks.refuse(
+                more, "The loss of a mini-batch has {count} labels that its labels lack: set trim_backward='dense'."
+            )
+        items = items_of(track, is_per_sample)
+        num_nonfinite, total = (~items.finite).sum(), items.finite.numel()
+        if self.config.trim_nonfinite == "error":
+            self.checks.refuse(
+                num_nonfinite,
+                f"{{count}} of {total} losses of this mini-batch are NaN or infinite, and ranking them means nothing. "
+                f"{NONFINITE_ADVICE}",
+            )
+        elif int(num_nonfinite):
+            if len(call.losses) != self.batch_size:
+                raise ValueError(unknown_samples(self.batch_size).format(count=total))
+            finite = items.finite.view(self.batch_size, -1).all(1)
+            self.dropped += int((~finite).sum())
+            return items._replace(valid=items.valid & finite.repeat_interleave(total // self.batch_size))
+        return items._replace(valid=items.valid & items.finite)
+
+    def _most_valid(self, track: Track) -> int:
+        """How many items can have a label, as far as the host knows."""
+        call = track[0][0]
+        return self.batch_size if self._is_per_sample(call) else call.most_labels
+
+    def _union(self, process_group: ProcessGroup, items: Items) -> tuple[Items, int]:
+        """The items of all processes, and where one's own begin: in one collective operation."""
+        scores, mass = items.scores.where(items.valid, -torch.inf), items.mass
+        own = torch.cat([scores[:, None], mass[:, None], items.counts], 1)
+        self._joined.append(own.shape[1])
+        union, start = process_group.union(own)
+        scores, mass, counts = union[:, 0], union[:, 1], union[:, 2:]
+        valid = scores > -torch.inf
+        return Items(scores, mass, valid, valid, counts), start
+
+    def choose(
+        self, scores: Tensor, mass: Tensor, valid: Tensor, most: int, number: int = 0
+    ) -> tuple[Tensor, Tensor, int]:
         """
         The items to keep.
 
@@ -314,56 +363,56 @@ class TrimmedBatch:
             scores (`torch.Tensor`): `[n]` losses of the items.
             mass (`torch.Tensor`): `[n]` gradient mass of the items.
             valid (`torch.Tensor`): `[n]`, which of them may be kept.
+            most (`int`): How many may be kept at most.
             number (`int`, *optional*, defaults to 0): Which group of items it is.
 
         Returns:
-            `tuple[torch.Tensor, torch.Tensor]`: `[k]` ascending indices, and `[n]`, which items they were chosen from:
-            all but the hardest, if `trim_skip_hardest` leaves these out.
+            `tuple[torch.Tensor, torch.Tensor, int]`: `[n]`, which are kept; `[n]`, which items they were chosen from:
+            all but the hardest, if `trim_skip_hardest` leaves these out; and how many are kept at most, as far as the
+            host knows.
         """
         config = self.config
         rest, ties = without_hardest(scores, valid, config.trim_skip_hardest), None
         if config.is_adaptive:
             mass, ties = mass.where(rest, 0), scores
             mean_mass = self.mean_masses[number] if number < len(self.mean_masses) else 0.0
-            count, scores = num_carrying(mass, config.trim_mass, mean_mass * int(rest.sum())), mass
+            count, scores = num_carrying(mass, config.trim_mass, rest.sum().double() * mean_mass), mass
         else:
-            count = num_kept(self.keep, int(valid.sum()))
-        select = config.trim_select
-        return top_items(scores, count, ties=ties, valid=rest, select=select, generator=self.generator), rest
+            count, most = num_kept(self.keep, waiting.number(valid.sum())), num_kept(self.keep, most)
+        chosen = top_mask(scores, count, rest, ties=ties, select=config.trim_select, generator=self.generator)
+        return chosen, rest, most
 
-    def _elements(self, call: LossCall, items: Tensor) -> Tensor:
-        """The losses of the kept items: samples 0 and 2 of 3 tokens each have [0, 1, 2, 6, 7, 8]."""
-        length = call.losses.shape[1]
-        if not self._is_per_sample(call) or length == 1:
-            return items
-        return (items[:, None] * length + torch.arange(length, device=items.device)).flatten()
-
-    def _keep(self, kept: list[tuple[LossCall, Tensor, Tensor]], divisors: list[Tensor], is_pooled: bool) -> None:
-        """Note what is kept of the calls in a group, and what each kept loss counts for: a mean has these divisors."""
-        counts = [call.counts.sum() for call, _, _ in kept]
-        processes = 1
-        if self.process_group is not None:
-            self._joined.append(len(kept))
-            processes = self.process_group.size
-            sums = self.process_group.sum(counts + divisors)
-            counts, divisors = sums[: len(kept)], sums[len(kept) :]
-        if is_pooled:
-            counts, divisors = [sum(counts)] * len(kept), [sum(divisors)] * len(kept)  # type: ignore[list-item]
-        rows = self._rows(kept)
-        for (call, _, elements), count, divisor in zip(kept, counts, divisors, strict=True):
-            # The engines average over the processes; a mean is over the items of all.
-            whole = processes if call.reduction == "mean" else count * call.scale
-            call.kept = Kept(elements, torch.where(divisor > 0, whole / divisor, 0), rows)
-
-    def _rows(self, kept: list[tuple[LossCall, Tensor, Tensor]]) -> Rows | None:
-        """The kept samples of a group, if its backward pass is row-sparse."""
-        call, items, elements = kept[0]
-        is_per_sample = self._is_per_sample(call)
+    def _kept(self, track: Track, chosen: Tensor, most: int) -> list[tuple[LossCall, Kept]]:
+        """Of the calls over the same items, the losses of the `chosen` ones, of which there are `most` at most."""
+        call = track[0][0]
+        is_per_sample, is_free = self._is_per_sample(call), waiting.reads_freely(chosen.device)
+        # Whether the backward pass costs what the items do: row-sparse, or the gradient of a head in chunks.
+        is_lean = is_per_sample and self.sparse and call.plain is None or call.logits is not None
+        # Then their number is worth a wait where it follows the losses, since its bound is that of all items. No
+        # others may be among them where some are dropped: 0 · NaN = NaN. A replay's first pass decides what is run.
+        follows_losses = is_lean and not self.keeps_all and (self.config.is_adaptive or self.process_group is not None)
+        is_exact = is_free or self.is_scoring or self.dropped > 0 or follows_losses
+        items = places(chosen, None if is_exact else most if is_lean else len(chosen))
+        is_kept = None if is_free else chosen[items]
         if is_per_sample:
             self.samples = items
+        kept = []
+        for call, _ in track:
+            length = call.losses.shape[1]
+            elements, which = items, is_kept
+            if is_per_sample and length > 1:  # samples 0 and 2 of 3 tokens each have the losses [0, 1, 2, 6, 7, 8]
+                elements = (items[:, None] * length + torch.arange(length, device=items.device)).flatten()
+                which = None if is_kept is None else is_kept.repeat_interleave(length)
+            kept.append((call, Kept(elements, chosen.new_zeros(()), None, which)))
+        return kept
+
+    def _rows(self, calls: list[LossCall], elements: Tensor) -> Rows | None:
+        """The kept samples of a group, if its backward pass is row-sparse."""
+        call = calls[0]
+        is_per_sample = self._is_per_sample(call)
         if self.is_scoring or call.plain is not None:
             return None
-        dense_above = DENSE_ABOVE
+        dense_above, items = DENSE_ABOVE, self.samples
         if self.dropped:
             # A dropped sample must not get a gradient of zero either, since 0 · NaN = NaN. So the backward pass is
             # row-sparse, however many samples are kept.
@@ -371,8 +420,8 @@ class TrimmedBatch:
             items = items if is_per_sample else (elements // call.losses.shape[1]).unique()
         elif not (is_per_sample and self.sparse):
             return None
-        sources = [call.losses if call.logits is None else call.logits.hidden for call, _, _ in kept]
-        return prepare_rows(sources, items, self.batch_size, dense_above)
+        sources = [call.losses if call.logits is None else call.logits.hidden for call in calls]
+        return prepare_rows(sources, cast(Tensor, items), self.batch_size, dense_above)
 
     @property
     def has_no_graph(self) -> bool:
@@ -383,83 +432,17 @@ class TrimmedBatch:
     def join_without_items(self) -> None:
         """Take part in the choice of processes that have one mini-batch more; needs `process_group`."""
         assert self.process_group is not None
-        for num_calls in self._joined:
-            self.process_group.join_without_items(num_calls, num_unions=2 if self.config.is_adaptive else 1)
+        for width in self._joined:
+            self.process_group.union(torch.zeros(0, width, device=self.process_group.device))
 
-    # ---- scores ---------------------------------------------------------------------------------------------------
-
-    def _scores(self, track: Track) -> tuple[Tensor, Tensor, Tensor]:
-        """For each item: its loss and its gradient mass, weighted over the calls, and whether it may be kept."""
-        total = torch.stack([weight for _, weight in track]).abs().sum()
-        scores: list[Tensor] = []
-        masses: list[Tensor] = []
-        labelled: list[Tensor] = []
-        finite: list[Tensor] = []
-        for call, weight in track:
-            share = torch.where(total != 0, weight / total, 1 / len(track))
-            rank, is_labelled, is_finite = call.scores, call.labelled, call.finite | ~call.labelled
-            mass = call.mass()
-            if self._is_per_sample(call) and call.losses.shape[1] > 1:
-                self._check_samples(call)
-                counts = call.counts.sum(1)
-                counts = counts.where(counts != 0, 1)
-                rank, mass = rank.where(is_labelled, 0).sum(1) / counts, mass.sum(1) / counts
-                is_labelled, is_finite = is_labelled.any(1), is_finite.all(1)
-            scores.append(share * rank.flatten())
-            masses.append(share.abs() * mass.flatten())
-            labelled.append(is_labelled.flatten())
-            finite.append(is_finite.flatten())
-        may_be_kept: Tensor = self._finite(torch.stack(finite).all(0), track[0][0])
-        valid = torch.stack(labelled).any(0) & may_be_kept
-        return torch.stack(scores).sum(0), torch.stack(masses).sum(0), valid
-
-    def _check_samples(self, call: LossCall) -> None:
-        """
-        Check that each sample has as many losses as labels. Some models leave out what has no label, so that losses
-        are not in the places of their labels.
-        """
-        if self.labels is None or self.labels.dim() < 2 or call.ignore_index is None:
+    def _note_for_logs(self, items: Items, chosen: Tensor, mass: Tensor, own: Tensor) -> None:
+        """Note what was `chosen` of the items of all processes that choose together, and the `mass` of one's own."""
+        if (self.is_scoring or waiting.reads_freely(chosen.device)) and not chosen.any():
             return
-        num_losses = call.labelled.sum(1)
-        labelled: Tensor = self.labels.to(call.losses.device).ne(call.ignore_index)
-        if not any(torch.equal(num_losses, x.flatten(1).sum(1)) for x in (labelled, labelled[..., 1:])):
-            raise self._unknown_samples(int(num_losses.sum()))
-        if call.target is not None and call.target.numel() == call.losses.numel():
-            turned = call.target.reshape(call.losses.shape[::-1]).t()  # [T, B] → [B, T]
-            rows = call.target.reshape(call.losses.shape)
-            for expected in (self.labels, self.labels[..., 1:]):
-                if torch.equal(turned, expected) and not torch.equal(rows, expected):
-                    raise self._unknown_samples(int(num_losses.sum()))
-
-    def _unknown_samples(self, count: int) -> ValueError:
-        return ValueError(
-            f"The model has {count} losses for {self.batch_size} samples, and which belong to which is not known: use "
-            "trim_unit='token' and trim_nonfinite='error'."
-        )
-
-    def _finite(self, finite: Tensor, call: LossCall) -> Tensor:
-        """Which items may be kept: those of samples without NaN and infinity. Others are dropped, or refused."""
-        num_nonfinite = int((~finite).sum())
-        if not num_nonfinite:
-            return finite
-        if self.config.trim_nonfinite == "error":
-            raise ValueError(
-                f"{num_nonfinite} of {finite.numel()} losses of this mini-batch are NaN or infinite, and ranking them "
-                "means nothing. Look at the data and the learning rate; trim_nonfinite='drop' leaves such samples "
-                "out."
-            )
-        if len(call.losses) != self.batch_size:
-            raise self._unknown_samples(finite.numel())
-        finite_samples = finite.view(self.batch_size, -1).all(1)
-        self.dropped += int((~finite_samples).sum())
-        return finite_samples.repeat_interleave(finite.numel() // self.batch_size)
-
-    def _note_for_logs(self, scores: Tensor, valid: Tensor, kept: Tensor, mass: Tensor, own: Tensor) -> None:
-        """Note what was `kept` of the items of all processes that choose together, and the `mass` of one's own."""
-        if not kept.numel():
-            return
-        numbers = [scores.new_tensor(float(kept.numel())), valid.sum().to(scores)]
-        if self.logged is None:
-            self.logged = [*numbers, scores[kept].min(), mass[own].sum(), mass.sum()]
-        else:  # several kinds of items: threshold and mass are those of the first kind
-            self.logged[:2] = [x + y for x, y in zip(self.logged, numbers, strict=False)]
+        numbers = [chosen.sum(), items.valid.sum()]
+        threshold = items.scores.where(chosen, torch.inf).min()
+        noted = torch.stack([*(x.to(mass) for x in numbers), threshold, mass.where(own, 0).sum(), mass.sum()])
+        if self.logged is not None:  # several kinds of items: threshold and mass are those of the first kind
+            first = torch.where(self.logged[0] > 0, self.logged, noted)
+            noted = torch.cat([self.logged[:2] + noted[:2], first[2:]])
+        self.logged = noted

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from hf_trim.backward import BACKWARD_CHOICES, take_kept
 from hf_trim.backward.replay import scoring
 from hf_trim.messages import check_choice
-from hf_trim.trainer.lm_head import LazyLogits
+from hf_trim.trainer.kept import Kept
+from hf_trim.trainer.lm_head import LazyLogits, LMHead
 from hf_trim.trainer.selection import NONFINITE_CHOICES, SELECT_CHOICES, select_items
 
 
@@ -161,7 +162,8 @@ def trimmed_linear_cross_entropy(
             f"Expected hidden [..., H], weight [V, H] and target [...]; got {list(hidden.shape)}, "
             f"{list(weight.shape)} and {list(target.shape)}."
         )
-    logits = LazyLogits(hidden.flatten(0, -2), weight, bias, keep_all=keep == 1 or select == "none")
+    head = LMHead(weight, keep_all=keep == 1 or select == "none")
+    logits = LazyLogits(hidden.flatten(0, -2), weight, bias, head=head)
     target = target.flatten()
     losses = logits.score(target, ignore_index=ignore_index, label_smoothing=label_smoothing)
     valid = target != ignore_index
@@ -170,4 +172,4 @@ def trimmed_linear_cross_entropy(
     kept = select_items(losses, keep, valid=valid, select=select, generator=generator)
     if not kept.numel():
         return hidden.sum() * 0
-    return logits.attach(losses[kept].mean(), lambda grad: (kept, None, grad / kept.numel()))
+    return logits.attach(losses[kept].mean(), lambda grad: Kept(kept, grad / kept.numel()))

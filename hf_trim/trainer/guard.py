@@ -34,7 +34,7 @@ def unlearns(history: list[dict[str, Any]]) -> tuple[float, float, float, float]
         `tuple[float, float, float, float]` or `None`: The lowest `full_loss` and p there, then the last ones, if it
             has risen by more than 5 % and more than chance; each is an average over a quarter of the logs.
     """
-    logs = [log for log in history if "full_loss" in log]
+    logs = [log for log in history if "full_loss" in log and "keep_fraction" in log]  # which lacks without an item
     if len(logs) < 5:
         return None
     losses = [log["full_loss"] for log in logs]

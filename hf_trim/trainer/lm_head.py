@@ -22,6 +22,9 @@ from torch.autograd.function import once_differentiable
 from hf_trim.backward._torch_internals import make_wrapper_subclass, tree_map_only
 from hf_trim.backward.eager.rows import Rows
 from hf_trim.backward.eager.sparse import row_gradient
+from hf_trim.backward.waiting import Later
+from hf_trim.trainer.kept import Kept
+from hf_trim.trainer.selection import places
 
 
 MIN_VOCABULARY = 4096  # with a smaller one, all logits at once cost little
@@ -50,13 +53,16 @@ class LMHead:
     The linear layer that computes a language model's logits.
 
     Args:
-        module (`torch.nn.Linear`): The layer, as `model.get_output_embeddings()` returns it.
+        weight (`torch.Tensor`): The weight of the layer that `model.get_output_embeddings()` returns.
         keep_all (`bool`): Whether all tokens will be kept. The gradients are then computed together with the scores.
+        num_labels ([`~hf_trim.backward.waiting.Later`], *optional*): The number of the mini-batch's labels, for which
+            the device was asked before the forward pass. Without, the host waits for the number of tokens with one.
     """
 
-    def __init__(self, module: nn.Linear, keep_all: bool):
-        self.module = module
+    def __init__(self, weight: Tensor, keep_all: bool, num_labels: Later | None = None):
+        self.weight = weight
         self.keep_all = keep_all
+        self.num_labels = num_labels
 
     def computes(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
         """
@@ -66,7 +72,7 @@ class LMHead:
         Returns:
             `bool`: Whether the layer makes this call.
         """
-        return weight is self.module.weight and type(input) is Tensor
+        return weight is self.weight and type(input) is Tensor
 
 
 def find_lm_head(model: nn.Module) -> nn.Linear | None:
@@ -97,7 +103,7 @@ class LazyLogits(Tensor):
     casting, scaling) are remembered. Any other operation computes the ordinary tensor first.
     """
 
-    __slots__ = ("hidden", "weight", "bias", "steps", "keep_all", "autocast", "computed", "options", "gradients")
+    __slots__ = ("hidden", "weight", "bias", "steps", "head", "autocast", "computed", "options", "gradients")
 
     @staticmethod
     def __new__(cls, hidden: Tensor, weight: Tensor, bias: Tensor | None = None, **kwargs):
@@ -105,8 +111,8 @@ class LazyLogits(Tensor):
         shape = (*hidden.shape[:-1], weight.shape[0])
         return make_wrapper_subclass(cls, shape, dtype=kwargs.get("dtype", dtype), device=hidden.device)
 
-    def __init__(self, hidden, weight, bias=None, *, keep_all, steps=(), dtype=None):
-        self.hidden, self.weight, self.bias, self.steps, self.keep_all = hidden, weight, bias, steps, keep_all
+    def __init__(self, hidden, weight, bias=None, *, head, steps=(), dtype=None):
+        self.hidden, self.weight, self.bias, self.steps, self.head = hidden, weight, bias, steps, head
         # The backward pass computes logits again, and must do so as the forward pass did.
         self.autocast = torch.get_autocast_dtype(hidden.device.type) if _autocast(hidden) else None
         self.computed = self.gradients = self.options = None
@@ -116,7 +122,7 @@ class LazyLogits(Tensor):
         hidden = self.hidden if hidden is None else hidden
         steps = self.steps if step is None else (*self.steps, step)
         dtype = self.dtype if dtype is None else dtype
-        return LazyLogits(hidden, self.weight, self.bias, keep_all=self.keep_all, steps=steps, dtype=dtype)
+        return LazyLogits(hidden, self.weight, self.bias, head=self.head, steps=steps, dtype=dtype)
 
     def materialize(self) -> Tensor:
         """The ordinary tensor, with its graph."""
@@ -176,43 +182,62 @@ class LazyLogits(Tensor):
         """
         self.options = {"weight": weight, "ignore_index": ignore_index, "label_smoothing": label_smoothing}
         self.options["target"] = target
-        labelled = (target != ignore_index).nonzero().flatten()
-        if self.keep_all and torch.is_grad_enabled():
-            losses, *gradients = self._compute(labelled, True)
+        valid = target != ignore_index
+        labelled = places(valid, self.most_labels if self._is_bounded else None)
+        counts = valid[labelled] if self._is_bounded else None
+        if self.head.keep_all and torch.is_grad_enabled():
+            losses, *gradients = self._compute(labelled, True, counts)
             self.gradients = (labelled, *gradients)
         else:
-            losses, *_ = self._compute(labelled, False)
+            losses, *_ = self._compute(labelled, False, counts)
         return losses.new_zeros(len(target)).index_copy(0, labelled, losses)
 
-    def attach(self, value: Tensor, choose: Callable[[Tensor], tuple[Tensor, Rows | None, Tensor]]) -> Tensor:
+    @property
+    def _is_bounded(self) -> bool:
+        return self.head.num_labels is not None
+
+    @property
+    def most_labels(self) -> int:
+        """How many tokens can have a label, as far as the host knows."""
+        number, size = self.head.num_labels, self.shape[:-1].numel()
+        return size if number is None else min(size, int(number.read()))
+
+    def attach(self, value: Tensor, choose: Callable[[Tensor], Kept]) -> Tensor:
         """
         Give a graph to a value that was computed from the losses. Only the gradients of the kept tokens are computed,
         in the backward pass.
 
         Args:
             value (`torch.Tensor`): A scalar.
-            choose (`Callable`): Called in the backward pass with the gradient of the value. It returns `[k]` indices
-                of the kept tokens, the prepared rows of the samples that they belong to (or `None`), and the gradient
-                of each of their losses, a scalar.
+            choose (`Callable`): Called in the backward pass with the gradient of the value. It returns what is kept,
+                with the gradient of each kept loss, a scalar, as the factor.
 
         Returns:
             `torch.Tensor`: The scalar, with the layer and its input as its graph.
         """
         return _KeptLosses.apply(self.hidden, self.weight, self.bias, value, self, choose)
 
-    def kept_gradients(self, kept: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+    def kept_gradients(self, kept: Tensor, is_kept: Tensor | None) -> tuple[Tensor, list[Tensor | None]]:
         """The labelled ones of the kept tokens; the gradients of the sum of their losses for input, weight, bias."""
-        kept = kept[self.options["target"][kept] != self.options["ignore_index"]]
+        counts = self.options["target"][kept] != self.options["ignore_index"]
+        counts = counts if is_kept is None else counts & is_kept
+        found = places(counts, self.most_labels if self._is_bounded else None)
+        kept, counts = kept[found], counts[found] if self._is_bounded else None
         ready, self.gradients = self.gradients, None  # they will be scaled in place
         if ready is None or len(ready[0]) != len(kept):
-            _, *gradients = self._compute(kept, True)
+            _, *gradients = self._compute(kept, True, counts)
             return kept, gradients
         return kept, list(ready[1:])
 
     @torch.no_grad()
-    def _compute(self, tokens: Tensor, with_gradients: bool):
-        """The losses of some tokens, and the gradients of their sum for the hidden states, the weight and the bias."""
+    def _compute(self, tokens: Tensor, with_gradients: bool, counts: Tensor | None):
+        """
+        The losses of some tokens, and the gradients of their sum for the hidden states, the weight and the bias. Those
+        whose `counts` are false have no loss and no gradient.
+        """
         hidden, target = self.hidden.detach(), self.options["target"]
+        if counts is not None:  # for the others any class will do
+            target = target.where(target != self.options["ignore_index"], 0)
         weight, bias = self.weight.detach(), None if self.bias is None else self.bias.detach()
         if (dtype := self.autocast) is not None:
             hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -227,20 +252,26 @@ class LazyLogits(Tensor):
             for start in range(0, len(tokens), size):
                 part, chunk = slice(start, start + size), tokens[start : start + size]
                 inputs = hidden.index_select(0, chunk)
+                if counts is not None:  # the hidden states of padding need not be finite
+                    inputs = inputs.where(counts[part, None], 0)
                 logits = F.linear(inputs, weight, bias)
                 losses[part], d_logits = self._losses(logits, target.index_select(0, chunk), with_gradients)
                 del logits
+                if counts is not None:
+                    losses[part].mul_(counts[part])
                 if d_logits is None or d_hidden is None:  # no gradients are asked for
                     continue
                 d_logits = d_logits.to(inputs.dtype)
                 torch.mm(d_logits, weight, out=d_hidden[part])
+                if counts is not None:
+                    d_hidden[part].mul_(counts[part, None])
                 if d_weight is not None:
                     if d_weight.dtype == inputs.dtype:
                         d_weight.addmm_(d_logits.t(), inputs)
                     else:
                         d_weight += d_logits.t() @ inputs
                 if d_bias is not None:
-                    d_bias += d_logits.sum(0)
+                    d_bias += d_logits.sum(0) if counts is None else counts[part].to(d_logits) @ d_logits
         return losses, d_hidden, d_weight, d_bias
 
     def _losses(self, logits: Tensor, target: Tensor, with_gradients: bool) -> tuple[Tensor, Tensor | None]:
@@ -273,8 +304,8 @@ class _KeptLosses(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        tokens, rows, factor = ctx.choose(grad)
-        tokens, gradients = ctx.logits.kept_gradients(tokens)
+        tokens, factor, rows, is_kept = ctx.choose(grad)
+        tokens, gradients = ctx.logits.kept_gradients(tokens, is_kept)
         d_hidden, d_weight, d_bias = (None if x is None else x.mul_(factor) for x in gradients)
         d_hidden = _scatter(d_hidden, tokens, rows, ctx.shape) if ctx.needs_input_grad[0] else None
         return d_hidden, d_weight, d_bias, None, None, None

@@ -20,9 +20,10 @@ class TrimmingLogs:
     """
 
     def __init__(self):
-        names = ("keep_fraction", "kept_fraction", "trim_threshold", "kept_mass", "mass", "full_loss")
-        self._sums = dict.fromkeys(names, 0.0)
-        self._counts = dict.fromkeys(self._sums, 0)
+        # The numbers stay on the device until a log is due.
+        self._trimmed: Tensor | float = 0.0  # `[6]`, sums over the mini-batches that were trimmed, and their number
+        self._num_untrimmed = 0
+        self._loss: Tensor | float = 0.0
         self._first_step: int | None = None  # the optimizer step in which the sums begin
 
     def add(self, batch: TrimmedBatch) -> None:
@@ -35,15 +36,15 @@ class TrimmingLogs:
         if batch.keeps_all:
             self.add_untrimmed()
         elif batch.logged is not None:
-            num_kept, num_valid, threshold, kept_mass, mass = batch.logged
+            num_kept, num_valid = batch.logged[:2]
             kept = num_kept / num_valid
-            keep = kept if batch.config.is_adaptive else batch.keep
-            self._add(keep_fraction=keep, kept_fraction=kept, trim_threshold=threshold)
-            self._add(kept_mass=kept_mass, mass=mass)
+            keep = kept if batch.config.is_adaptive else torch.full_like(kept, batch.keep)
+            values = torch.cat([torch.stack([keep, kept]), batch.logged[2:], torch.ones_like(batch.logged[:1])])
+            self._trimmed = self._trimmed + values.where(num_valid > 0, 0)
 
     def add_untrimmed(self) -> None:
         """Add a mini-batch of which everything is kept."""
-        self._add(keep_fraction=1.0, kept_fraction=1.0)
+        self._num_untrimmed += 1
 
     def add_loss(self, loss: Tensor, step: int) -> None:
         """
@@ -53,13 +54,8 @@ class TrimmingLogs:
             loss (`torch.Tensor`): The scalar loss of a training step, before it is trimmed.
             step (`int`): Number of optimizer steps so far.
         """
-        self._add(full_loss=loss.detach())
+        self._loss = self._loss + loss.detach()
         self._first_step = step if self._first_step is None else self._first_step
-
-    def _add(self, **values: Tensor | float) -> None:
-        for name, value in values.items():
-            self._sums[name] = self._sums[name] + value
-            self._counts[name] += 1
 
     def take(self, accelerator: Accelerator, device: torch.device, step: int) -> dict[str, float]:
         """
@@ -73,17 +69,20 @@ class TrimmingLogs:
         Returns:
             `dict[str, float]`: Name → average; without what was not met.
         """
-        numbers = [*self._sums.values(), *self._counts.values()]
-        totals = torch.stack([torch.as_tensor(x, dtype=torch.float32, device=device) for x in numbers])
-        sums, counts = accelerator.reduce(totals).chunk(2)
+        parts = [torch.as_tensor(x, dtype=torch.float32, device=device) for x in (self._trimmed, self._loss)]
+        untrimmed = torch.full((1,), float(self._num_untrimmed), device=device)
+        totals = accelerator.reduce(torch.cat([parts[0].expand(6), parts[1].reshape(1), untrimmed])).tolist()
+        keep, kept, threshold, kept_mass, mass, num_trimmed, loss, num_untrimmed = totals
+        averages: dict[str, float] = {}
+        if number := num_trimmed + num_untrimmed:
+            averages["keep_fraction"] = (keep + num_untrimmed) / number
+            averages["kept_fraction"] = (kept + num_untrimmed) / number
+        if num_trimmed:
+            averages["trim_threshold"] = threshold / num_trimmed
+            averages["kept_mass"] = kept_mass / mass if mass > 0 else 1.0
         # `Trainer` divides its loss by the number of optimizer steps, not of mini-batches.
         num_steps = (step - (self._first_step or 0)) * accelerator.num_processes
-        averages = {
-            name: value / (num_steps if name == "full_loss" else count)
-            for name, value, count in zip(self._sums, sums.tolist(), counts.tolist(), strict=True)
-            if count and (name != "full_loss" or num_steps > 0)
-        }
-        if (mass := averages.pop("mass", None)) is not None:
-            averages["kept_mass"] = averages["kept_mass"] / mass if mass > 0 else 1.0
+        if self._first_step is not None and num_steps > 0:
+            averages["full_loss"] = loss / num_steps
         self.__init__()  # type: ignore[misc]
         return averages

@@ -136,7 +136,7 @@ class SmoothedLoss:
             "input": logits.flatten(0, -2), "target": labels.flatten(), "ignore_index": IGNORE_INDEX,
             "label_smoothing": self.smoother.epsilon,
         }  # fmt: skip
-        if plain is not None and plain.isfinite():
+        if plain is not None and (plain := batch.if_plain(plain)) is not None:
             with torch.no_grad():
                 losses = F.cross_entropy(**arguments, reduction="none")
             counts = arguments["target"] != IGNORE_INDEX

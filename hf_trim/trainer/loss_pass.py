@@ -20,6 +20,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from hf_trim.backward import waiting
 from hf_trim.backward._torch_internals import around_call, tree_map
 from hf_trim.backward.compiled.backend import keep_backward_graphs
 from hf_trim.backward.replay import rows_of, scoring
@@ -69,6 +70,8 @@ class LossPass:
         score (`Callable`, *optional*): `f(outputs, inputs, losses)`, what items are ranked by instead of their losses.
         fused_loss (`str`, *optional*): The `loss_type` of TRL's `SFTTrainer`.
         keeps_outputs (`bool`): Whether a replay shall return the outputs of all samples.
+        known_divisor (`list[bool]`): Whether a compiled model divides its loss by the number of labels of the step.
+            Empty until a mini-batch has shown it.
     """
 
     def __init__(
@@ -82,6 +85,7 @@ class LossPass:
         score: Callable[[Any, Any, Tensor], Tensor] | None,
         fused_loss: str | None,
         keeps_outputs: bool,
+        known_divisor: list[bool],
     ):
         self.compute_loss, self.model, self.inner, self.batch = compute_loss, model, inner, batch
         self.score_of, self.fused_loss, self.keeps_outputs = score, fused_loss, keeps_outputs
@@ -92,7 +96,7 @@ class LossPass:
         self.last_outputs: Any = None  # of the model, for `score`
         self.is_left_out = False  # whether other mini-batches of the step were chosen (`step_choice.py`)
         self._outputs: list[Any] = []  # of the first pass
-        self._divisors: tuple[dict, ...] = ()  # what a compiled model divides its loss by, once that is known
+        self._known_divisor = known_divisor
 
     def score(self, inputs: Any, *args: Any, **kwargs: Any) -> None:
         """The first pass of a replay: choose the samples, without a graph of the model."""
@@ -246,7 +250,7 @@ class LossPass:
         Raises:
             `ValueError`: If the model's loss function needs what is not there, or gives another loss.
         """
-        model, batch, returned = self.inner, self.batch, outputs["loss"].mean().item()
+        model, batch = self.inner, self.batch
         loss_function: Callable[..., Any] | None = getattr(model, "loss_function", None)
         if loss_function is None:
             raise ValueError(
@@ -260,18 +264,21 @@ class LossPass:
         names = inspect.signature(loss_function).parameters
         arguments = {name: arguments[name] for name in names if name in arguments}
         # Not every model divides its loss by the number of labels of the step: the returned loss tells.
-        num_calls = batch.num_calls
-        for divisor in self._divisors or ({"num_items_in_batch": num_items}, {}):
+        num_calls, returned = batch.num_calls, outputs["loss"].mean()
+        for has_divisor in dict.fromkeys((*self._known_divisor, True, False)):
+            divisor = {"num_items_in_batch": num_items} if has_divisor else {}
             try:
                 loss = loss_function(**arguments, **divisor)
             except TypeError as error:
                 raise ValueError(f"The loss of compiled {type(model).__name__} is not known: {error}.") from None
             # In a replay, the first pass has compared it; in the second, it has the value of all samples.
-            if self.kept is not None or abs(loss.item() - returned) <= 1e-3 + 0.01 * abs(returned):
-                self._divisors = (divisor,)
+            if self._known_divisor and (self.kept is not None or not waiting.reads_freely(loss.device)):
+                return loss
+            if abs(loss.item() - returned.item()) <= 1e-3 + 0.01 * abs(returned.item()):
+                self._known_divisor[:] = [has_divisor]
                 return loss
             batch.forget_calls(num_calls)
         raise ValueError(
-            f"The compiled {type(model).__name__} returned the loss {returned:.6g}, and its loss function gives "
-            f"{loss.item():.6g} for its logits. Do not compile it, or pass compute_loss_func. {MARK_LOSSES}"
+            f"The compiled {type(model).__name__} returned the loss {returned.item():.6g}, and its loss function "
+            f"gives {loss.item():.6g} for its logits. Do not compile it, or pass compute_loss_func. {MARK_LOSSES}"
         )

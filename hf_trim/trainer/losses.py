@@ -11,9 +11,10 @@ losses gets w/k.
 """
 
 import inspect
+import math
 from collections.abc import Callable
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +22,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from hf_trim.backward._torch_internals import is_transforming
-from hf_trim.backward.eager.rows import Rows
 from hf_trim.backward.eager.sparse import row_gradient
+from hf_trim.trainer.kept import Kept
+from hf_trim.trainer.late_checks import LateChecks
 from hf_trim.trainer.lm_head import LazyLogits, LMHead
 
 
@@ -37,21 +39,6 @@ MARK_LOSSES = (
 )
 
 NO_PART = f"The loss does not depend on any call of a loss function of torch. {MARK_LOSSES}"
-
-
-class Kept(NamedTuple):
-    """
-    What is kept of a call's losses.
-
-    Args:
-        elements (`torch.Tensor`): `[k]` indices of the kept losses.
-        factor (`torch.Tensor`): The gradient of each of them for a weight of 1: 1/k where the call takes a mean.
-        rows ([`~hf_trim.backward.eager.rows.Rows`], *optional*): The kept samples, if the backward pass is row-sparse.
-    """
-
-    elements: Tensor
-    factor: Tensor
-    rows: Rows | None
 
 
 class LossCall:
@@ -99,7 +86,9 @@ class LossCall:
         self.counts = counts.detach().reshape(shape).to(self.losses)
         self.scores = self.losses.detach() if scores is None else scores.detach().reshape(shape).to(self.losses)
         self.reduction, self.scale, self.kind, self.target = reduction, scale, kind, target
-        self.ignore_index, self.logits, self.plain = ignore_index, logits, plain
+        self.ignore_index, self.logits = ignore_index, logits
+        # How many losses can have a label, as far as the host knows.
+        self.most_labels = losses.numel() if logits is None else logits.most_labels
         self._mass = mass
         self.labelled = self.counts != 0
         self.finite = self.losses.detach().isfinite()
@@ -112,16 +101,19 @@ class LossCall:
         detached, counted = self.losses.detach().where(self.finite, 0), self.counts.where(self.finite, 0)
         count = counted.sum()
         mean = torch.where(count != 0, detached.sum() / count, 0)
+        # Without an item a mean is NaN. Where the host may not look, the device leaves it out.
+        self.plain = plain if plain is None or plain.dim() else plain.where(self.labelled.any(), 0)
         self.full: Tensor = {"mean": mean, "sum": mean * self.counts.sum() * scale, "none": detached}[reduction]
         self._dtype = dtype
 
-    def rank_by(self, score: Callable[[Tensor], Tensor], may_be_per_sample: bool) -> None:
+    def rank_by(self, score: Callable[[Tensor], Tensor], may_be_per_sample: bool, checks: LateChecks) -> None:
         """
         Rank the items by what a function of their losses returns. That is their mass as well.
 
         Args:
             score (`Callable`): `[B, T]` losses, or `[B]` if there is one for each sample, to scores of that shape.
             may_be_per_sample (`bool`): Whether it may return one score `[B]` for each sample, where T is above 1.
+            checks ([`~hf_trim.trainer.late_checks.LateChecks`]): Finds scores that are not finite.
 
         Raises:
             `ValueError`: If the scores have another shape, or are not finite.
@@ -138,8 +130,8 @@ class LossCall:
                              f"returned {found}: return that shape{hint}.")  # fmt: skip
         scores = scores.to(self.losses)
         scores = scores[:, None].expand_as(self.losses) if scores.dim() == 1 else scores
-        if count := int((~scores.isfinite() & self.labelled).sum()):
-            raise ValueError(f"trim_score returned {count} scores that are NaN or infinite: items cannot be ranked.")
+        message = "trim_score returned {count} scores that are NaN or infinite: items cannot be ranked."
+        checks.refuse((~scores.isfinite() & self.labelled).sum(), message)
         self.scores, self._mass = scores.where(self.labelled, 0), None
 
     def mass(self) -> Tensor:
@@ -169,32 +161,35 @@ class LossCall:
             return self.logits.attach(full, self._choose)
         return _Node.apply(self.losses if self.plain is None else self.plain, full, self)
 
-    def _choose(self, grad: Tensor) -> tuple[Tensor, Rows | None, Tensor]:
-        """The kept losses, their samples, and the gradient of each, from the weight of the mean."""
+    def _choose(self, grad: Tensor) -> Kept:
+        """What is kept, with the gradient of each kept loss as its factor, from the weight of the mean."""
         if self.kept is None:  # a backward pass before the loss is complete, which is not the training's
             return self._all(grad)
         self.used = True
-        elements, factor, rows = self.kept
+        elements, factor, rows, is_kept = self.kept
         if self.is_unknown:
             raise ValueError(
                 "In the second pass of a replay the loss depends on a call of a loss function on which it did not in "
                 "the first one: set trim_backward='sparse'."
             )
-        weights = grad.detach().to(self.losses) * factor
+        # Without an item in the whole step its loss is 0 / 0, and the weight may be infinite.
+        gradients = torch.where(factor != 0, grad.to(self.losses) * factor, 0)
+        weights = gradients.detach()
         losses = self.losses.detach().flatten()[elements]
+        losses = losses if is_kept is None else losses.where(is_kept, 0)
         if self.reduction == "none":
             weights, whole = weights.flatten()[elements], (grad.detach() * self.full).sum()
         else:
             whole = grad.detach() * self.full
         self.weighted = self.weighted + whole
         self.difference = self.difference + ((weights * losses).sum() - whole)
-        return elements, rows, grad.to(self.losses) * factor
+        return Kept(elements, gradients, rows, is_kept)
 
-    def _all(self, grad: Tensor) -> tuple[Tensor, None, Tensor]:
+    def _all(self, grad: Tensor) -> Kept:
         """The same for the loss of the whole batch."""
         elements = (self.finite & self.labelled).flatten().nonzero().flatten()
         unit: Any = {"mean": 1 / self.counts.flatten()[elements].sum(), "sum": self.scale, "none": 1.0}[self.reduction]
-        return elements, None, grad.to(self.losses) * unit
+        return Kept(elements, grad.to(self.losses) * unit)
 
     def gradient(self, grad: Tensor) -> Tensor:
         """
@@ -208,8 +203,9 @@ class LossCall:
             self.used = True
             self.weighted = self.weighted + (grad * self.plain).detach().sum()
             return grad
-        elements, rows, weights = self._choose(grad)
+        elements, weights, rows, is_kept = self._choose(grad)
         weights = weights.flatten()[elements] if self.reduction == "none" else weights.expand(len(elements))
+        weights = weights if is_kept is None else weights.where(is_kept, 0)
         dense = torch.zeros_like(self.losses).flatten().index_copy(0, elements, weights).view(self.losses.shape)
         return dense if rows is None else row_gradient(dense.index_select(0, rows.index), rows)
 
@@ -261,9 +257,9 @@ def _least_loss(arguments: dict[str, Any], classes: int) -> Tensor | float:
     if target.is_floating_point():
         target = target * (1 - smoothing) + smoothing / classes
         return torch.special.entr(target).sum(-1 if target.dim() == 1 else 1)
-    probabilities = torch.full((classes,), smoothing / classes, dtype=torch.float64)
-    probabilities[0] += 1 - smoothing
-    return float(torch.special.entr(probabilities).sum())
+    other = smoothing / classes
+    own = 1 - smoothing + other
+    return -own * math.log(own) - (classes - 1) * other * math.log(other) if smoothing else 0.0
 
 
 def _row_losses(func: Callable, arguments: dict[str, Any], reduction: str) -> dict[str, Any]:
@@ -367,7 +363,7 @@ class LossCalls(TorchFunctionMode):
             if arguments["reduction"] in ("mean", "sum", "batchmean") and not is_legacy:
                 return self._record(func, arguments)
         elif func is F.linear and self.head is not None and self.head.computes(*args, **kwargs):
-            return LazyLogits(*args, **kwargs, keep_all=self.head.keep_all)
+            return LazyLogits(*args, **kwargs, head=self.head)
         return func(*args, **kwargs)
 
     def _is_over_the_batch(self, func: Callable, prediction: Tensor) -> bool:
@@ -380,8 +376,7 @@ class LossCalls(TorchFunctionMode):
         if first.is_leaf and first.requires_grad or not self._is_over_the_batch(func, first):
             return func(**arguments)
         if self.batch.keeps_all and not isinstance(arguments.get("input"), LazyLogits):
-            plain = func(**arguments)
-            plain = plain if plain.isfinite() else None  # no label at all, or a NaN
+            plain = self.batch.if_plain(func(**arguments))
         with torch.set_grad_enabled(torch.is_grad_enabled() and plain is None):
             fields = UNREDUCED[func](func, {**arguments, "reduction": "none"}, arguments["reduction"])
         return self.batch.add(LossCall(**fields, batch_size=self.batch.batch_size, plain=plain))
@@ -426,7 +421,7 @@ def mark_losses(losses: Tensor, counts: Tensor | None = None, *, scores: Tensor 
     if not (losses.requires_grad or batch.is_scoring):
         return losses
     counts = torch.ones_like(losses, requires_grad=False) if counts is None else counts
-    plain = losses if batch.keeps_all and losses.isfinite().all() else None
+    plain = batch.if_plain(losses) if batch.keeps_all else None
     call = LossCall(losses, counts, "none", batch.batch_size, scores=scores, plain=plain)
     return batch.add(call).view(losses.shape)
 

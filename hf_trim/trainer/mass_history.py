@@ -9,13 +9,17 @@ even if its own mass is 2.
 The numbers are part of `TrainerState`, so that they are in each checkpoint, and are the same in all processes.
 """
 
+from collections.abc import Sequence
+
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 from transformers import TrainerState
 
+from hf_trim.backward import waiting
 from hf_trim.trainer.batch import TrimmedBatch
 from hf_trim.trainer.kept_state import MASS, kept_state
+from hf_trim.trainer.process_group import host_numbers
 
 
 class MassHistory:
@@ -23,20 +27,27 @@ class MassHistory:
 
     def __init__(self):
         self._step: list[Tensor] = []  # of each group in this step: `[2]`, the mass of all items and their number
+        self._groups: Tensor | None = None  # what is saved, while it is on the device
+        self._state: TrainerState | None = None  # whose it is
 
     @staticmethod
     def _saved(state: TrainerState) -> list[list[float]]:
         """For each group, the sum of the means of the steps so far, and the number of these."""
         return kept_state(state, MASS).get("groups", [])
 
-    def means(self, state: TrainerState) -> list[float]:
+    def means(self, state: TrainerState) -> Sequence[float | Tensor]:
         """
         Args:
             state ([`~transformers.TrainerState`]): The trainer's state.
 
         Returns:
-            `list[float]`: For each group of items, the mean of the steps so far; the mean of a step is over its items.
+            `Sequence[float | torch.Tensor]`: For each group of items, the mean of the steps so far; the mean of a step
+                is over its items.
         """
+        groups = self._groups if self._state is state else None
+        if groups is not None and not waiting.reads_freely(groups.device):
+            total, steps = groups.unbind(1)
+            return (total / steps.clamp(min=1)).unbind()
         return [total / max(steps, 1) for total, steps in self._saved(state)]
 
     def add(self, batch: TrimmedBatch) -> None:
@@ -54,20 +65,37 @@ class MassHistory:
 
     def end_step(self, state: TrainerState, accelerator: Accelerator) -> None:
         """
-        Put the step into the trainer's state. All processes call this at the same time.
+        Add the step to the history. All processes call this at the same time.
 
         Args:
             state ([`~transformers.TrainerState`]): The trainer's state.
             accelerator (`accelerate.Accelerator`): Adds the other processes.
         """
         own, self._step = self._step, []
-        sums = torch.stack(own).float() if own else torch.zeros(0, 2, device=accelerator.device)
+        device = accelerator.device
+        sums = torch.stack(own).float() if own else torch.zeros(0, 2, device=device)
         if accelerator.num_processes > 1:
-            sums = accelerator.reduce(accelerator.pad_across_processes(sums), reduction="sum")
-        groups = [list(group) for group in self._saved(state)]
-        for number, (mass, count) in enumerate(sums.tolist()):
-            if number == len(groups):
-                groups.append([0.0, 0])
-            if count:
-                groups[number] = [groups[number][0] + mass / count, groups[number][1] + 1]
-        kept_state(state, MASS)["groups"] = groups
+            most = max(host_numbers(len(own), accelerator))
+            sums = accelerator.reduce(torch.nn.functional.pad(sums, (0, 0, 0, most - len(own))), reduction="sum")
+        before = self._groups if self._state is state else None
+        if before is None:
+            before = torch.tensor(self._saved(state), dtype=torch.float64).reshape(-1, 2).to(sums.device)
+        size = max(len(before), len(sums))
+        before, sums = (torch.nn.functional.pad(x, (0, 0, 0, size - len(x))) for x in (before, sums.double()))
+        mass, count = sums.unbind(1)
+        is_met = count > 0
+        step = torch.stack([torch.where(is_met, mass / count, 0), is_met.double()], 1)
+        self._groups, self._state = before + step, state
+        if waiting.reads_freely(sums.device):
+            self.save(state)
+
+    def save(self, state: TrainerState) -> None:
+        """
+        Put the history into the trainer's state.
+
+        Args:
+            state ([`~transformers.TrainerState`]): The trainer's state.
+        """
+        if self._groups is not None and self._state is state:
+            groups = [[total, round(steps)] for total, steps in self._groups.tolist()]
+            kept_state(state, MASS)["groups"] = groups

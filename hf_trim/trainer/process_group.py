@@ -2,15 +2,45 @@
 Step 3 (keep decision) of: batch → per-item losses → keep decision → trimmed backward → logs.
 
 With `trim_scope="global"` the hardest items are chosen among those of all processes. Each process gathers all scores
-and makes the same choice. For example, with 2 processes that have 3 and 2 items: scores `[3]` and `[2]` are padded to
-`[3]`, gathered as `[2, 3]`, and joined without the padding as `[5]`. The items of the second process begin at index 3.
+and makes the same choice. For example, with 2 processes that have 3 and 2 items, each with a score, a mass and a
+count: `[3, 3]` and `[2, 3]` are padded to `[3, 3]`, gathered as `[2, 3, 3]`, and joined without the padding as
+`[5, 3]`. The items of the second process begin at index 3.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import torch
+import torch.distributed as dist
+from accelerate import Accelerator
 from torch import Tensor
+
+
+@cache
+def _host_group(default_group: Any) -> Any:
+    """The processes of a group, which talk through the memory of their hosts."""
+    return dist.new_group(backend="gloo")
+
+
+def host_numbers(number: int, accelerator: Accelerator) -> list[int]:
+    """
+    Collect a number of each process. The hosts wait for each other, but not for their devices.
+
+    Args:
+        number (`int`): That of this process.
+        accelerator (`accelerate.Accelerator`): Knows the processes.
+
+    Returns:
+        `list[int]`: The numbers, process by process.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return accelerator.gather(torch.tensor([number], device=accelerator.device)).tolist()
+    group = None if dist.get_backend() == "gloo" else _host_group(dist.group.WORLD)
+    numbers = torch.empty(dist.get_world_size(), dtype=torch.long)
+    dist.all_gather_into_tensor(numbers, torch.tensor([number]), group=group)
+    return numbers.tolist()
 
 
 @dataclass
@@ -19,54 +49,31 @@ class ProcessGroup:
     The processes that choose the hardest items together (`trim_scope="global"`).
 
     Args:
-        gather (`Callable`): Collective operation, `[m]` of each process → `[processes, m]` on all of them.
+        gather (`Callable`): Collective operation, `[m, c]` of each process → `[processes, m, c]` on all of them.
+        gather_sizes (`Callable`): The same of a number of the host, see [`host_numbers`].
         rank (`int`): Index of this process.
         size (`int`): Number of processes.
         device (`torch.device`): Where the losses of this process are.
     """
 
     gather: Callable[[Tensor], Tensor]
+    gather_sizes: Callable[[int], list[int]]
     rank: int
     size: int
     device: torch.device
 
-    def sum(self, values: list[Tensor]) -> list[Tensor]:
+    def union(self, values: Tensor) -> tuple[Tensor, int]:
         """
-        Sum scalars over the processes.
+        Collect the items of all processes.
 
         Args:
-            values (`list[torch.Tensor]`): Scalars of this process.
+            values (`torch.Tensor`): `[n, c]` numbers of each item of this process; n may differ between the processes.
 
         Returns:
-            `list[torch.Tensor]`: The sum of each over the processes.
-        """
-        return list(self.gather(torch.stack(values)).sum(0))
-
-    def union(self, scores: Tensor) -> tuple[Tensor, int]:
-        """
-        Collect the scores of all processes.
-
-        Args:
-            scores (`torch.Tensor`): `[n]` scores of this process; n may differ between the processes.
-
-        Returns:
-            `tuple[torch.Tensor, int]`: All scores, process by process, and the index at which those of this process
+            `tuple[torch.Tensor, int]`: All items, process by process, and the index at which those of this process
             begin.
         """
-        sizes = self.gather(torch.tensor([len(scores)], device=scores.device)).flatten().tolist()
+        sizes = self.gather_sizes(len(values))
         # A collective needs the same shape everywhere.
-        padded = self.gather(torch.nn.functional.pad(scores, (0, max(sizes) - len(scores))))
+        padded = self.gather(torch.nn.functional.pad(values, (0, 0, 0, max(sizes) - len(values))))
         return torch.cat([x[:size] for x, size in zip(padded, sizes, strict=True)]), sum(sizes[: self.rank])
-
-    def join_without_items(self, num_calls: int, num_unions: int) -> None:
-        """
-        Take part in a choice without any item, because other processes have one mini-batch more. Without this the
-        collectives of those processes would wait for ever. The calls are those of `TrimmedBatch`, in the same order.
-
-        Args:
-            num_calls (`int`): Number of calls of loss functions.
-            num_unions (`int`): Number of unions: of the scores alone, or of mass and scores.
-        """
-        for _ in range(num_unions):
-            self.union(torch.zeros(0, device=self.device))
-        self.sum([torch.zeros((), device=self.device)] * (2 * num_calls))

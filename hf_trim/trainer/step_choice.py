@@ -11,7 +11,6 @@ from torch import Tensor
 
 from hf_trim.trainer.batch import TrimmedBatch
 from hf_trim.trainer.loss_pass import LossPass
-from hf_trim.trainer.losses import Kept
 
 
 def choose_in_step(passes: list[LossPass]) -> None:
@@ -30,22 +29,20 @@ def choose_in_step(passes: list[LossPass]) -> None:
         [torch.tensor(-torch.inf) if x.logged is None else x.logged[2].float().cpu() for x in batches]
     )
     mass = torch.stack([torch.zeros(()) if x.logged is None else x.logged[4].float().cpu() for x in batches])
-    chosen, rest = first.choose(scores, mass, scores > -torch.inf)
-    is_kept = torch.zeros(len(batches), dtype=torch.bool).index_fill(0, chosen, True)
+    is_kept, rest, _ = first.choose(scores, mass, scores > -torch.inf, len(scores))
     counts = torch.stack([_count(batch) for batch in batches])
     part = counts[rest if first.counts_all else is_kept]
-    ratio = counts.sum() / part.sum() if len(chosen) else torch.zeros(())
+    ratio = counts.sum() / part.sum() if is_kept.any() else torch.zeros(())
     for loss_pass, kept in zip(passes, is_kept.tolist(), strict=True):
         batch, loss_pass.is_left_out = loss_pass.batch, not kept
         batch.most_items = len(batches)
         for call in batch.scored or ():
             if call.kept is not None:
-                elements, factor, _ = call.kept
-                call.kept = Kept(elements, factor * ratio.to(factor), None)
+                call.kept = call.kept._replace(factor=call.kept.factor * ratio.to(call.kept.factor))
         if batch.logged is not None:
-            num_kept, num_valid, threshold, _, own = batch.logged
-            shared = [scores[chosen].min().to(threshold), mass[chosen].sum().to(own), mass.sum().to(own)]
-            batch.logged = [num_kept * float(kept), num_valid, *shared]
+            num_kept, num_valid = batch.logged[:2]
+            shared = torch.stack([scores[is_kept].min(), mass[is_kept].sum(), mass.sum()]).to(num_kept)
+            batch.logged = torch.cat([torch.stack([num_kept * float(kept), num_valid]), shared])
 
 
 def _count(batch: TrimmedBatch) -> Tensor:

@@ -19,7 +19,9 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import TrainerState, TrainingArguments
 
+from hf_trim.backward import waiting
 from hf_trim.backward.eager.sparse import DENSE_ABOVE
+from hf_trim.backward.waiting import Later
 from hf_trim.trainer.arguments import TrimmingConfig
 from hf_trim.trainer.kept_state import BACKWARD, kept_state
 
@@ -64,6 +66,7 @@ class BackwardTiming:
     def __init__(self):
         self._seconds, self._elements = 0.0, 0  # of this step
         self._is_trial = False
+        self._kept: Later | None = None  # the fraction kept in the last step, until it is needed
 
     @staticmethod
     def _record(state: TrainerState) -> dict[str, Any]:
@@ -84,6 +87,7 @@ class BackwardTiming:
         Returns:
             `tuple[str, str]`: `"dense"` or `"sparse"`, and the reason.
         """
+        self.save(state)
         record = self._record(state)
         p = record["kept"] if p is None else p
         if p > DENSE_ABOVE:
@@ -120,6 +124,16 @@ class BackwardTiming:
         if device.type != "cpu":
             torch.accelerator.synchronize(device)
 
+    def save(self, state: TrainerState) -> None:
+        """
+        Put what was kept in the last step into the trainer's state.
+
+        Args:
+            state ([`~transformers.TrainerState`]): The trainer's state.
+        """
+        if self._kept is not None:
+            self._record(state)["kept"], self._kept = float(self._kept.read()), None
+
     def end_step(self, state: TrainerState, accelerator: Accelerator, p: float, kept: Tensor | None) -> None:
         """
         Note the time of a step, and decide at the end of a trial. All processes call this at the same time.
@@ -133,7 +147,9 @@ class BackwardTiming:
         record = self._record(state)
         if kept is not None:
             kept = kept.to(accelerator.device)
-            record["kept"] = p = float(accelerator.reduce(kept, "mean") if accelerator.num_processes > 1 else kept)
+            self._kept = Later(accelerator.reduce(kept, "mean") if accelerator.num_processes > 1 else kept)
+            if waiting.reads_freely(kept.device):
+                self.save(state)
         is_trial, seconds, elements = self._is_trial, self._seconds, self._elements
         self._is_trial, self._seconds, self._elements = False, 0.0, 0
         if not is_trial or not elements:
@@ -142,6 +158,8 @@ class BackwardTiming:
         times.append([seconds, elements])
         if len(times) < TRIAL_STEPS:
             return
+        self.save(state)
+        p = p if kept is None else record["kept"]
         per_element = torch.tensor([s / n for s, n in times], device=accelerator.device)
         if accelerator.num_processes > 1:
             per_element = accelerator.reduce(per_element, reduction="mean")

@@ -16,6 +16,7 @@ from hf_trim.backward.compiled.backend import keep_backward_graphs
 from hf_trim.backward.compiled.proof import prove
 from hf_trim.backward.compiled.values import Zeros
 from hf_trim.backward.registry import PROOF
+from tests.support.opinfo import DENSE, compare, compiled
 
 
 @pytest.fixture(scope="module")
@@ -76,3 +77,66 @@ def test_no_rule_is_of_a_composite_op():
             composite.append(name)
     # Made of others on a CPU; a GPU has a kernel of its own for it.
     assert len(PROOF.registered) > 100 and composite == ["_fused_rms_norm"]
+
+
+# ---- what looks like an op on rows, and is not -------------------------------------------------------------------
+
+
+@torch.library.custom_op("hf_trim_tests::clone", mutates_args=())
+def clone(x: torch.Tensor) -> torch.Tensor:
+    """Mixes the rows, and is called as an op of ATen's that does not."""
+    return x.flip(0)
+
+
+clone.register_fake(torch.empty_like)
+clone.register_autograd(lambda ctx, grad: clone(grad))
+
+
+class _Scaled(torch.autograd.Function):
+    """Its backward multiplies with a number that it computes from all rows."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * (ctx.saved_tensors[0] > 0).sum().item()
+
+
+class _Masked(torch.autograd.Function):
+    """Its backward writes zeros to the rows that a saved mask says."""
+
+    @staticmethod
+    def forward(ctx, x, mask):
+        ctx.save_for_backward(mask)
+        return x * mask[:, None]
+
+    @staticmethod
+    def backward(ctx, grad):
+        (mask,) = ctx.saved_tensors
+        return grad.index_put((mask,), grad.new_zeros(())), None
+
+
+def looked_up_row_numbers(x):
+    return x * torch.arange(x.shape[0])[:, None].expand(x.shape)[:, torch.tensor([2, 0, 1])]
+
+
+@pytest.mark.parametrize(
+    "function, reason",
+    [
+        (lambda x: x.roll(x.shape[0], 1), "a value depends on the batch size"),
+        (looked_up_row_numbers, "a value depends on the number of a row"),
+        (clone, "hf_trim_tests.clone.default: it has no rule"),
+        (_Scaled.apply, "the terms may be nonzero outside of the kept rows"),
+        (lambda x: _Masked.apply(x, x[:, 0] > 0), "it may look up entries of other rows"),
+    ],
+    ids=["batch size", "row numbers", "namesake", "number", "mask"],
+)
+def test_refused(function, reason):
+    torch.manual_seed(0)
+    x = torch.randn(5, 3, dtype=torch.double, requires_grad=True)
+    out = compiled(function, (x, (), {}), decomposed=function is looked_up_row_numbers)
+    outcome, why = compare(out, [x], torch.tensor([0, 1, 3]))
+    assert outcome == DENSE and reason in why[0]

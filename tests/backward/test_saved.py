@@ -29,6 +29,9 @@ COMPUTE_FIRST = {
     "Expm1": torch.expm1, "Log1P": torch.log1p, "Log2": torch.log2, "Log10": torch.log10, "Pow": lambda x: x**3,
     "Reciprocal": torch.reciprocal, "Rsqrt": torch.rsqrt, "Sin": torch.sin, "Sinh": torch.sinh, "Sqrt": torch.sqrt,
     "Tan": torch.tan, "Xlogy": lambda x: torch.xlogy(x, x), "Pow of tensors": lambda x: x**x,
+    "Std": lambda x: x.std(1, keepdim=True), "StdMean": lambda x: sum(torch.std_mean(x, 2, keepdim=True)),
+    "Var": lambda x: x.var((1, 2), keepdim=True), "VarMean": lambda x: sum(torch.var_mean(x, 1, keepdim=True)),
+    "LinalgVectorNorm": lambda x: x.norm(dim=2, keepdim=True),
 }  # fmt: skip
 
 

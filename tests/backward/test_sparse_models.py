@@ -9,6 +9,7 @@ from hf_trim.backward.settings import fallback_report, reset_fallbacks
 from tests.support.models import (
     DECODERS,
     ENCODERS,
+    FAMILIES,
     KEPT,
     TIMM_MODELS,
     TRANSFORMERS,
@@ -54,6 +55,11 @@ def test_timm_models(name):
 @pytest.mark.parametrize("name", DECODERS)
 def test_causal_language_models(name, attention):
     check(build(DECODERS[name], attention, tf.AutoModelForCausalLM), sequence_losses)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families(name):
+    check(build(FAMILIES[name], "eager", tf.AutoModelForCausalLM), sequence_losses)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

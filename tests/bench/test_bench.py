@@ -65,7 +65,7 @@ def test_compiled_models(tmp_path, monkeypatch):
     assert steps["compiled dense"]["first_seconds"] > steps["compiled sparse"]["first_seconds"]
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "convnext", "gpt2-lm", "lm-head"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "convnextv2", "swin", "t5", "gpt2-lm", "lm-head"])
 def test_other_models(tmp_path, name):
     output = tmp_path / "bench.json"
     assert main([*TINY, "--models", name, "--keep", "0.5", "--modes", "sparse", "--repeats", "1", "--device", "cpu",

@@ -41,6 +41,13 @@ DECODERS = {
     "qwen3": lambda: tf.Qwen3Config(**GQA),
     "gemma": lambda: tf.GemmaConfig(**GQA),
 }
+# Each has something of its own: experts, a loop that writes into a buffer, formulas written in Python.
+FAMILIES = {
+    "mixtral": lambda: tf.MixtralConfig(**GQA, num_local_experts=4),
+    "mixtral, experts in a loop": lambda: tf.MixtralConfig(**GQA, num_local_experts=4, experts_implementation="eager"),
+    "rwkv": lambda: tf.RwkvConfig(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=2, context_length=LENGTH),
+    "bloom": lambda: tf.BloomConfig(vocab_size=VOCAB, hidden_size=16, n_layer=2, n_head=4),
+}
 IMAGE_MODELS = {
     "vit": lambda: tf.ViTConfig(**IMAGE),
     "deit": lambda: tf.DeiTConfig(**IMAGE, architectures=["DeiTForImageClassification"]),

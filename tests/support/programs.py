@@ -47,6 +47,10 @@ def rows_last(x, w, op):
     return op(x.transpose(0, 2).contiguous(), w[0, 0]).transpose(0, 2)
 
 
+def rotor(x):
+    return torch.complex(x.cos(), x.sin())
+
+
 # Each op maps x, [batch, tokens, WIDTH], and a weight w, [WIDTH, WIDTH], to the shape of x.
 ROW_BY_ROW = {
     "linear": F.linear,
@@ -110,6 +114,11 @@ ROW_BY_ROW = {
     "complex": lambda x, w: torch.view_as_real(
         torch.view_as_complex(x.contiguous().unflatten(-1, (2, 2))) ** 2
     ).flatten(-2),
+    "complex product": lambda x, w: (x.to(torch.cdouble) @ torch.complex(w, w.mT)).abs(),
+    "conjugate": lambda x, w: (torch.complex(x, x @ w).conj() @ torch.complex(w, w.mT)).imag,
+    "conjugates": lambda x, w: (rotor(x).mH @ rotor(x @ w)).real.mean(1, keepdim=True) * rotor(x).conj().imag,
+    "spectrum": lambda x, w: torch.fft.irfft(torch.fft.rfft(x, dim=1) * w[0], n=x.shape[1], dim=1),
+    "polar": lambda x, w: (torch.polar(x.cos(), x).conj() * torch.complex(w[0], w[1])).real,
     "rotated": lambda x, w: x * w[0] + torch.cat([-x[..., 2:], x[..., :2]], -1) * w[1],
 }
 
@@ -126,6 +135,10 @@ def assigned(index, value):
     return op
 
 
+def row_numbers(x):
+    return torch.arange(x.shape[0])[:, None].expand(-1, x.shape[1])
+
+
 def channels_apart(x, w):
     """Reads and writes at indices with a slice between them, which brings what is indexed to the front."""
     tokens, heads = torch.tensor([0, 2, 2]), torch.tensor([1, 0, 1])
@@ -135,7 +148,40 @@ def channels_apart(x, w):
     return out.flatten(2) + read.mean(0).repeat(1, 2)[:, None]
 
 
+def experts(x, w):
+    """Each token goes to one of two experts."""
+    tokens, out = x.flatten(0, 1), torch.zeros_like(x).flatten(0, 1)
+    chosen = tokens.detach().sum(-1) > 0
+    for mask, weight in ((chosen, w), (~chosen, w.t())):
+        (place,) = torch.where(mask)
+        out.index_add_(0, place, tokens[place].tanh() @ weight)
+    return out.view_as(x) + x
+
+
+def loop_over_tokens(x, w):
+    """A recurrence whose states are written into a buffer."""
+    out, state = torch.zeros_like(x), torch.zeros_like(x[:, 0])
+    for t in range(x.shape[1]):
+        state = (state @ w + x[:, t]).tanh()
+        out[:, t] = state
+    return out
+
+
 ROW_BY_ROW |= {
+    "windows": lambda x, w: (
+        F.scaled_dot_product_attention(
+            *[(y.unflatten(2, (2, 2)).movedim(2, 1).flatten(0, 1)[:, None]) for y in (x, x @ w, x)]
+        )[:, 0]
+        .unflatten(0, (-1, 2))
+        .movedim(1, 2)
+        .flatten(2)
+    ),
+    "experts": experts,
+    "loop over tokens": loop_over_tokens,
+    "assigned mask": assigned(lambda x: order(x.sum(-1), 1) > 2, 0.5),
+    "scattered mask": lambda x, w: (x * w[0]).masked_scatter(
+        (torch.arange(x.shape[1]) < 2)[:, None], x[:, 2:4].flatten(0, 1).sin()
+    ),
     "assigned": assigned(lambda x: (slice(None), torch.tensor([2, 0])), lambda x: x[:, :2].sin()),
     "assigned number": assigned(lambda x: (slice(None), torch.tensor([2, 0])), 0.5),
     "assigned token each": assigned(
@@ -147,7 +193,8 @@ ROW_BY_ROW |= {
 # The same where the rows are in the second dimension, or in the last.
 CHANNELS = ("linear", "layer norm", "rms norm", "norm of channels", "softmax", "einsum", "table", "embedding", "glu")
 POINTWISE = ("gelu", "exp", "dropout", "silu")
-for name in (*CHANNELS, *POINTWISE, "where", "expand", "complex", "rotated"):
+COMPLEX = ("complex", "complex product", "conjugate", "polar")
+for name in (*CHANNELS, *POINTWISE, *COMPLEX, "where", "expand", "rotated"):
     ROW_BY_ROW[f"{name}, tokens first"] = partial(tokens_first, op=ROW_BY_ROW[name])
 for name in POINTWISE:
     ROW_BY_ROW[f"{name}, rows last"] = partial(rows_last, op=ROW_BY_ROW[name])
@@ -187,6 +234,10 @@ MIXING = {
     "bilinear": lambda x, w: F.bilinear(x, x, w[:, None] * w),
     "cross product": lambda x, w: torch.cross(x[..., :3], x[..., 1:], dim=-1) @ w[:3] + x,
     "repeated": lambda x, w: (x.repeat_interleave(2, 0) @ w)[::2],
+    "row numbers looked up": lambda x, w: x * row_numbers(x)[:, torch.arange(x.shape[1]).flip(0), None],
+    "rolled by the batch size": lambda x, w: x * x.roll(x.shape[0], 1),
+    "gram of complex numbers": lambda x, w: x + torch.einsum("btc,btd->cd", rotor(x).conj(), rotor(x)).imag[0],
+    "spectrum of rows": lambda x, w: x + torch.fft.fft(x, dim=0).conj().imag,
     "indices apart": channels_apart,
     "loop": lambda x, w: torch.stack([sample @ w for sample in x]),
     "loop of numbers": lambda x, w: x * torch.stack([sample.square().sum() for sample in x]).view(-1)[:, None, None],

@@ -68,6 +68,29 @@ def numbers(x, high, *shape):
     return torch.randint(0, high, shape, generator=torch.Generator().manual_seed(3))
 
 
+def windows(x, dim):
+    """[B, T, C] → [B·3, T, C, 2], or [3·B, T, C, 2] with `dim` 0."""
+    return image(x).unflatten(3, (3, 2)).movedim(3, dim).flatten(0, 1)
+
+
+def experts(n, x):
+    tokens = x.flatten(0, 1)
+    weights = (tokens @ n.w(x.shape[2], 3)).softmax(-1)
+    chosen, out = numbers(x, 3, len(tokens), 2), torch.zeros_like(tokens)
+    for expert in chosen.unique():
+        token, place = torch.where(chosen == expert)
+        out.index_add_(0, token, tokens[token].tanh() @ n.w(x.shape[2], x.shape[2]) * weights[token, place, None])
+    return out.view_as(x)
+
+
+def recurrent(n, x, bidirectional=False):
+    """One layer of an LSTM, and the states that it ends with."""
+    weights = [n.w(*shape) for _ in range(1 + bidirectional) for shape in ((20, x.shape[2]), (20, 5), (20,), (20,))]
+    states = [(x.mean(1) @ n.w(x.shape[2], 5)).expand(1 + bidirectional, -1, -1).sin() for _ in range(2)]
+    out, *ends = torch.lstm(x, states, weights, True, 1, 0.0, True, bidirectional, True)
+    return out + torch.cat(sum(ends).unbind(), 1)[:, None]
+
+
 def inplace(x, change):
     y = x * 2
     change(y)
@@ -152,6 +175,12 @@ CASES = {
         *[x.unsqueeze(1) * 2] * 3, attn_mask=n.w(1, 1, x.shape[1], x.shape[1])
     ),
     "attention_dropout": lambda n, x: F.scaled_dot_product_attention(*[x.unsqueeze(1) * 2] * 3, dropout_p=0.5),
+    "attention_windows": lambda n, x: F.scaled_dot_product_attention(
+        *[windows(x, 1) * n.w(2) for _ in range(3)], attn_mask=torch.randn(x.shape[0] * 3, 1, x.shape[2], x.shape[2])
+    ).unflatten(0, (-1, 3)),
+    "attention_windows_first": lambda n, x: F.scaled_dot_product_attention(
+        *[windows(x, 0) * n.w(2) for _ in range(3)]
+    ).unflatten(0, (3, -1))[1],
     "attention_gqa": lambda n, x: F.scaled_dot_product_attention(
         x.unsqueeze(1) * n.w(4, 1, 1), *[x.unsqueeze(1) * n.w(2, 1, 1)] * 2, enable_gqa=True
     ),
@@ -194,6 +223,20 @@ CASES = {
     "slice": lambda n, x: x[:, 1:, ::2],
     "fancy_columns": lambda n, x: x[:, torch.tensor([0, 1, 0])],
     "last_token": lambda n, x: x[torch.arange(x.shape[0]), numbers(x, x.shape[1], x.shape[0])],
+    "shuffled": lambda n, x: x[torch.arange(x.shape[0]).flip(0), 0] + x[:, 1],
+    "rows_of_others": lambda n, x: x[numbers(x, x.shape[0], x.shape[0])].sin() * x,
+    "rows_of_others_selected": lambda n, x: x.index_select(0, numbers(x, x.shape[0], x.shape[0])).sin() * x,
+    "tokens_of_others": lambda n, x: x[numbers(x, x.shape[0], x.shape[0], 1), numbers(x, x.shape[1], x.shape[0], 4)],
+    "tokens_in_second_dim": lambda n, x: (
+        x.flatten(0, 1)[None][
+            :, (torch.arange(x.shape[0])[:, None] * x.shape[1] + numbers(x, x.shape[1], x.shape[0], 4)).flatten()
+        ].unflatten(1, (-1, 4))[0]
+    ),
+    "masked": lambda n, x: torch.zeros_like(x).masked_scatter(x > 0, x[x > 0].sin()),
+    "experts": experts,
+    "pictures": lambda n, x: torch.zeros_like(x).masked_scatter(
+        (torch.arange(x.shape[1]) < 2)[None, :, None], x[:, 1:].repeat(1, 2, 1)[:, :2].flatten(0, 1).sin()
+    ),
     "gather": lambda n, x: x.gather(1, numbers(x, x.shape[1], *x.shape)) + x.take_along_dim(x.argsort(-1), -1),
     "index_select": lambda n, x: x.index_select(2, torch.tensor([0, 0, 1])),
     "scatter_add": lambda n, x: torch.zeros_like(x).scatter_add(1, numbers(x, x.shape[1], *x.shape), x),
@@ -225,16 +268,27 @@ CASES = {
     # in place
     "in_place": lambda n, x: (x * 1).mul_(2).add_(x).relu_(),
     "copy": lambda n, x: torch.empty_like(x).copy_(x),
-}  # fmt: skip
-# Rows are right in these too, but the op works dense: nodes that write into a part of another tensor.
-DENSE_CASES = {
     "write_slice": lambda n, x: inplace(x, lambda y: y[:, 0].mul_(3)),
     "write_columns": lambda n, x: inplace(x, lambda y: y[:, :, 1:].copy_(x[:, :, 1:].sin())),
+    "write_tokens_first": lambda n, x: inplace(x.transpose(0, 1).contiguous(), lambda y: y[1].copy_(x[:, 0].sin()))[1],
+    "write_mask": lambda n, x: inplace(
+        x, lambda y: y.__setitem__(numbers(x, 2, *x.shape[:2]).bool(), n.w(x.shape[2]))
+    ),
+    "write_token_each": lambda n, x: inplace(
+        x, lambda y: y.__setitem__((torch.arange(x.shape[0]), numbers(x, x.shape[1], x.shape[0])), x[:, 1].sin())
+    ),
+    "index_copy": lambda n, x: x.index_copy(1, torch.tensor([1]), x[:, :1].sin()),
+    # recurrent layers
+    "lstm": recurrent,
+    "lstm_bidirectional": partial(recurrent, bidirectional=True),
+}  # fmt: skip
+# Rows are right in these too, but the op works dense.
+DENSE_CASES = {
+    "write_rows": lambda n, x: inplace(x, lambda y: y.__setitem__(torch.tensor([1, 0]), x[:2].sin())),
     "batch_statistics": lambda n, x: F.batch_norm(x, None, None, n.w(x.shape[1]), n.w(x.shape[1]), training=True),
     "across_samples": lambda n, x: x.flatten(1) @ x.flatten(1).t(),
     "across_samples_softmax": lambda n, x: x.softmax(0) + x.cumsum(0),
     "part_of_batch": lambda n, x: torch.cat([x[1:], x[:1]]),
-    "shuffled": lambda n, x: x[torch.arange(x.shape[0]).flip(0), 0],
     "as_strided": lambda n, x: (x * 1).as_strided((x.shape[0], 2), (x.shape[1] * x.shape[2], 1)),
 }
 

@@ -10,6 +10,7 @@ from hf_trim import TrimmingConfig, trimmed_linear_cross_entropy, trimmed_mean
 from hf_trim.backward.settings import fallback_report, reset_fallbacks
 from hf_trim.trainer import lm_head
 from hf_trim.trainer.batch import TrimmedBatch
+from hf_trim.trainer.kept import Kept
 from hf_trim.trainer.lm_head import LazyLogits, LMHead, find_lm_head
 from hf_trim.trainer.losses import LossCalls
 from tests.support.heads import HEADS, LLAMA, make
@@ -92,7 +93,7 @@ def lazy_and_whole(hidden=None):
     torch.manual_seed(0)
     layer = nn.Linear(6, 20)
     hidden = torch.randn(4, 5, 6, requires_grad=True) if hidden is None else hidden
-    with LossCalls(batch_of(4), LMHead(layer, keep_all=False)):
+    with LossCalls(batch_of(4), LMHead(layer.weight, keep_all=False)):
         lazy = layer(hidden)
     assert isinstance(lazy, LazyLogits)
     return layer, hidden, lazy, layer(hidden)
@@ -167,14 +168,14 @@ def test_losses_and_gradients(options, dtype):
     kept = torch.tensor([0, 2, 3, 7, 19])
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         batch = batch_of(4)
-        with LossCalls(batch, LMHead(layer, keep_all=False)):
+        with LossCalls(batch, LMHead(layer.weight, keep_all=False)):
             F.cross_entropy(layer(hidden).view(-1, 20), target, **options)
         (call,) = batch.calls
         expected = F.cross_entropy(layer(hidden).view(-1, 20), target, reduction="none", **options)
     tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
     torch.testing.assert_close(call.losses.flatten(), expected.float(), **tolerance)
     leaves = (hidden, layer.weight, layer.bias)
-    value = call.logits.attach(torch.zeros(()), lambda grad: (kept, None, grad))
+    value = call.logits.attach(torch.zeros(()), lambda grad: Kept(kept, grad))
     ours = torch.autograd.grad(3 * value, leaves)
     reference = torch.autograd.grad(3 * expected[kept].sum(), leaves)
     for a, b in zip(ours, reference, strict=True):

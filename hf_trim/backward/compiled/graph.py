@@ -135,12 +135,12 @@ class CompiledBackward:
                 continue
             if sizes.inputs[position].layout != (grad.row_dim, grad.row_outer, grad.row_inner):
                 raise GraphRefusedError("a gradient that arrives carries its rows in another place than in the graph")
-        if not all(holds_row_numbers(args[position]) for position in plan.proven.row_index_inputs):
+        if not all(holds_row_numbers(args[position]) for position in plan.proof.row_index_inputs):
             raise GraphRefusedError("a saved index looks up entries of other rows")
 
     def _slice_inputs(self, args: list, call: BackwardCall, plan: Plan, sizes: RunSizes, copy: bool) -> None:
         """Replaces the graph's inputs in `args` by those for the kept rows."""
-        rows, row_index_inputs = pad_rows(call.rows, sizes.row_count), plan.proven.row_index_inputs
+        rows, row_index_inputs = pad_rows(call.rows, sizes.row_count), plan.proof.row_index_inputs
         for position, size in enumerate(sizes.inputs):
             if position in row_index_inputs:
                 index = args[position]
@@ -164,10 +164,10 @@ class CompiledBackward:
         plan.compared = True
         if difference <= tolerance([*self.planner.inputs, *dense]):
             return grads
-        plan.reason = "on the kept rows it gave other gradients than on the whole batch"
+        plan.proof.reason = "on the kept rows it gave other gradients than on the whole batch"
         logger.error(
             "A compiled backward graph, run on the kept rows, gave other gradients than on the whole batch (relative "
             "difference %.1e). It runs on the whole batch from now on; please report this model.", difference,
         )  # fmt: skip
-        self._refuse(plan.reason)
+        self._refuse(plan.proof.reason)
         return dense

@@ -10,8 +10,8 @@ Example: a linear layer was traced for `[s0*5, 16]` (B·T, C), and B = 4, of whi
 | weight `[16, 16]` | `[16, 16]` | left as it is | `[16, 16]` |
 | gradient `[s0*5, 16]` | row-sparse | its payload | `[10, 16]` |
 
-A plan is made once for each combination of gradients that arrive (row-sparse, dense, none), and its numbers once for
-each combination of sizes.
+A plan is made once for each combination of gradients that arrive (row-sparse along some dimension, dense, none), and
+its numbers once for each combination of sizes.
 """
 
 from dataclasses import dataclass, field
@@ -86,22 +86,14 @@ class Plan:
     What is sliced for a combination of gradients that arrive.
 
     Args:
-        proof ([`~hf_trim.backward.compiled.proof.Proof`], *optional*): Where the rows are.
-        reason (`str`): Why the graph can't run on them; empty if it can.
+        proof ([`~hf_trim.backward.compiled.proof.Proof`]): Where the rows are, or why the graph can't run on them.
         compared (`bool`): Whether its gradients were compared with the dense ones.
         sizes (`dict`): The number of kept rows and the values of all symbols → [`RunSizes`].
     """
 
-    proof: Proof | None = None
-    reason: str = ""
+    proof: Proof
     compared: bool = False
     sizes: dict[tuple, RunSizes] = field(default_factory=dict)
-
-    @property
-    def proven(self) -> Proof:
-        """The proof of a plan without a reason against it."""
-        assert self.proof is not None
-        return self.proof
 
 
 class Planner:
@@ -147,11 +139,11 @@ class Planner:
         }
         kinds = tuple(_kind(grad, call.rows) for grad in call.grads)
         if kinds not in self.plans:
-            self.plans[kinds] = self._make_plan(call, values)
+            self.plans[kinds] = Plan(self._prove(call, values))
         plan = self.plans[kinds]
-        if plan.reason:
-            raise GraphRefusedError(plan.reason)
-        if values[plan.proven.batch] != call.rows.batch:
+        if plan.proof.reason:
+            raise GraphRefusedError(plan.proof.reason)
+        if values[plan.proof.batch] != call.rows.batch:
             raise GraphRefusedError(
                 "the batch size was equal to another size when the graph was first analysed, and was mistaken for it"
             )
@@ -172,39 +164,38 @@ class Planner:
         """
         key = (rows.count, *values.values())
         if key not in plan.sizes:
-            batch = plan.proven.batch
+            batch = plan.proof.batch
             count = smallest_allowed_count(self.inputs, batch, values, rows)
             kept = {**values, batch: count}
-            pairs = zip(self.inputs, plan.proven.inputs, strict=True)
+            pairs = zip(self.inputs, plan.proof.inputs, strict=True)
             inputs = [_input_slice(traced, value, kept) for traced, value in pairs]
-            outputs = [None if value is None else _layout(value, kept, batch) for value in plan.proven.outputs]
+            outputs = [None if value is None else _layout(value, kept, batch) for value in plan.proof.outputs]
             plan.sizes[key] = RunSizes(count, inputs, outputs)
         return plan.sizes[key]
 
-    def _make_plan(self, call: BackwardCall, values: Values) -> Plan:
+    def _prove(self, call: BackwardCall, values: Values) -> Proof:
         if len(self.grad_positions) != len(call.grads):
-            return Plan(reason="it is not known which of its inputs are gradients")
+            return Proof([], reason="it is not known which of its inputs are gradients")
         zeros, candidates = {}, []
         for position, grad in zip(self.grad_positions, call.grads, strict=True):
             node = self.nodes[position]
             zeros[node] = Zeros.EVERYWHERE if grad is None else Zeros.UNKNOWN
             if isinstance(grad, RowSparseTensor):
                 if grad.rows is not call.rows:
-                    return Plan(reason="the gradients that arrive are of different rows")
+                    return Proof([], reason="the gradients that arrive are of different rows")
                 zeros[node] = Zeros.OUTSIDE_KEPT
                 candidates.append(_possible_batch_symbols(node, grad, values))
         symbols = [symbol for symbol in candidates[0] if all(symbol in symbols for symbols in candidates)]
         if not symbols:
-            return Plan(reason="it was compiled for one batch size only (dynamic=True compiles for all)")
+            return Proof([], reason="it was compiled for one batch size only (dynamic=True compiles for all)")
         assert self.graph is not None  # `plan` refuses where there is none
         proofs = [prove(self.graph, symbol, zeros) for symbol in symbols]
-        proof = next((proof for proof in proofs if not proof.reason), proofs[0])
-        return Plan(proof, proof.reason)
+        return next((proof for proof in proofs if not proof.reason), proofs[0])
 
 
 def _kind(grad: Tensor | None, rows: Rows) -> str:
     if isinstance(grad, RowSparseTensor):
-        return "rows" if grad.rows is rows else "other rows"
+        return f"rows along {grad.row_dim}" if grad.rows is rows else "other rows"
     return "none" if grad is None else "dense"
 
 

@@ -39,7 +39,9 @@ from torch import SymBool, SymFloat, SymInt, Tensor, fx
 
 from hf_trim.backward._torch_internals import (
     OpOverload,
+    argument_names,
     is_mutable,
+    is_torch_op,
     is_traced,
     op_name,
     size_expression,
@@ -50,9 +52,11 @@ from hf_trim.backward.compiled.proof_rules.indexing import INDEXING
 from hf_trim.backward.compiled.proof_rules.pointwise import pointwise
 from hf_trim.backward.compiled.values import Value, Zeros, is_equal, is_integral, values_in
 from hf_trim.backward.facts.pointwise import is_pointwise
-from hf_trim.backward.registry import PROOF, NotRowwiseError
+from hf_trim.backward.registry import PROOF, NotRowwiseError, require
 
 
+# Arguments that may depend on the batch size: sizes of results, which `result` checks, and what the rules look at.
+_SIZES = {"size", "input_size", "input_sizes", "length", "N", "start", "end"}
 MergedSizes = tuple[sympy.Expr, sympy.Expr]  # what is merged in front of and behind the rows
 
 
@@ -227,8 +231,7 @@ class Propagation:
     def uniform_result(self, shape: tuple, zeros: Zeros) -> Value:
         """A result that is equal all along the dimension that carries rows, if there is one."""
         dims = self.row_dims(shape)
-        if len(dims) > 1:
-            raise NotRowwiseError("its result has the batch size in two dimensions")
+        require(len(dims) <= 1, "its result has the batch size in two dimensions")
         return self.result(shape, dims[0] if dims else None, zeros=zeros)
 
     def common_layout(self, values: Iterable[Value]) -> Value | None:
@@ -254,8 +257,7 @@ class Propagation:
             [`~hf_trim.backward.registry.NotRowwiseError`]: With this reason, if the operand can't have it.
         """
         fits = is_integral(outer) and is_integral(inner) and is_equal(outer * inner, value.outer * value.inner)
-        if not (self._has_free_layout(value) and fits):
-            raise NotRowwiseError(reason)
+        require(self._has_free_layout(value) and fits, reason)
         assert value.origin is not None  # its layout is free
         self.constraints.setdefault(value.origin, (outer, inner))
 
@@ -270,15 +272,15 @@ class Propagation:
     def _call(self, node: fx.Node) -> Value | tuple | None:
         traced = traced_value(node)
         if node.op == "get_attr":
-            if not isinstance(traced, Tensor):
-                raise NotRowwiseError("a constant in the graph is not known")
+            require(isinstance(traced, Tensor), "a constant in the graph is not known")
             return Value(_shape(traced))
         operands: tuple[Any, ...] = node.args
         if node.target is getitem and isinstance(self.values.get(operands[0]), tuple):
             return self.values[operands[0]][operands[1]]
-        if not isinstance(traced, (Tensor, tuple, list)):
-            return None  # a size
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._argument)
+        if not isinstance(traced, (Tensor, tuple, list)):
+            self._check_number(node.target, values_in((args, kwargs)))
+            return None
         self.row_index_uses = set()
         try:
             result = self._result_of(node.target, traced, args, kwargs)
@@ -289,23 +291,32 @@ class Propagation:
             sources = {value.source for value in values_in((args, kwargs)) if value.source is not None}
             self.other_inputs |= sources - self.row_index_uses
 
+    def _check_number(self, op: Any, values: Iterable[Value]) -> None:
+        """No number may be computed from rows, e.g. by `item`. Sizes are formulas, in which the batch size shows."""
+        if isinstance(op, OpOverload) and op_name(op).startswith("sym_"):
+            return
+        for value in values:
+            if value.unknown or value.row_dim is not None:
+                raise NotRowwiseError(value.unknown or "it computes a number from rows")
+
     def _result_of(self, op: Any, traced: Any, args: tuple, kwargs: dict) -> Value | tuple:
         values = list(values_in((args, kwargs)))
-        if not isinstance(op, OpOverload):
-            raise NotRowwiseError("it has no rule")
-        name = op_name(op)
-        rule = PROOF[name]
-        if rule is None and is_pointwise(op):
+        require(isinstance(op, OpOverload), "it has no rule")
+        name, is_seeded = op_name(op), torch.Tag.nondeterministic_seeded in op.tags
+        rule: Any = PROOF[name] if is_torch_op(op) else None
+        if rule is None and not is_seeded and is_pointwise(op):
             rule = pointwise
         self.op = op
         unknown = next((value for value in values if value.unknown), None)
         if unknown is not None and rule is not pointwise:
             raise NotRowwiseError(unknown.unknown)
         shapes = [_shape(x) for x in traced] if isinstance(traced, (tuple, list)) else _shape(traced)
-        if not self._has_rows(values, args, kwargs, shapes) and torch.Tag.nondeterministic_seeded not in op.tags:
+        if not self._has_rows(values, args, kwargs, shapes) and not is_seeded:
             return self._result_without_rows(rule, args, kwargs, shapes, name)
-        if rule is None:
-            raise NotRowwiseError("it has no rule")
+        require(rule is not None, "it has no rule")
+        if rule is not pointwise:  # which looks itself: its result may be zero whatever the numbers are
+            arguments = (*zip(argument_names(op), args, strict=False), *kwargs.items())
+            self.check_no_batch_size([x for argument, x in arguments if argument not in _SIZES])
         result = rule(self, name, shapes, *args, **kwargs)
         if any(value.is_row_index for value in values) and name not in INDEXING:
             # A kept row has another number among the kept rows than in the batch.
@@ -326,8 +337,7 @@ class Propagation:
 
     def _argument(self, node: fx.Node) -> Any:
         value = self.values.get(node)
-        if value is None and not is_traced(node):
-            raise NotRowwiseError("the shape of an operand is unknown")
+        require(value is not None or is_traced(node), "the shape of an operand is unknown")
         return traced_value(node) if value is None else value
 
     def _has_rows(self, values: list[Value], args: tuple, kwargs: dict, shapes: Any) -> bool:
@@ -344,8 +354,7 @@ class Propagation:
 
     def check_no_batch_size(self, *args: Any) -> None:
         """Raises [`~hf_trim.backward.registry.NotRowwiseError`] if a number depends on the batch size."""
-        if self.has_batch_size(args):
-            raise NotRowwiseError("a value depends on the batch size")
+        require(not self.has_batch_size(args), "a value depends on the batch size")
 
 
 def _shape(x: Any) -> tuple:

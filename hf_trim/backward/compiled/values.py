@@ -7,7 +7,7 @@ merged behind each. For rows 1 and 3 of 4 that is `[10, 16]` of `[20, 16]`. The 
 shape and rows, and `zeros=Zeros.OUTSIDE_KEPT`. The weight is `Value(shape=(16, 16))`: it has no rows.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
@@ -16,7 +16,7 @@ import sympy
 from torch import fx
 
 from hf_trim.backward._torch_internals import tree_iter
-from hf_trim.backward.registry import NotRowwiseError
+from hf_trim.backward.registry import require
 
 
 class Zeros(IntEnum):
@@ -88,24 +88,16 @@ def is_integral(size: sympy.Expr) -> bool:
 
 
 def check_no_rows(*operands: Any) -> None:
-    """
-    Args:
-        operands (`Any`): Operands that an op uses for all rows alike, such as a weight.
+    """Raises if an operand that an op uses for all rows alike, such as a weight, carries rows."""
+    has_rows = any(isinstance(x, Value) and x.row_dim is not None for x in operands)
+    require(not has_rows, "an operand that is used for all rows carries rows itself")
 
-    Raises:
-        [`~hf_trim.backward.registry.NotRowwiseError`]: If one of them carries rows.
-    """
-    if any(isinstance(x, Value) and x.row_dim is not None for x in operands):
-        raise NotRowwiseError("an operand that is used for all rows carries rows itself")
+
+def check_same_dim(dims: Iterable) -> None:
+    """Raises if operands carry rows in different dimensions."""
+    require(len(set(dims)) <= 1, "its operands carry rows in different dimensions")
 
 
 def check_sum_over_rows(zeros: Zeros) -> None:
-    """
-    Args:
-        zeros ([`Zeros`]): Where the terms of a sum over rows are zero.
-
-    Raises:
-        [`~hf_trim.backward.registry.NotRowwiseError`]: If the sum over the kept rows may not be the whole sum.
-    """
-    if zeros == Zeros.UNKNOWN:
-        raise NotRowwiseError("it sums over the batch, and the terms may be nonzero outside of the kept rows")
+    """Raises if the sum over the kept rows may not be the whole sum of terms that are zero there."""
+    require(zeros != Zeros.UNKNOWN, "it sums over the batch, and the terms may be nonzero outside of the kept rows")

@@ -7,11 +7,14 @@ e.g. rows 1 and 3 of B = 4 samples with T = 2 tokens each: `Rows(torch.tensor([1
 and 7.
 """
 
+from collections.abc import Callable
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
+from hf_trim.backward import waiting
 from hf_trim.backward._torch_internals import StorageWeakRef, negative_view, version_of
 from hf_trim.backward.registry import NotRowwiseError
 
@@ -31,13 +34,14 @@ class Rows:
     needs_all_rows = False  # whether a checkpointed function could not be recomputed for these rows alone
     starts_dense = False  # whether the first gradients are ordinary ones
     backward_pass: int | None = None  # the number of the one under way with them
+    origin: "Rows | None" = None  # those of the batch, if these are entries chosen from them
 
     def __init__(self, index: Tensor, batch: int):
         self.index, self.batch, self.count = index, batch, index.numel()
         # A run of neighbours is a view, not a copy, but only in front: kernels take it for granted that what they
         # saved (means, say) has no gaps. On a GPU, to read its ends would make the host wait.
         is_run = (
-            index.device.type == "cpu"
+            waiting.reads_freely(index.device)
             and int(index[-1]) - int(index[0]) == self.count - 1
             and bool((index.diff() == 1).all())
         )
@@ -45,6 +49,7 @@ class Rows:
         self._last: tuple | None = None  # the slice that was taken last: its key, its source's storage, and the slice
         # Of views and slices: the sizes of a model's layers are the same again and again.
         self.plans: dict[tuple, Any] = {}
+        self.chosen: WeakSet[Rows] = WeakSet()  # those whose origin these are
 
     @classmethod
     def all_of(cls, x: Tensor) -> "Rows":
@@ -52,6 +57,41 @@ class Rows:
         rows = cls(torch.arange(x.shape[0], device=x.device), x.shape[0])
         rows.start = 0
         return rows
+
+    def places(self, outer: int, inner: int) -> Tensor:
+        """Where each of the `outer * B * inner` entries of a dimension is in a payload; −1 if it is not kept."""
+        key = ("places", outer, inner)
+        if key not in self.plans:
+            entries = torch.arange(outer * self.batch * inner, device=self.index.device)
+            kept = self.take(entries, 0, outer, inner)
+            self.plans[key] = torch.full_like(entries, -1).index_copy_(0, kept, entries[: len(kept)])
+        return self.plans[key]
+
+    def of_entries(self, entries: Tensor, size: int) -> tuple["Rows", int]:
+        """
+        Rows for a dimension whose entries come from these rows, as the tokens that are sent to an expert do.
+
+        Args:
+            entries (`torch.Tensor`): `[n]` different numbers of entries, ascending. The others are zero.
+            size (`int`): Number of entries of the dimension.
+
+        Returns:
+            `tuple`: Rows, and how many entries each has. Those of the batch if they hold the entries; else the entries
+            themselves, and the same object for the same ones, so that gradients can be added up.
+        """
+        origin = self.origin or self
+        inner = size // origin.batch
+        if inner * origin.batch == size and bool((origin.places(1, inner)[entries] >= 0).all()):
+            return origin, inner
+        if not entries.numel():
+            entries = entries.new_zeros(1)  # one of zeros: there are no tensors without rows
+        for rows in origin.chosen:
+            if rows.batch == size and torch.equal(rows.index, entries):
+                return rows, 1
+        rows = Rows(entries, size)
+        rows.origin = origin
+        origin.chosen.add(rows)
+        return rows, 1
 
     def take(self, x: Tensor, dim: int = 0, outer: int = 1, inner: int = 1) -> Tensor:
         """
@@ -129,18 +169,10 @@ class Rows:
         rows = x.view(*before, outer, self.batch, inner, *after).index_select(dim + 1, self.index)
         return rows.view(*before, outer * self.count * inner, *after)
 
-    def add_to(self, out: Tensor, values: Tensor, dim: int, outer: int, inner: int, alpha=1) -> Tensor:
-        """Adds a payload to a dense tensor, in place."""
+    def write(self, how: Callable, out: Tensor, values: Tensor, dim: int, outer: int, inner: int, **options) -> Tensor:
+        """Writes a payload to a dense tensor, in place: `how` is `Tensor.index_copy_` or `Tensor.index_add_`."""
         if outer == inner == 1:
-            return out.index_add_(dim, self.index, values, alpha=alpha)
+            return how(out, dim, self.index, values, **options)
         split = out.unflatten(dim, (outer, self.batch, inner))
-        split.index_add_(dim + 1, self.index, values.unflatten(dim, (outer, self.count, inner)), alpha=alpha)
-        return out
-
-    def put(self, out: Tensor, values: Tensor, dim: int, outer: int, inner: int) -> Tensor:
-        """Writes a payload over the kept rows of a dense tensor, in place."""
-        if outer == inner == 1:
-            return out.index_copy_(dim, self.index, values)
-        split = out.unflatten(dim, (outer, self.batch, inner))
-        split.index_copy_(dim + 1, self.index, values.unflatten(dim, (outer, self.count, inner)))
+        how(split, dim + 1, self.index, values.unflatten(dim, (outer, self.count, inner)), **options)
         return out

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 from torch.autograd.graph import Node
 
+from hf_trim.backward import waiting
 from hf_trim.backward._torch_internals import (
     BackwardHookFunction,
     CheckpointFunction,
@@ -36,7 +37,7 @@ from hf_trim.backward.settings import current_settings
 
 
 DENSE_ABOVE = 0.8  # kept share above which slicing costs about what it saves
-_ATEN_NODE = re.compile(r"\w+Backward\d+(_copy)?$|CopyBackwards$")
+_ATEN_NODE = re.compile(r"\w+Backward\d+(_copy)?$|CopyBackwards$|CopySlices$")
 # Python Functions whose backward hands its gradients on, or computes with ordinary ops.
 _TRANSPARENT_FUNCTIONS = {
     "RegisterPostBackwardFunction",  # FSDP2
@@ -44,6 +45,18 @@ _TRANSPARENT_FUNCTIONS = {
     "PreBackwardFunctionForModule",  # DeepSpeed ZeRO
     "PostBackwardFunctionModule",
     "LinearFunctionForZeroStage3",
+}
+# Python Functions whose backward is a formula of ordinary ops, which have rules.
+_FORMULAS = {
+    "transformers.models.bloom.modeling_bloom.GeLUFunction",
+    "transformers.models.recurrent_gemma.modeling_recurrent_gemma.SqrtBoundDerivative",
+    "transformers.models.sew_d.modeling_sew_d.XDropout",
+    "transformers.models.sew_d.modeling_sew_d.XSoftmax",
+    "transformers.models.yoso.modeling_yoso.YosoCumulation",
+    *(
+        f"timm.layers.activations_me.{name}AutoFn"
+        for name in ("HardMish", "HardSigmoid", "HardSwish", "Mish", "Swish")
+    ),
 }
 # Keys in the metadata of a node, which lives longer than one backward pass.
 _DENSE = "hf_trim_dense"  # it gets ordinary gradients: the row-sparse one that they were, until it has run
@@ -122,7 +135,7 @@ def _check_different(kept: Tensor) -> None:
     """Each row must be named once: a payload that names one twice has no sum. On a GPU the host does not wait."""
     ascending = kept.sort().values
     different = (ascending[1:] != ascending[:-1]).all()
-    if kept.device.type != "cpu":
+    if not waiting.reads_freely(kept.device):
         assert_later(different, "The kept indices must be different.")
     elif not different:
         raise ValueError(f"The kept indices must be different, and are {kept.tolist()}.")
@@ -187,6 +200,8 @@ def prepare_graph(nodes: Iterable[Node | None], rows: Rows, skip_leaves: Collect
                 replace_function(node, _SparseCheckpoint)
             elif function is BackwardHookFunction:
                 _densify_gradients(node, counted=False)
+            elif function is not None and f"{function.__module__}.{function.__qualname__}" in _FORMULAS:
+                keep_rows_of_saved(node)
             elif function is not _SparseCheckpoint and getattr(function, "__name__", "") not in _TRANSPARENT_FUNCTIONS:
                 _densify_gradients(node)
         else:

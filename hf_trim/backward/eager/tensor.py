@@ -198,7 +198,7 @@ class RowSparseTensor(RowTensor):
             out = self.payload.new_zeros(self.shape)
         else:
             out = torch.empty_strided(self.shape, self.stride(), dtype=self.dtype, device=self.device).zero_()
-        return self.rows.put(out, self.payload, self.row_dim, self.row_outer, self.row_inner)
+        return self.rows.write(Tensor.index_copy_, out, self.payload, *self.layout_of_rows()[1:])
 
     def sparsify(self, x: Tensor) -> Tensor:
         """A dense result made row-sparse again, if it turns out to be zero outside this gradient's rows."""
@@ -212,7 +212,7 @@ class RowSparseTensor(RowTensor):
 
     def add_to(self, out: Tensor, alpha: float = 1) -> Tensor:
         """Adds the kept rows to a dense tensor of the same shape, in place."""
-        return self.rows.add_to(out, self.payload, self.row_dim, self.row_outer, self.row_inner, alpha)
+        return self.rows.write(Tensor.index_add_, out, self.payload, *self.layout_of_rows()[1:], alpha=alpha)
 
     def make_dense(self) -> Tensor:
         if not self.numel():
@@ -273,7 +273,8 @@ def run_dense(func: OpOverload, args: tuple, kwargs: dict, reason: str | Excepti
 
 def run_dense_view(func: OpOverload, x: RowSparseTensor, *args, **kwargs) -> Any:
     """A view without a rule. What is written to it reaches `x`, which becomes dense; or it is refused."""
-    if func is not torch.ops.aten.as_strided.default:  # it counts entries of the memory: only `densify` keeps strides
+    # `as_strided` counts entries of the memory, in which a view has a place of its own.
+    if func is not torch.ops.aten.as_strided.default or base_of(x) is None:
         with suppress(LostWriteError):
             return func(x.make_dense(), *args, **kwargs)
     return tree_map_only(Tensor, CopiedView, func(x.densify(), *args, **kwargs))

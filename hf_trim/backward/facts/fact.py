@@ -69,15 +69,14 @@ def apart(position: int, default: Any = 0) -> Callable[..., int]:
     return place
 
 
-def in_front_of(x: Any, count: int, reason: str = "it works along the rows") -> int:
-    """The dimension that carries rows, which must be in front of the last `count` ones."""
-    require(x.row_dim < x.ndim - count, reason)
-    return x.row_dim
-
-
 def before_last(count: int) -> Callable[..., int]:
     """Rows stay in their dimension, which must be in front of the last `count` ones."""
-    return lambda x, *_, **__: in_front_of(x, count)
+
+    def place(x: Any, *_: Any, **__: Any) -> int:
+        require(x.row_dim < x.ndim - count, "it works along the rows")
+        return x.row_dim
+
+    return place
 
 
 def first(x: Any, ndim: int | None = None) -> int:

@@ -7,14 +7,14 @@ look at `sin(0)` says. `cos` need not be zero anywhere.
 
 import torch
 
-from hf_trim.backward._torch_internals import OpOverload, op_name
+from hf_trim.backward._torch_internals import OpOverload, is_torch_op, op_name
 
 
 # Ops that are elementwise without having the tag, in some versions of PyTorch.
 POINTWISE = {
-    "_to_copy", "clone", "convert_element_type", "elu_backward", "fma", "hardsigmoid_backward", "hardswish_backward",
-    "hardtanh_backward", "leaky_relu_backward", "lift_fresh_copy", "log_sigmoid_backward", "mish_backward",
-    "rrelu_with_noise_backward", "softplus_backward",
+    "_conj", "_neg_view", "_to_copy", "clone", "convert_element_type", "elu_backward", "fma", "hardsigmoid_backward",
+    "hardswish_backward", "hardtanh_backward", "leaky_relu_backward", "lift_fresh_copy", "log_sigmoid_backward",
+    "mish_backward", "rrelu_with_noise_backward", "softplus_backward",
 }  # fmt: skip
 
 FIRST = ((0,),)
@@ -30,7 +30,7 @@ _of_zeros: dict[tuple, bool] = {}  # op and arguments → whether the op makes z
 
 def is_pointwise(op: OpOverload) -> bool:
     """Whether an op is elementwise, by its tags or by name."""
-    return torch.Tag.pointwise in op.tags or op_name(op) in POINTWISE
+    return torch.Tag.pointwise in op.tags or (is_torch_op(op) and op_name(op) in POINTWISE)
 
 
 def zero_where(name: str) -> tuple[tuple[int, ...], ...] | None:

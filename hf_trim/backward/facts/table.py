@@ -15,7 +15,6 @@ from hf_trim.backward.facts.fact import (
     attention,
     before_last,
     first,
-    in_front_of,
     inserted,
     loss,
     other_dim,
@@ -61,10 +60,6 @@ def _embedded(grad, index, num_weights, padding_idx, scale_grad_by_freq):
     require(grad.row_dim < index.ndim == grad.ndim - 1, "rows are features")
 
 
-def _normalized(x, shape):
-    return in_front_of(x, len(shape), "it normalizes over the rows")
-
-
 def _batch_norm(grad, train):
     require(not train, "batch norm in training mode mixes the rows")  # with fixed statistics it is elementwise
     other_dim(grad, 1)
@@ -85,7 +80,7 @@ def _nll_loss(grad, x, target, weight, reduction, *_):
 # fmt: off
 TABLE: dict[str, tuple[str, Callable[..., Any]]] = {
     # views
-    "alias detach view_as_real": ("grad", same),
+    "alias detach lift_fresh view_as_real": ("grad", same),
     "view_as_complex": ("grad", before_last(1)),
     "t transpose.int": ("grad", transposed),
     "permute": ("grad", _permuted),
@@ -116,6 +111,7 @@ TABLE: dict[str, tuple[str, Callable[..., Any]]] = {
     "pixel_shuffle pixel_unshuffle channel_shuffle": ("grad", before_last(3)),
     "im2col": ("grad", lambda x, *_: first(x, 4)),
     "col2im": ("grad", lambda x, *_: first(x, 3)),
+    "empty_like zeros_like ones_like full_like": ("saved", same),  # of gradients: `factory` in `pointwise.py`
     # reductions, and along a dimension
     "sum sum.dim_IntList any any.dim any.dims": ("grad", summed),
     "mean mean.dim amax amin": ("grad", reduced),
@@ -138,11 +134,13 @@ TABLE: dict[str, tuple[str, Callable[..., Any]]] = {
     ),
     "_prelu_kernel_backward": ("grad saved shared", lambda grad, x, weight: loss(grad, 0, x)),
     # norms
-    "native_layer_norm _fused_rms_norm": ("saved", lambda x, shape, *_: _normalized(x, shape)),
+    "native_layer_norm _fused_rms_norm": ("saved", lambda x, shape, *_: before_last(len(shape))(x)),
     "native_layer_norm_backward": (
-        "grad saved . saved saved", lambda grad, x, shape, *_: (_normalized(grad, shape), None, None)
+        "grad saved . saved saved", lambda grad, x, shape, *_: (before_last(len(shape))(grad), None, None)
     ),
-    "_fused_rms_norm_backward": ("grad saved . saved", lambda grad, x, shape, *_: (_normalized(grad, shape), None)),
+    "_fused_rms_norm_backward": (
+        "grad saved . saved", lambda grad, x, shape, *_: (before_last(len(shape))(grad), None)
+    ),
     "native_group_norm": ("saved . . size", lambda x, *_: first(x)),
     "native_group_norm_backward": ("grad saved saved saved . size", lambda grad, *_: (first(grad), None, None)),
     "native_batch_norm_backward": ("grad saved", lambda grad, *args: _batch_norm(grad, train=args[6])),

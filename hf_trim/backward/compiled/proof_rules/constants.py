@@ -7,7 +7,7 @@ rows: 0, 1, 2, 3 for B = 4; and among the kept rows 1 and 3, it is 0, 1.
 """
 
 from hf_trim.backward.compiled.values import Value, Zeros, is_equal
-from hf_trim.backward.registry import PROOF, NotRowwiseError, implements
+from hf_trim.backward.registry import PROOF, implements, require
 
 
 @implements("full", "full_like", "zeros", "zeros_like", "new_zeros", "ones", "ones_like", "new_ones", "new_full",
@@ -16,8 +16,7 @@ def _constant(prop, name, shape, *args, **kwargs):
     if "full" in name or name == "scalar_tensor":
         value = args[0 if name == "scalar_tensor" else 2 if name == "new_full" else 1]
         prop.check_no_batch_size(value)
-        if isinstance(value, Value):
-            raise NotRowwiseError("it is not known what number a tensor is filled with")
+        require(not isinstance(value, Value), "it is not known what number a tensor is filled with")
     else:
         value = "ones" in name
     return prop.uniform_result(shape, Zeros.EVERYWHERE if value == 0 else Zeros.UNKNOWN)
@@ -30,6 +29,6 @@ def _row_numbers(prop, name, shape, *args, start=None, step=None, **kwargs):
     if not prop.row_dims(shape):
         prop.check_no_batch_size(args, start, step)
         return prop.result(shape)
-    if start != 0 or step != 1 or not is_equal(shape[0], prop.batch):
-        raise NotRowwiseError("it numbers the rows in another way than 0, 1, 2, ...")
+    counts_them = start == 0 and step == 1 and is_equal(shape[0], prop.batch)
+    require(counts_them, "it numbers the rows in another way than 0, 1, 2, ...")
     return prop.batch_first_result(shape, is_row_index=True)

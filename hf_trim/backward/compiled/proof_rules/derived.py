@@ -13,10 +13,18 @@ from typing import Any
 from torch import SymInt
 
 from hf_trim.backward._torch_internals import size_expression, tree_map_only
-from hf_trim.backward.compiled.values import Value, Zeros, check_no_rows, check_sum_over_rows, values_in, zeros_of
+from hf_trim.backward.compiled.values import (
+    Value,
+    Zeros,
+    check_no_rows,
+    check_same_dim,
+    check_sum_over_rows,
+    values_in,
+    zeros_of,
+)
 from hf_trim.backward.facts import FACTS
 from hf_trim.backward.facts.fact import Fact
-from hf_trim.backward.registry import PROOF, NotRowwiseError, overloads
+from hf_trim.backward.registry import PROOF, overloads
 
 
 def register_derived_rules() -> None:
@@ -48,9 +56,8 @@ def derived_rule(fact: Fact, is_view: bool = False) -> Callable:
         ref = carriers[0]
         shared = [args[i] for i in fact.shared if i < len(args)] + [kwargs.get(name) for name in fact.shared_keywords]
         shared = [value for value in values_in(shared) if value.row_dim is not None]
-        aligned = all(value.row_dim - value.ndim == ref.row_dim - ref.ndim for value in shared)
-        if not aligned or any(value.row_dim != ref.row_dim for value in carriers):
-            raise NotRowwiseError("its operands carry rows in different dimensions")
+        check_same_dim(value.row_dim for value in carriers)
+        check_same_dim(value.row_dim - value.ndim for value in [ref, *shared])
         check_no_rows(*(x for i, x in enumerate(args) if i not in of_rows))
         dims = fact.place(*tree_map_only(SymInt, size_expression, args), **kwargs)
         if not ((is_view or fact.sizes) and shapes == ref.shape):  # `x[:len(x)]` is all of x

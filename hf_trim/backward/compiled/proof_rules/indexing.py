@@ -9,9 +9,11 @@ batch, which is checked in each call. Looked up by any other number, a row could
 
 from dataclasses import replace
 
+import torch
+
 from hf_trim.backward._torch_internals import traced_value
-from hf_trim.backward.compiled.values import Value, Zeros, check_no_rows, check_sum_over_rows
-from hf_trim.backward.registry import PROOF, NotRowwiseError, implements
+from hf_trim.backward.compiled.values import Value, Zeros, check_no_rows, check_same_dim, check_sum_over_rows
+from hf_trim.backward.registry import PROOF, NotRowwiseError, implements, require
 
 
 # Ops that may use the number of a row, for their rules check how.
@@ -28,8 +30,7 @@ def _check_indices(prop, x: Value, indices: list) -> tuple[Value | None, bool]:
     """
     by_dim = {d: index for d, index in enumerate(indices) if index is not None}
     carriers = [index for index in by_dim.values() if index.row_dim is not None]
-    if len({index.row_dim - len(index.shape) for index in carriers}) > 1:
-        raise NotRowwiseError("its operands carry rows in different dimensions")
+    check_same_dim(index.row_dim - index.ndim for index in carriers)
     carrier = prop.common_layout(carriers) or (carriers[0] if carriers else None)
     if x.is_row_index or any(index.is_row_index for d, index in by_dim.items() if d != x.row_dim):
         raise NotRowwiseError("a value depends on the number of a row")
@@ -44,12 +45,12 @@ def _check_indices(prop, x: Value, indices: list) -> tuple[Value | None, bool]:
     row_index = by_dim[x.row_dim]
     if not row_index.is_row_index:
         # The forward pass may have made the row index, `torch.arange(B)`, and saved it.
-        is_input = row_index.source is not None and traced_value(row_index.source).ndim == 1
+        saved = None if row_index.source is None else traced_value(row_index.source)
+        is_input = saved is not None and saved.ndim == 1 and saved.dtype in (torch.int64, torch.int32)  # no mask
         if not (is_input and row_index.outer == row_index.inner == 1):
             raise NotRowwiseError("it may look up entries of other rows")
         prop.use_as_row_index(row_index)
-    if not (x.outer is None or x.outer == x.inner == 1):
-        raise NotRowwiseError("it looks up rows in a dimension that is merged with others")
+    require(x.outer is None or x.outer == x.inner == 1, "it looks up rows in a dimension that is merged with others")
     return carrier, True
 
 
@@ -82,7 +83,7 @@ def _free_row_dim(x: Value, indices: list) -> int | None:
 def _index(prop, name, shape, x, indices):
     row_dim = _free_row_dim(x, indices)
     if row_dim is not None:
-        return prop.result(shape, row_dim, x, x.zeros)
+        return prop.result(shape, row_dim, x, x.zeros, x.is_row_index)
     carrier, by_row = _check_indices(prop, x, indices)
     if carrier is None:
         return prop.result(shape, zeros=x.zeros)
@@ -98,12 +99,13 @@ def _index_put(prop, name, shape, x, *args):
     adds = "accumulate" in name or bool(accumulate and accumulate[0])
     first, common = _place_of_indices(indices)
     dims = len(_free_dims(x, indices)) + common  # of `x[indices]`; values may have fewer, aligned at the end
-    if values.is_row_index:
+    if values.is_row_index or x.is_row_index:
         raise NotRowwiseError("a value depends on the number of a row")
     row_dim = _free_row_dim(x, indices)
     if row_dim is not None:
-        if values.row_dim is None or values.row_dim - len(values.shape) != row_dim - dims or mask is not None:
-            raise NotRowwiseError("its operands carry rows in different dimensions")
+        check_no_rows(mask)
+        require(values.row_dim is not None, "rows are overwritten alike")
+        check_same_dim((values.row_dim - values.ndim, row_dim - dims))
         return prop.result(shape, x.row_dim, prop.common_layout([x, values]), min(x.zeros, values.zeros))
     carrier, by_row = _check_indices(prop, x, indices)
     if carrier is None:
@@ -111,14 +113,12 @@ def _index_put(prop, name, shape, x, *args):
         return prop.result(shape, zeros=min(x.zeros, values.zeros))
     row_dim = first + common + carrier.row_dim - len(carrier.shape)
     carriers = [value for value in (values, mask) if value is not None and value.row_dim is not None]
-    if any(value.row_dim - len(value.shape) != row_dim - dims for value in carriers):
-        raise NotRowwiseError("its operands carry rows in different dimensions")
+    check_same_dim([row_dim - dims, *(value.row_dim - value.ndim for value in carriers)])
     layout = prop.common_layout([carrier, *carriers])
     if by_row:
         return prop.result(
             shape, x.row_dim, replace(x, outer=layout.outer, inner=layout.inner), min(x.zeros, values.zeros)
         )
-    if not adds:
-        raise NotRowwiseError("rows overwrite each other in a tensor that has none")
+    require(adds, "rows overwrite each other in a tensor that has none")
     check_sum_over_rows(values.zeros)
     return prop.result(shape, zeros=min(x.zeros, values.zeros))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, cast
 from torch import SymBool, SymFloat, SymInt
 
 from hf_trim.backward._torch_internals import tree_iter
-from hf_trim.backward.compiled.values import Value, Zeros, values_in, zeros_of
+from hf_trim.backward.compiled.values import Value, Zeros, check_same_dim, values_in, zeros_of
 from hf_trim.backward.facts.pointwise import keeps_zeros, zero_where
 from hf_trim.backward.registry import NotRowwiseError
 
@@ -57,8 +57,7 @@ def pointwise(prop: "Propagation", name: str, shape: tuple, *args, **kwargs) -> 
     if not carriers:
         return prop.result(shape, zeros=zeros)
     # Counted from the end, as in broadcasting.
-    dims = {cast(int, value.row_dim) - len(value.shape) for value in carriers}
-    if len(dims) > 1:
-        raise NotRowwiseError("its operands carry rows in different dimensions")
+    dims = [cast(int, value.row_dim) - value.ndim for value in carriers]
+    check_same_dim(dims)
     is_row_index = len(values) == 1 and values[0].is_row_index and name == "clone"
-    return prop.result(shape, dims.pop() + len(shape), prop.common_layout(carriers), zeros, is_row_index)
+    return prop.result(shape, dims[0] + len(shape), prop.common_layout(carriers), zeros, is_row_index)

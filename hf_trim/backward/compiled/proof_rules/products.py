@@ -12,9 +12,9 @@ rows.
 """
 
 from hf_trim.backward.compiled.proof_rules.pointwise import pointwise
-from hf_trim.backward.compiled.values import Value, check_sum_over_rows
+from hf_trim.backward.compiled.values import Value, check_same_dim, check_sum_over_rows
 from hf_trim.backward.facts.fact import product_dims
-from hf_trim.backward.registry import PROOF, NotRowwiseError, implements
+from hf_trim.backward.registry import PROOF, implements
 
 
 def _multiply(prop, shape, a: Value, b: Value) -> Value:
@@ -23,8 +23,7 @@ def _multiply(prop, shape, a: Value, b: Value) -> Value:
     if a.row_dim is None and b.row_dim is None:
         return prop.result(shape, zeros=zeros)
     *dims, dim = product_dims(a, b)
-    if (a.row_dim, b.row_dim) != tuple(dims):
-        raise NotRowwiseError("its operands carry rows in different dimensions")
+    check_same_dim([(a.row_dim, b.row_dim), tuple(dims)])
     if dim is None:
         check_sum_over_rows(zeros)
     return prop.result(shape, dim, prop.common_layout([a, b]), zeros)

@@ -16,9 +16,9 @@ from functools import reduce
 import sympy
 
 from hf_trim.backward.compiled.proof_rules.derived import derived_rule
-from hf_trim.backward.compiled.values import Zeros, is_equal, is_integral
+from hf_trim.backward.compiled.values import Zeros, check_same_dim, is_equal, is_integral
 from hf_trim.backward.facts import FACTS
-from hf_trim.backward.registry import PROOF, NotRowwiseError, implements
+from hf_trim.backward.registry import PROOF, implements, require
 
 
 @implements("view", "_unsafe_view", table=PROOF)
@@ -29,8 +29,7 @@ def _view(prop, name, shape, x, *args):
     if x.row_dim is None:
         return prop.result(shape, zeros=x.zeros)
     dims = prop.row_dims(shape)
-    if len(dims) != 1:
-        raise NotRowwiseError("its result has the batch size in two dimensions")
+    require(len(dims) == 1, "its result has the batch size in two dimensions")
     dim = dims[0]
     if x.outer is None:
         if x.zeros == Zeros.EVERYWHERE:
@@ -74,13 +73,11 @@ def _select_scatter(prop, name, shape, x, source, dim, index):
 def _cat(prop, name, shape, tensors, dim=0):
     dim %= len(shape)
     dims = {None if x.row_dim is None else x.row_dim + (name == "stack" and x.row_dim >= dim) for x in tensors}
-    if len(dims) > 1:
-        raise NotRowwiseError("its operands carry rows in different dimensions")
+    check_same_dim(dims)
     row_dim, zeros = dims.pop(), min(x.zeros for x in tensors)
     if name == "stack" or row_dim != dim or row_dim is None:
         return prop.result(shape, row_dim, prop.common_layout(tensors), zeros)
     # Two `[B, ...]` become `[2*B, ...]` with outer 2, as in the gradient of an `unbind`.
-    if any(x.outer is None or not is_equal(x.inner, tensors[0].inner) for x in tensors):
-        raise NotRowwiseError("it joins rows to rows")
+    require(all(x.outer is not None and is_equal(x.inner, tensors[0].inner) for x in tensors), "it joins rows to rows")
     joined = replace(tensors[0], outer=sum(x.outer for x in tensors), origin=None)
     return prop.result(shape, row_dim, joined, zeros)

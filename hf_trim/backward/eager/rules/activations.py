@@ -1,5 +1,5 @@
 """
-Forward ops on activations of which the kept rows are known (`checkpoint.py`, `saved.py`): elementwise ones, factories
+Forward ops on activations of which the kept rows are known (`checkpoint.py`, `saved.py`): elementwise ones
 and random numbers. The rules of others follow from the facts.
 
 What `rules/__init__.py` says of a rule holds here with one difference: the rows that are not kept are *unknown*, not
@@ -52,12 +52,7 @@ def in_place(func, x, *args, **kwargs):
     return x
 
 
-# ---- factories, random numbers --------------------------------------------------------------------------------------
-
-
-@implements("empty_like", "zeros_like", "ones_like", "full_like", table=ACTIVATIONS)
-def fill(func, x, *args, **kwargs):
-    return x.like(func(x.payload, *args, **kwargs))
+# ---- random numbers ------------------------------------------------------------------------------------------------
 
 
 def empty_batch(x):

@@ -1,12 +1,12 @@
 """
-Convolution. The rules of other layers follow from the facts, and this one's but for two things: kernels that
-each sample has of its own, and a memory layout that is slow.
+Convolution and recurrent layers. The rules of other layers follow from the facts, and convolution's but for two
+things: kernels that each sample has of its own, and a memory layout that is slow.
 """
 
 import torch
 
 from hf_trim.backward.eager.rules.derived import derived_rule
-from hf_trim.backward.eager.rules.operands import require_row_sparse
+from hf_trim.backward.eager.rules.operands import find_reference, is_zeros, require_row_sparse
 from hf_trim.backward.facts import FACTS
 from hf_trim.backward.registry import implements, require
 
@@ -35,3 +35,25 @@ def convolution_backward(func, grad, x, weight, bias_sizes, *args):
     if x.device.type == "cpu" and x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
         grad = grad.like(grad.payload.contiguous(memory_format=torch.channels_last))  # oneDNN is slow on mixed layouts
     return _convolution_backward(func, grad, x, weight, bias_sizes, *args)
+
+
+@implements("mkldnn_rnn_layer_backward")
+def rnn_layer_backward(
+    func, x, w1, w2, w3, w4, hx, cx, out, hy, cy, grad_out, grad_hy, grad_cy, reverse, mode, hidden_size, num_layers,
+    has_biases, train, bidirectional, batch_sizes, batch_first, workspace,
+):  # fmt: skip
+    """The kept rows run forward again: what oneDNN wrote down of all of them cannot be sliced."""
+    grads = [grad for grad in (grad_out, grad_hy, grad_cy) if grad is not None]
+    require(not batch_sizes and all(map(is_zeros, grads)), "sequences are packed")
+    ref = find_reference(grads)
+    x, hx, cx, *grads = (ref.kept_rows(y, -2) for y in (x, hx, cx, grad_out, grad_hy, grad_cy))  # [..., B, features]
+    layers = mode, hidden_size, num_layers, has_biases
+    with torch.enable_grad():  # without, it writes nothing down
+        *outs, workspace = torch.ops.aten.mkldnn_rnn_layer(
+            x, w1, w2, w3, w4, hx, cx, reverse, batch_sizes, *layers, bidirectional, batch_first, train
+        )
+    dx, *weights, dhx, dcx = func(
+        x, w1, w2, w3, w4, hx, cx, *outs, *grads, reverse, *layers, train, bidirectional, batch_sizes, batch_first,
+        workspace,
+    )  # fmt: skip
+    return ref.like(dx, dx.ndim - 2), *weights, ref.like(dhx, dhx.ndim - 2), ref.like(dcx, dcx.ndim - 2)

@@ -8,6 +8,7 @@ mask, with the rows where they were. `grad + 1` is not zero outside the kept row
 import torch
 from torch import Tensor
 
+from hf_trim.backward import waiting
 from hf_trim.backward._torch_internals import (
     decompose,
     functional_form,
@@ -57,7 +58,7 @@ def _is_zero(x) -> bool:
     if isinstance(x, RowSparseTensor):
         return True
     if isinstance(x, Tensor):
-        return x.device.type == "cpu" and x.ndim == 0 and x.item() == 0
+        return x.ndim == 0 and waiting.reads_freely(x.device) and x.item() == 0
     return x == 0
 
 
@@ -139,10 +140,11 @@ def copy(func, x, source, non_blocking=False):
     require(isinstance(source, RowSparseTensor), "every row is overwritten")
     require(x.shape == source.shape and x.device == source.device, "operands are broadcast")
     require(not (x.is_conj() or x.is_neg()), "it writes to a lazy conjugate")
-    out = source.like(source.payload.to(x.dtype, copy=True))
     if func is aten.copy.default:
-        return out
-    return x.overwrite_(out) if isinstance(x, RowSparseTensor) else out.add_to(x.zero_())
+        return source.like(source.payload.to(x.dtype, copy=True))
+    if isinstance(x, RowSparseTensor):
+        return x.overwrite_(source)
+    return source.like(source.payload.to(x.dtype)).add_to(x.zero_())
 
 
 @implements("zero_")
@@ -156,17 +158,27 @@ def zero_(func, x):
 
 @implements("new_zeros", "zeros_like")
 def zeros(func, x, size=None, memory_format=None, **kwargs):
-    """Zeros are row-sparse with any rows; the gradient's own, where they fit, let a scatter into them stay sparse."""
+    """
+    Zeros are row-sparse with any rows; the gradient's own, where they fit, or those of the batch let what is written
+    into them stay sparse.
+    """
     size = list(x.shape if size is None else size)
     options = {"dtype": kwargs.get("dtype") or x.dtype, "device": kwargs.get("device") or x.device}
-    if x.row_dim < len(size) and size[x.row_dim] == x.shape[x.row_dim] and torch.device(options["device"]) == x.device:
-        size[x.row_dim] = x.payload.shape[x.row_dim]
-        return x.like(torch.zeros(size, **options))
+    if torch.device(options["device"]) == x.device:
+        if x.row_dim < len(size) and size[x.row_dim] == x.shape[x.row_dim]:
+            size[x.row_dim] = x.payload.shape[x.row_dim]
+            return x.like(torch.zeros(size, **options))
+        rows = x.rows.origin or x.rows
+        for dim in (x.row_dim, 0):
+            if dim < len(size) and size[dim] % rows.batch == 0 < size[dim]:
+                inner = size[dim] // rows.batch
+                size[dim] = inner * rows.count
+                return RowSparseTensor(torch.zeros(size, **options), rows, dim, 1, inner)
     return torch.zeros(size, **options)
 
 
 @implements("new_empty", "new_full", "new_ones", table=(GRADIENTS, ACTIVATIONS))
-@implements("new_empty_strided", "empty_like", "full_like", "ones_like", "rand_like", "randn_like")
+@implements("empty_like", "full_like", "ones_like", "rand_like", "randn_like")
 @implements("new_zeros", table=ACTIVATIONS)
 def factory(func, x, *args, **kwargs):
     """Only shape, dtype and device of the gradient matter."""

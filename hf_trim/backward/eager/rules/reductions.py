@@ -64,3 +64,19 @@ def product_with_vector(func, a, b):
     if ref.row_dim == ref.ndim - 1:
         return func(ref.kept_rows(a, a.ndim - 1), ref.kept_rows(b, 0))
     return ref.like(func(require_row_sparse(a).payload, b), 0)
+
+
+@implements("_grouped_mm")
+def grouped_matmul(func, a, b, ends=None, *args):
+    """
+    The tokens that were sent to each expert, `[n, m]`, times its matrix of `[E, m, p]`, and the same transposed; or
+    the gradient of the matrices, `[m, n] @ [n, p]`. An expert's tokens end at its number in `ends`.
+    """
+    ref = a if isinstance(a, RowSparseTensor) else b
+    tokens = {(2, 3): (0, None), (3, 2): (None, 1), (2, 2): (1, 0)}.get((a.ndim, b.ndim), (None, None))
+    require(ends is not None and ref.row_dim == tokens[ref is b], "its rows are not tokens")
+    numbers = ref.kept_rows(torch.arange(ref.shape[ref.row_dim], device=ref.device), 0)
+    require(bool((numbers.diff() > 0).all()), "tokens are not in order")
+    a, b = (x if dim is None else ref.kept_rows(x, dim) for x, dim in zip((a, b), tokens, strict=True))
+    out = func(a, b, torch.searchsorted(numbers, ends, out_int32=True), *args)
+    return out if None not in tokens else ref.like(out)

@@ -9,13 +9,10 @@ themselves would be split: the op runs dense.
 
 from math import prod
 
+import torch
+
 from hf_trim.backward.facts.fact import squeezed, squeezed_dims
-from hf_trim.backward.registry import ACTIVATIONS, GRADIENTS, NotRowwiseError, implements
-
-
-@implements("lift_fresh", table=(GRADIENTS, ACTIVATIONS))
-def lift_fresh(func, x):
-    return x
+from hf_trim.backward.registry import ACTIVATIONS, GRADIENTS, NotRowwiseError, implements, require
 
 
 @implements("squeeze", "squeeze.dim", "squeeze.dims", table=(GRADIENTS, ACTIVATIONS))
@@ -63,3 +60,44 @@ def plan_view(x, size: list[int]) -> tuple:
             break
         before //= n
     raise NotRowwiseError(f"{size} splits the rows")
+
+
+# ---- writes into a part of a tensor ------------------------------------------------------------------------------
+# The node of `out[:, t] = x` copies its gradient to a tensor of the strides of `out`, and writes to the part of it
+# that was overwritten.
+
+
+@implements("new_empty_strided")
+def new_empty_strided(func, x, size, stride, **kwargs):
+    """The gradient's own rows, where they fit."""
+    if list(size) != list(x.shape) or kwargs.get("dtype") not in (None, x.dtype):
+        return func(torch.empty(0, dtype=x.dtype, device=x.device), size, stride, **kwargs)
+    count, step = x.shape[x.row_dim], stride[x.row_dim]
+    kept = x.payload.shape[x.row_dim]
+    out = x.like(x.payload.new_empty_strided(x.payload.shape, [n * kept // count if n > step else n for n in stride]))
+    require(out.stride() == tuple(stride), "the rows have other strides")
+    return out
+
+
+@implements("as_strided")
+def as_strided(func, x, size, stride, offset=None):
+    """The same entries of each row: the rows are one dimension of the view, and the others stay inside a row."""
+    count, kept, step = x.shape[x.row_dim], x.payload.shape[x.row_dim], x.stride(x.row_dim)
+    dims = [d for d, n in enumerate(size) if n == count and stride[d] == step]
+    require(len(dims) == 1 and count > 1 and x.payload.stride(x.row_dim) == step, "it works along the rows")
+    extent = 1 + sum((n - 1) * s for n, s in zip(x.payload.shape, x.payload.stride(), strict=True))
+    require(extent == x.payload.numel(), "there are gaps in memory")
+    before, start = divmod(offset or 0, count * step)
+    size, stride = list(size), list(stride)
+    end = start
+    for d, n in enumerate(size):
+        if d == dims[0]:
+            size[d] = kept
+        elif n > 1 and stride[d] >= count * step:
+            require(stride[d] % (count * step) == 0, "it works along the rows")
+            stride[d] = stride[d] // count * kept
+        else:
+            end += (n - 1) * stride[d]
+    require(end < step, "it works along the rows")
+    offset = x.payload.storage_offset() + before * kept * step + start
+    return x.like(x.payload.as_strided(size, stride, offset), dims[0])

@@ -1,0 +1,209 @@
+"""
+Where a training step would make the host of a GPU wait, found on the CPU.
+
+Counted are the operations that a CUDA host waits for: reading a number (`.item()`, `if tensor`, `.tolist()`), an index
+whose size depends on values (boolean masks, `nonzero`, `unique`), comparisons of whole tensors, and copies of ordinary
+memory to the device. hf_trim takes the ways that it takes on a GPU while this counts. For example, with samples and
+accumulation 1, plain `Trainer` waits twice in a step, for whether the loss is finite: `{"is_nonzero": 2}`.
+
+`python -m tests.support.waits` prints where each kind of training waits, beside plain `Trainer`.
+"""
+
+import sys
+import traceback
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from tempfile import TemporaryDirectory
+from unittest import mock
+
+import hf_trim  # noqa: F401 (before transformers: it repairs torchvision where torch has no CUDA)
+
+
+# isort: split
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from hf_trim import TrimmingArguments, TrimmingTrainer
+from hf_trim.backward import waiting
+from hf_trim.trainer import lm_head
+from tests.support.heads import HEADS, make
+from tests.support.helpers import digits, tiny_vit
+
+
+READS = {
+    "_local_scalar_dense", "nonzero", "masked_select", "unique_dim", "_unique", "_unique2", "unique_consecutive",
+    "equal", "is_nonzero", "repeat_interleave", "bincount",
+}  # fmt: skip
+INDEXES = {"index", "index_put", "index_put_", "_unsafe_index", "_index_put_impl_"}
+READERS = {Tensor.tolist, Tensor.numpy, Tensor.cpu}
+FACTORIES = {
+    torch.zeros, torch.ones, torch.full, torch.empty, torch.arange, torch.rand, torch.randn, torch.randperm,
+    torch.tensor, torch.as_tensor, torch.from_numpy,
+}  # fmt: skip
+
+
+def _place() -> str:
+    """The innermost line of hf_trim, transformers or accelerate that is running."""
+    for frame in reversed(traceback.extract_stack()):
+        for package in ("/hf_trim/", "/transformers/", "/accelerate/"):
+            if package in frame.filename:
+                name = frame.filename.rsplit(package, 1)[1]
+                if name != "trainer/losses.py" or frame.name != "__torch_function__":
+                    return f"{package[1:]}{name}:{frame.lineno} {frame.name}"
+    return "?"
+
+
+class Waits(Counter):
+    """How often the host waits, for each operation and place: counted while [`is_on`] is true."""
+
+    is_on = False
+    mini_batches = 0
+
+    def add(self, name: str) -> None:
+        """Count an operation, unless what it reads was asked for early (`waiting.Later`)."""
+        if self.is_on and not (place := _place()).startswith("hf_trim/backward/waiting.py"):
+            self[name, place] += 1
+
+
+class _Dispatched(TorchDispatchMode):
+    def __init__(self, waits: Waits):
+        super().__init__()
+        self.waits = waits
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in READS and not (name == "repeat_interleave" and isinstance(args[1], int)):
+            self.waits.add(name)
+        elif name in INDEXES and any(
+            isinstance(x, Tensor) and x.dtype in (torch.bool, torch.uint8) for x in args[1] if x is not None
+        ):
+            self.waits.add(f"{name} by a mask")
+        return func(*args, **(kwargs or {}))
+
+
+class _Called(TorchFunctionMode):
+    def __init__(self, waits: Waits):
+        super().__init__()
+        self.waits = waits
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        is_on_host = bool(args) and getattr(args[0], "is_on_host", not isinstance(args[0], Tensor))
+        if func in READERS and not is_on_host or func is Tensor.to and is_on_host or func is Tensor.new_tensor:
+            self.waits.add(func.__name__)
+        elif func in (torch.tensor, torch.as_tensor) and is_on_host and kwargs.get("device") is not None:
+            self.waits.add(func.__name__)
+        result = func(*args, **kwargs)
+        if func is Tensor.to or func in FACTORIES and kwargs.get("device") is None and is_on_host:
+            result.is_on_host = func is not Tensor.to
+        return result
+
+
+@contextmanager
+def counted_waits() -> Iterator[Waits]:
+    """Counts in this context, in which hf_trim does as on a GPU."""
+    waits = Waits()
+    with mock.patch.object(waiting, "reads_freely", lambda device: False), _Called(waits), _Dispatched(waits):
+        yield waits
+
+
+class _Window(TrainerCallback):
+    """Counts in the second and third step: what is done once a training is not counted."""
+
+    def __init__(self, waits: Waits):
+        self.waits = waits
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        self.waits.mini_batches += self.waits.is_on
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.waits.mini_batches += self.waits.is_on
+        self.waits.is_on = state.global_step < 3
+        control.should_training_stop = state.global_step == 3
+
+
+def waits_of(trainer: Trainer) -> Waits:
+    """
+    Train for three steps, and count in two.
+
+    Args:
+        trainer ([`~transformers.Trainer`]): The trainer.
+
+    Returns:
+        [`Waits`]: The operations of these steps.
+    """
+    with counted_waits() as waits:
+        trainer.add_callback(_Window(waits))
+        trainer.train()
+    return waits
+
+
+KEEP_HALF = {"trim_keep_start": 0.5, "trim_keep_end": 0.5}
+ADAPTIVE = {"trim_schedule": "adaptive", "trim_mass": 0.7}
+COMPILED = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
+# Of each kind of training: a head, and its arguments.
+KINDS = {
+    "samples, dense": ("vit", {**KEEP_HALF, "trim_backward": "dense"}),
+    "samples, sparse": ("vit", {**KEEP_HALF, "trim_backward": "sparse"}),
+    "samples, p = 1": ("vit", {}),
+    "random": ("vit", {**KEEP_HALF, "trim_select": "random", "trim_backward": "dense"}),
+    "the hardest left out": ("vit", {**KEEP_HALF, "trim_skip_hardest": 0.2, "trim_backward": "dense"}),
+    "start and end of an answer": ("question-answering", {**KEEP_HALF, "trim_backward": "sparse"}),
+    "tokens, whole logits": ("llama", {**KEEP_HALF, "trim_backward": "dense"}),
+    "tokens, chunked head": ("llama", KEEP_HALF),
+    "tokens, chunked head, p = 1": ("llama", {}),
+    "texts, chunked head, sparse": ("llama", {**KEEP_HALF, "trim_unit": "sample", "trim_backward": "sparse"}),
+    "adaptive, samples, dense": ("vit", {**ADAPTIVE, "trim_backward": "dense"}),
+    "adaptive, tokens, chunked head": ("llama", ADAPTIVE),
+    "adaptive, samples, sparse": ("vit", {**ADAPTIVE, "trim_backward": "sparse"}),
+    "NaN dropped": ("vit", {**KEEP_HALF, "trim_nonfinite": "drop", "trim_backward": "dense"}),
+    "among all processes": ("llama", {**KEEP_HALF, "trim_scope": "global", "trim_backward": "dense"}),
+    "compiled, dense": ("vit", {**KEEP_HALF, **COMPILED, "trim_backward": "dense"}),
+    "compiled, sparse": ("vit", {**KEEP_HALF, **COMPILED, "trim_backward": "sparse"}),
+}
+
+
+def waits_of_kind(name: str, output_dir: str, accumulation: int = 1, is_trimmed: bool = True) -> Waits:
+    """
+    The waits of a kind of training in two optimizer steps of its first epoch.
+
+    Args:
+        name (`str`): One of `KINDS`.
+        output_dir (`str`): A folder.
+        accumulation (`int`, *optional*, defaults to 1): Mini-batches of an optimizer step.
+        is_trimmed (`bool`, *optional*, defaults to `True`): Whether it is trimmed; or plain `Trainer`'s training.
+
+    Returns:
+        [`Waits`]: The operations of these steps.
+    """
+    head, arguments = KINDS[name]
+    model, rows = (tiny_vit(), digits(43)) if head == "vit" else (make(head), HEADS[head][1]())
+    if not is_trimmed:
+        arguments = {}
+    kind, options = (TrimmingTrainer, TrimmingArguments) if is_trimmed else (Trainer, TrainingArguments)
+    options = options(
+        output_dir, per_device_train_batch_size=4, logging_steps=10**6, save_strategy="no", use_cpu=True,
+        disable_tqdm=True, report_to="none", remove_unused_columns=False, gradient_accumulation_steps=accumulation,
+        **arguments,
+    )  # fmt: skip
+    with mock.patch.object(lm_head, "MIN_VOCABULARY", 8):
+        return waits_of(kind(model, options, train_dataset=rows))
+
+
+def main() -> None:
+    """Print where each kind of training waits."""
+    for name in sys.argv[1:] or KINDS:
+        for accumulation in (1, 4):
+            with TemporaryDirectory() as folder:
+                plain, ours = (waits_of_kind(name, folder, accumulation, trims) for trims in (False, True))
+            print(f"\n{name}, accumulation {accumulation}: {ours.total()}, plain Trainer {plain.total()}")
+            for (operation, place), count in (ours - plain).most_common():
+                print(f"  {count:4} {operation:25} {place}")
+
+
+if __name__ == "__main__":
+    main()
