@@ -95,6 +95,7 @@ NEEDED = (
 )
 # Fields that a trainer has once it is made → what hf_trim needs them for.
 TRAINER_FIELDS = {
+    "callback_handler": "testing before trackers end their run",
     "compute_loss_func": "trimming the losses of the user's function",
     "label_smoother": "trimming smoothed losses",
     "label_names": "counting the samples of a batch",

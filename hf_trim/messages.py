@@ -2,8 +2,11 @@
 
 import difflib
 import os
+import shutil
 import sys
+import textwrap
 from collections.abc import Iterable
+from typing import TextIO
 
 
 def closest(word: str, choices: Iterable[str]) -> str:
@@ -35,6 +38,23 @@ def print_error(message: object) -> None:
     if sys.stderr.isatty() and "NO_COLOR" not in os.environ:
         name = f"\033[1;31m{name}\033[0m"
     print(f"{name} {message}", file=sys.stderr)
+
+
+def wrap(text: str, stream: TextIO) -> str:
+    """
+    Break long lines between words where they are for a terminal.
+
+    Args:
+        text (`str`): The text.
+        stream (`TextIO`): Where it is written.
+
+    Returns:
+        `str`: The text, with lines no wider than the terminal; unchanged if it is none.
+    """
+    if not stream.isatty():
+        return text
+    width = shutil.get_terminal_size().columns
+    return "\n".join(textwrap.fill(line, width, subsequent_indent="  ") for line in text.splitlines())
 
 
 def signed(value: float) -> str:

@@ -13,13 +13,14 @@ from transformers import TrainingArguments
 from hf_trim._compat import HubConnectionError
 from hf_trim.files import write_json
 from hf_trim.hub.model_card import plot_curves, render_card, summarize_training
+from hf_trim.run.records import ARMS
 
 
 logger = logging.getLogger(__name__)
 # What the client of the Hub raises for a refusal and for a lost connection.
 HUB_ERRORS = (HubConnectionError, HFValidationError, LocalTokenNotFoundError, ConnectionError, TimeoutError)
 # Checkpoints, unfinished runs, and files that another process is writing.
-NOT_UPLOADED = ["_*", "checkpoint-*", "*-seed*/*", "*.lock", "*.log", "*.part"]
+NOT_UPLOADED = ["_*", "checkpoint-*", *(f"{arm}-seed*/*" for arm in ARMS), "*.lock", "*.log", "*.part"]
 LOGIN_HINT = "log in with `hf auth login`, or set HF_TOKEN"
 
 

@@ -21,9 +21,11 @@ def table_rows(records: list[dict]) -> tuple[list[str], list[list[str]]]:
     recipe, metric = records[0].get("recipe", ""), TITLES[metric_name(records[0])]
     summaries = summarize(records)
     has_f1 = any(summary.macro_f1 is not None for summary in summaries)
-    interval = "(95 % interval)" if any(summary.interval for summary in summaries) else "[range]"
+    interval = " (95 % interval)" if any(summary.interval for summary in summaries) else ""
+    if not interval and any(summary.span for summary in summaries):
+        interval = " [range]"
     speedup = "speed-up [range]" if any(summary.speedup_span for summary in summaries) else "speed-up"
-    head = ["arm", "runs", metric, *["macro-F1"] * has_f1, f"difference to plain {interval}", "better", "kept",
+    head = ["arm", "runs", metric, *["macro-F1"] * has_f1, f"difference to plain{interval}", "better", "kept",
             "train time", speedup]  # fmt: skip
     rows = []
     for summary in summaries:

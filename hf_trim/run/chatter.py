@@ -17,6 +17,7 @@ from huggingface_hub.utils import enable_progress_bars
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
+from hf_trim.messages import wrap
 from hf_trim.run.recipe import RecipeError
 
 
@@ -62,7 +63,7 @@ class Terminal(logging.Handler):
         message = record.getMessage()
         if message not in self._said:
             self._said.add(message)
-            tqdm.write(f"Note: {message}", file=sys.stderr)
+            tqdm.write(wrap(f"Note: {message}", sys.stderr), file=sys.stderr)
 
 
 @contextmanager

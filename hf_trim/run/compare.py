@@ -3,7 +3,7 @@
 import shutil
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from filelock import Timeout
 
@@ -18,8 +18,9 @@ from hf_trim.run.metrics import describe_classes
 from hf_trim.run.progress import describe_time
 from hf_trim.run.recipe import Job, RecipeError, parse, user_errors
 from hf_trim.run.records import ARMS, UNITS, make_record, metric_name, read_record, test_score
+from hf_trim.run.trackers import keep_logs
 from hf_trim.run.train import clear, save_run, start, write_card
-from hf_trim.run.trainer import load_job_data, make_trainer, test_metrics
+from hf_trim.run.trainer import load_job_data, make_trainer
 from hf_trim.trainer.arguments import TrimmingConfig
 
 
@@ -79,9 +80,9 @@ def finish_run(job: Job, data: Data, arm: str, seed: int, title: str) -> dict:
         `dict`: The record.
     """
     folder = job.output_dir / f"{arm}-seed{seed}"
-    trainer = make_trainer(job, data, CHANGES[arm], seed, folder, title=title)
-    start(job, trainer, folder, has_model=False)
-    metrics = test_metrics(trainer, data)
+    changes = {**CHANGES[arm], "run_name": f"{job.training.run_name or job.name}-{arm}-seed{seed}"}
+    trainer = make_trainer(job, data, changes, seed, folder, title=title)
+    _, metrics = start(job, data, trainer, folder, has_model=False)
     history = trainer.state.log_history
     record = make_record(job.name, arm, seed, job.settings, metrics, history, describe_classes(data))
     record.update(samples_per_second(trainer))
@@ -92,6 +93,7 @@ def finish_run(job: Job, data: Data, arm: str, seed: int, title: str) -> dict:
     if trainer.is_world_process_zero():
         write_json(record_path(job, arm, seed), record)
         write_card(job.output_dir)  # its table has this run
+        keep_logs(folder, job.output_dir / "runs" / cast(str, trainer.args.run_name))
         # The record is enough to continue the comparison; the checkpoints of many runs would fill the disk.
         shutil.rmtree(folder, ignore_errors=True)
     return record

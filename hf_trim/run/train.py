@@ -14,7 +14,8 @@ from hf_trim.run.metrics import describe_classes
 from hf_trim.run.progress import describe_checkpoint
 from hf_trim.run.recipe import Job, RecipeError, user_errors
 from hf_trim.run.records import UNITS
-from hf_trim.run.trainer import RecipeTrainer, load_job_data, make_trainer, test_metrics
+from hf_trim.run.trackers import FinalTest, end_run
+from hf_trim.run.trainer import RecipeTrainer, load_job_data, make_trainer
 from hf_trim.trainer.checkpoints import last_complete_checkpoint
 
 
@@ -37,11 +38,10 @@ def train(job: Job) -> None:
     trainer = make_trainer(job, data, {}, job.training.seed, job.output_dir, job.training.push_to_hub)
     if job.run.overwrite:
         clear(job, trainer)
-    metrics = start(job, trainer, job.output_dir, has_model=True)
+    metrics, tested = start(job, data, trainer, job.output_dir, has_model=True)
     metrics["train_seconds"] = train_seconds(trainer.state.log_history)
     metrics.update(samples_per_second(trainer))
     trainer.save_metrics("train", metrics, combined=False)
-    tested = test_metrics(trainer, data)
     trainer.save_metrics("eval", tested, combined=False)
     save_run(job, data, trainer, {**metrics, **tested}, tested)
     if trainer.is_world_process_zero():
@@ -70,18 +70,19 @@ def clear(job: Job, trainer: RecipeTrainer) -> None:
     trainer.accelerator.wait_for_everyone()
 
 
-def start(job: Job, trainer: RecipeTrainer, folder: Path, has_model: bool) -> dict:
+def start(job: Job, data: Data, trainer: RecipeTrainer, folder: Path, has_model: bool) -> tuple[dict, dict]:
     """
-    Train, from the last complete checkpoint if there is one.
+    Train, from the last complete checkpoint if there is one, and test.
 
     Args:
         job ([`Job`]): The recipe.
+        data ([`Data`]): Its data.
         trainer ([`RecipeTrainer`]): The trainer.
         folder (`Path`): The folder of its checkpoints.
         has_model (`bool`): Whether the output folder will hold this model and no other.
 
     Returns:
-        `dict`: Metrics of the training.
+        `tuple[dict, dict]`: Metrics of the training, and of the test.
     """
     if trainer.is_world_process_zero():
         claim_folder(job, has_model)
@@ -90,7 +91,10 @@ def start(job: Job, trainer: RecipeTrainer, folder: Path, has_model: bool) -> di
     if checkpoint is not None and trainer.is_world_process_zero():
         note = describe_checkpoint(checkpoint, trainer.args.num_train_epochs)
         print(f"{note[0].upper()}{note[1:]}", flush=True)
-    return trainer.train(resume_from_checkpoint=checkpoint).metrics
+    test = FinalTest(trainer, data)
+    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    end_run()
+    return metrics, test.metrics
 
 
 def save_run(job: Job, data: Data, trainer: RecipeTrainer, metrics: dict, tested: dict) -> None:

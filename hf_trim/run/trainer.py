@@ -1,6 +1,7 @@
 """A recipe's data, its model and its trainer."""
 
 import copy
+import sys
 from pathlib import Path
 from typing import Any, cast
 
@@ -8,6 +9,7 @@ import torch
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback, set_seed
 
 from hf_trim.data import Data, DeviceImages, load_data
+from hf_trim.messages import wrap
 from hf_trim.run.clock import TrainingClock
 from hf_trim.run.metrics import ERROR, PERPLEXITY, Metric
 from hf_trim.run.models import build_model, load_processing_class
@@ -73,7 +75,7 @@ def load_job_data(job: Job) -> Data:
     with user_errors():
         data = load_data(job.data, load_processing_class(job.model), job.training.device)
     if job.training.process_index == 0:
-        print(data.summary, flush=True)
+        print(wrap(data.summary, sys.stdout), flush=True)
     return data
 
 
@@ -123,6 +125,7 @@ def make_trainer(
     args = copy.copy(job.training)
     args.push_to_hub = push_to_hub
     args.output_dir, args.seed = str(output_dir), seed
+    args.run_name = args.run_name or job.name
     vars(args).update(changes)
     metric, show_bar, args.disable_tqdm = choose_metric(data), not args.disable_tqdm, True
     # Warnings of data loaders about memory that they cannot pin would fill the log.
@@ -158,7 +161,7 @@ def make_trainer(
     return trainer
 
 
-def test_metrics(trainer: RecipeTrainer, data: Data) -> dict[str, float]:
+def final_metrics(trainer: RecipeTrainer, data: Data) -> dict[str, float]:
     """
     Test a trained model on the test split. What was computed at the end of the training is not computed again.
 
