@@ -138,7 +138,7 @@ def test_labels_that_only_the_loss_has(tmp_path, on_gpu):
 
 @pytest.mark.parametrize(("head", "keep"), [("vit", 0.5), ("vit", 1.0), ("llama", 0.5)])
 def test_a_loss_that_is_not_finite_is_told_before_anything_is_logged_or_saved(keep, head, tmp_path, on_gpu):
-    """The samples of the third of five steps have NaN, and each tenth step is logged: the checkpoint comes first."""
+    """The weights are NaN from the third step on. A checkpoint comes first, or the end of the training."""
 
     class Poison(TrainerCallback):
         def on_step_begin(self, args, state, control, model, **kwargs):
