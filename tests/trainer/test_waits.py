@@ -76,7 +76,14 @@ SAME = {
     "adaptive, samples": ("question-answering", {"trim_schedule": "adaptive", "trim_mass": 0.7}),
     "replay": ("question-answering", {"trim_backward": "replay"}),
     "everything": ("llama", {"trim_keep_start": 1.0, "trim_keep_end": 0.9}),
+    "everything, whole logits": (
+        "token-classification",
+        {"trim_keep_start": 1.0, "trim_keep_end": 0.9, "trim_backward": "dense"},
+    ),
 }
+
+
+MARKS = dict.fromkeys(("random", "the hardest left out", "adaptive, samples", "everything"), pytest.mark.extended)
 
 
 def labels_left_out(rows, *places):
@@ -86,7 +93,7 @@ def labels_left_out(rows, *places):
     return [{**row, **ignored} if place in places else row for place, row in enumerate(rows)]
 
 
-@pytest.mark.parametrize("case", SAME)
+@pytest.mark.parametrize("case", [pytest.param(case, marks=MARKS.get(case, [])) for case in SAME])
 def test_a_training_is_the_same_as_on_the_cpu(case, tmp_path, on_gpu):
     """The first mini-batch has labels everywhere, the others lack some, and one has none."""
     head, arguments = SAME[case]
@@ -110,10 +117,28 @@ def test_a_training_is_the_same_as_on_the_cpu(case, tmp_path, on_gpu):
     assert ours.state.stateful_callbacks.keys() == cpus.state.stateful_callbacks.keys()
 
 
-@pytest.mark.parametrize("keep", [0.5, 1.0])
-@pytest.mark.parametrize("head", ["vit", "llama"])
+class AllTokens(InOrder):
+    """Whatever the labels are, each token is one."""
+
+    def compute_loss(self, model, inputs, **kwargs):
+        labels = inputs["input_ids"].where(inputs["attention_mask"] > 0, -100)
+        return model(inputs["input_ids"], inputs["attention_mask"], labels=labels).loss
+
+
+def test_labels_that_only_the_loss_has(tmp_path, on_gpu):
+    """The number of labels bounds that of the tokens with one, unless the first mini-batch shows that it does not."""
+    rows = HEADS["llama"][1]()[:32]
+    arguments = {"trainer_cls": AllTokens, "trim_keep_start": 0.4, "trim_keep_end": 0.4, "logging_steps": 3}
+    ours = train(make("llama"), labels_left_out(rows, *range(4)), tmp_path, **arguments)
+    expected = train(make("llama"), rows, tmp_path, **arguments)
+    torch.testing.assert_close(weights(ours), weights(expected), rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match="In optimizer step 2: .* has [0-9]+ labels that its labels lack"):
+        train(make("llama"), labels_left_out(rows, *range(8, 16)), tmp_path, **arguments)
+
+
+@pytest.mark.parametrize(("head", "keep"), [("vit", 0.5), ("vit", 1.0), ("llama", 0.5)])
 def test_a_loss_that_is_not_finite_is_told_before_anything_is_logged_or_saved(keep, head, tmp_path, on_gpu):
-    """The samples of the third of five steps have NaN, and each tenth step is logged: the checkpoint comes first."""
+    """The weights are NaN from the third step on. A checkpoint comes first, or the end of the training."""
 
     class Poison(TrainerCallback):
         def on_step_begin(self, args, state, control, model, **kwargs):
