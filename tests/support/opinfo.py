@@ -219,9 +219,11 @@ def main() -> None:
                     elif run.outcome != EXACT:
                         faults.append(run)
                 if faults:
-                    print(
-                        f"{len(faults)} faults: {op.formatted_name}, {dtype}{name}, e.g. {faults[0]}"[:400], flush=True
-                    )
+                    where = f"{op.formatted_name}, {dtype}{name}"
+                    print(f"{len(faults)} faults: {where}, e.g. {faults[0]}"[:400], flush=True)
+            if args.verbose:  # a run that is cut off can go on behind the last of these
+                total = dict(sum(counts.values(), Counter()))
+                print(f"{number} of {len(ops)}: {op.formatted_name}, so far {total}", flush=True)
     for kind, count in counts.items():
         print(f"{kind}: {count.total()} runs, {dict(count)}")
     if args.verbose:
