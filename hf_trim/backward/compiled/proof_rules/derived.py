@@ -59,6 +59,7 @@ def derived_rule(fact: Fact, is_view: bool = False) -> Callable:
         check_same_dim(value.row_dim for value in carriers)
         check_same_dim(value.row_dim - value.ndim for value in [ref, *shared])
         check_no_rows(*(x for i, x in enumerate(args) if i not in of_rows))
+        check_no_rows(*(x for key, x in kwargs.items() if key not in fact.shared_keywords))
         dims = fact.place(*tree_map_only(SymInt, size_expression, args), **kwargs)
         if not ((is_view or fact.sizes) and shapes == ref.shape):  # `x[:len(x)]` is all of x
             prop.check_no_batch_size([x for i, x in enumerate(args) if i not in fact.sizes], kwargs)
