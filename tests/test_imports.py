@@ -1,6 +1,8 @@
-"""Rooms of the package know each other by public names only."""
+"""Rooms of the package know each other by public names only, and each module can be the first that is imported."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -56,3 +58,31 @@ def test_no_private_name_of_another_room(path):
 )
 def test_private_imports_are_found(line, private):
     assert private_imports(line, "trainer") == private
+
+
+# Imports each module in a process of its own, which has only what other packages give.
+IMPORT_EACH = """
+import importlib, os, sys
+import hf_trim
+import torch, transformers.trainer, datasets, evaluate, matplotlib.figure, rich.table, timm
+hf_trim = [name for name in sys.modules if name.partition(".")[0] == "hf_trim"]
+for name in sys.argv[1:]:
+    child = os.fork()
+    if not child:
+        for loaded in hf_trim:
+            del sys.modules[loaded]
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            print(f"{name}: {error}", flush=True)
+        os._exit(0)
+    os.waitpid(child, 0)
+"""
+
+
+@pytest.mark.extended
+def test_each_module_can_be_imported_first():
+    names = [".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts) for path in FILES]
+    names = [name.removesuffix(".__init__") for name in names if not name.endswith("__main__")]
+    done = subprocess.run([sys.executable, "-c", IMPORT_EACH, *names], capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout) == (0, "")

@@ -13,7 +13,6 @@ from hf_trim._compat import TASK_MAPPING, extract_hyperparameters_from_trainer, 
 from hf_trim.environment import hardware, versions
 from hf_trim.hub.comparison import describe_comparison
 from hf_trim.run.records import UNITS
-from hf_trim.trainer.schedule import schedule_unit
 
 
 TEMPLATE = Path(__file__).with_suffix(".md")
@@ -84,7 +83,9 @@ def summarize_training(
     builder = getattr(trainer.eval_dataset, "builder_name", None)
     if dataset is None and dataset_tags is None and builder not in ("csv", "json", "parquet", "text", "generator"):
         dataset = builder
-    trim = cast(Any, trainer).trim  # the mixin's; its module imports this one
+    from hf_trim.trainer.schedule import schedule_unit  # here: the trainer's module imports this one
+
+    trim = cast(Any, trainer).trim  # the mixin's
     args, state = trainer.args, trainer.state
     unit = "adaptive" if trim.is_adaptive else schedule_unit(trim.trim_schedule, args.num_train_epochs, args.max_steps)
     return {
