@@ -13,7 +13,6 @@ from hf_trim._compat import TASK_MAPPING, extract_hyperparameters_from_trainer, 
 from hf_trim.environment import hardware, versions
 from hf_trim.hub.comparison import describe_comparison
 from hf_trim.run.records import UNITS
-from hf_trim.trainer.schedule import schedule_unit
 
 
 TEMPLATE = Path(__file__).with_suffix(".md")
@@ -86,6 +85,8 @@ def summarize_training(
         dataset = builder
     trim = cast(Any, trainer).trim  # the mixin's; its module imports this one
     args, state = trainer.args, trainer.state
+    from hf_trim.trainer.schedule import schedule_unit  # its package imports the trainer, which imports this module
+
     unit = "adaptive" if trim.is_adaptive else schedule_unit(trim.trim_schedule, args.num_train_epochs, args.max_steps)
     return {
         "model_name": model_name,
