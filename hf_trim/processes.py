@@ -1,8 +1,7 @@
 """How a process of a distributed training ends."""
 
+import sys
 import time
-
-import torch
 
 
 def leave_process_group() -> None:
@@ -11,6 +10,10 @@ def leave_process_group() -> None:
     tensors: a thread that does so while Python ends aborts the process
     (https://github.com/pytorch/pytorch/issues/190489). Does nothing without a process group.
     """
+    if "torch" not in sys.modules:  # a command that only prints something does not import it
+        return
+    import torch
+
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         time.sleep(0.2)
         torch.distributed.destroy_process_group()

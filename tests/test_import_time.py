@@ -15,7 +15,8 @@ def test_the_package_and_its_command_import_no_torch():
         import sys
         import hf_trim
         from hf_trim.__main__ import main
-        assert main(["--version"]) == main(["--help"]) == 0
+        for arguments in (["--version"], ["--help"], ["run", "--help"], ["run"], ["run", "digits-vit", "-h"]):
+            assert main(arguments) == 0
         heavy = {"torch", "transformers", "datasets", "numpy", "torchvision"} & set(sys.modules)
         assert not heavy, heavy
         assert set(hf_trim.__all__) <= set(dir(hf_trim))

@@ -9,6 +9,7 @@ from datasets import Image
 from hf_trim.data import DataArguments, read_data
 from hf_trim.data.load import RawData
 from hf_trim.data.summary import summarize
+from hf_trim.messages import print_error
 from hf_trim.run.models import SOURCES
 from hf_trim.run.recipe import (
     RECIPE_SUFFIXES,
@@ -75,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
             raise RecipeError(f"the file comes first, and {path!r} is none.\n{USAGE}")
         write_recipe(Path(path), options)
     except RecipeError as error:
-        print(f"hf-trim init: {error}", file=sys.stderr)
+        print_error(error)
         return 2
     print(f"Written to {path}. Look into it, then: hf-trim run {path}")
     return 0

@@ -50,12 +50,17 @@ TITLES = {"": "run", "model": "model", "data": "data"}
 WIDTH, INDENT = 79, 28
 
 
-def help_text() -> str:
+def help_text(full: bool = False) -> str:
     """
+    Explain the command line.
+
+    Args:
+        full (`bool`, *optional*, defaults to `False`): With the rarer fields of `TrainingArguments`.
+
     Returns:
-        `str`: All fields but the rarer ones of `TrainingArguments`, in groups.
+        `str`: All fields, in groups.
     """
-    return FILE.read_text(encoding="utf-8")
+    return make_help(full) if full else FILE.read_text(encoding="utf-8")
 
 
 def make_help(full: bool = False) -> str:

@@ -45,5 +45,5 @@ def test_the_oracle_sees_a_wrong_proof(monkeypatch):
     (flip,) = [op for op in op_db if op.name == "flip"]
     call, _ = COMPILED[", for inductor"]
     assert {run.outcome for run in runs(flip, torch.double, call)} >= {EXACT}
-    monkeypatch.setitem(PROOF, "rev", lambda prop, name, shape, x, dims: prop.result(shape, x.dim, x, x.zeros))
+    monkeypatch.setitem(PROOF, "rev", lambda prop, name, shape, x, dims: prop.result(shape, x.row_dim, x, x.zeros))
     assert WRONG in {run.outcome for run in runs(flip, torch.double, call)}

@@ -15,7 +15,8 @@ from hf_trim.__main__ import main as hf_trim_main
 from hf_trim.messages import closest
 from hf_trim.run.__main__ import main
 from hf_trim.run.grid import expand
-from hf_trim.run.recipe import parse, recipe_names
+from hf_trim.run.recipe import RecipeParser, parse, recipe_names
+from hf_trim.run.usage import TRAINING, help_text, make_help
 from tests.support.forked import Forked
 from tests.support.recipes import TINY
 
@@ -165,7 +166,7 @@ def test_recipes_and_grids_of_the_readme_parse(tmp_path):
     job = parse(str(tmp_path / "mine.yaml"), [])
     assert (job.data.label_column, job.training.trim_keep_end) == ("label", 0.2)
     commands = re.findall(r"(?m)^python -m hf_trim\.run ([\w-]+)", readme)
-    assert set(commands) <= {*recipe_names(), *recipe_names("grids"), "--list"}
+    assert set(commands) <= {*recipe_names(), *recipe_names("grids"), "--list", "--help"}
 
 
 @pytest.mark.parametrize(
@@ -181,3 +182,19 @@ def test_recipes_and_grids_of_the_readme_parse(tmp_path):
 )
 def test_only_near_words_are_suggested(word, choices, hint):
     assert closest(word, choices) == (f" Did you mean '{hint}'?" if hint else "")
+
+
+def test_help_is_current_in_groups_and_narrow(recipe, capsys):
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert text == make_help() == help_text(), "run `python -m hf_trim.run.usage`"
+    titles = re.findall(r"(?m)^(\w+):$", text)
+    assert titles == ["trimming", "run", "model", "data", "training"]
+    assert max(map(len, text.splitlines())) < 80
+    assert set(TRAINING) <= set(RecipeParser().names())
+    for arguments in (["digits-vit", "-h"], [recipe, "--seeds", "2", "--help"]):
+        assert main(arguments) == 0
+        assert capsys.readouterr().out == text
+    assert main(["--help_all"]) == 0
+    everything = capsys.readouterr().out
+    assert set(re.findall(r"(?m)^  --(\w+)", everything)) == set(RecipeParser().names())

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import cache, partial
 from itertools import product
+from signal import SIGTERM, default_int_handler, signal
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -197,6 +198,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--ops", nargs="+", default=[""], help="parts of names of ops")
     parser.add_argument("--shard", default="0/1", help="e.g. 0/2 and 1/2, in two processes")
+    parser.add_argument("--start", type=int, default=0, help="the op to go on with, by its number in a verbose run")
     parser.add_argument("--most", type=int, help="samples of an op")
     parser.add_argument("--compiled", action="store_true")
     parser.add_argument("--verbose", action="store_true")
@@ -205,11 +207,12 @@ def main() -> None:
     logging.disable()  # reasons are counted
     shard, shards = map(int, args.shard.split("/"))
     ops = [op for op in op_db if any(part in op.formatted_name for part in args.ops)][shard::shards]
+    signal(SIGTERM, default_int_handler)  # a run that is ended says what it counted
     calls = (COMPILED if args.compiled else EAGER).items()
     counts: dict = defaultdict(Counter)
     reasons: Counter = Counter()
     with patch("hf_trim.backward.eager.saved.MIN_ELEMENTS", 0), suppress(KeyboardInterrupt):
-        for number, op in enumerate(ops):
+        for number, op in list(enumerate(ops))[args.start :]:
             if args.verbose:
                 print(f"{number} of {len(ops)}: {op.formatted_name}", flush=True)
             for dtype, (name, (call, bits)) in product(dtypes_of(op), calls):

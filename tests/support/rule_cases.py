@@ -108,6 +108,9 @@ CASES = {
     "baddbmm": lambda n, x: torch.baddbmm(x @ x.transpose(1, 2), x, x.transpose(1, 2), beta=0.5, alpha=2),
     "addmm": lambda n, x: torch.addmm(n.w(3), x.flatten(1), n.w(x[0].numel(), 3), beta=2, alpha=0.5),
     "einsum": lambda n, x: torch.einsum("btc,cd,bsd->bts", x, n.w(x.shape[2], 3), x @ n.w(x.shape[2], 3)),
+    "solve_triangular": lambda n, x: torch.linalg.solve_triangular(
+        (x @ x.mT).tril(-1), x, upper=False, unitriangular=True
+    ),
     "mv": lambda n, x: x[:, 0] @ n.w(x.shape[2]),
     "time_first": lambda n, x: (x.transpose(0, 1).reshape(-1, x.shape[2]) @ n.w(x.shape[2], 3))
     .view(x.shape[1], -1, 3)

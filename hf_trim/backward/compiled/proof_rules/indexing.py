@@ -7,118 +7,77 @@ instead of 1 and 3, and `last` and `grad` are sliced. So the proof demands that 
 batch, which is checked in each call. Looked up by any other number, a row could be another one's.
 """
 
-from dataclasses import replace
-
 import torch
 
 from hf_trim.backward._torch_internals import traced_value
 from hf_trim.backward.compiled.values import Value, Zeros, check_no_rows, check_same_dim, check_sum_over_rows
-from hf_trim.backward.registry import PROOF, NotRowwiseError, implements, require
+from hf_trim.backward.registry import PROOF, implements, require
 
 
 # Ops that may use the number of a row, for their rules check how.
 INDEXING = ("index", "_unsafe_index", "index_put", "_unsafe_index_put", "_unsafe_masked_index_put_accumulate")
 
 
-def _check_indices(prop, x: Value, indices: list) -> tuple[Value | None, bool]:
+def _look_up(prop, x: Value, indices: list) -> tuple[int | None, Value | None, bool, int]:
     """
-    Checks what `x[indices]` and its backward op look up. `x[i, j]` with a row index i looks up each row in itself.
+    What `x[indices]` looks up.
 
     Returns:
-        `tuple[Value | None, bool]`: An index that carries rows, if there is one (its dimensions are the last ones of
-        the common shape of all indices), and whether `x` carries rows that are looked up by a row index.
+        `tuple`: The dimension of `x[indices]` that carries rows, and a value with their layout; whether these are the
+        rows of `x`, each looked up in itself; and the number of dimensions of `x[indices]`.
     """
     by_dim = {d: index for d, index in enumerate(indices) if index is not None}
-    carriers = [index for index in by_dim.values() if index.row_dim is not None]
+    free = [d for d in range(x.ndim) if d not in by_dim]
+    common = max(index.ndim for index in by_dim.values())  # dimensions of the indices' common shape
+    # In `x[:, i, j]` they are in the place of those that are looked up; in `x[i, :, j]` they come first.
+    first, last = min(by_dim), max(by_dim)
+    first = first if last - first < len(by_dim) else 0
+    ndim, carriers = len(free) + common, [index for index in by_dim.values() if index.row_dim is not None]
+    if x.row_dim in free and not carriers:
+        in_front = free.index(x.row_dim)
+        return (in_front if in_front < first else in_front + common), x, True, ndim
     check_same_dim(index.row_dim - index.ndim for index in carriers)
-    carrier = prop.common_layout(carriers) or (carriers[0] if carriers else None)
-    if x.is_row_index or any(index.is_row_index for d, index in by_dim.items() if d != x.row_dim):
-        raise NotRowwiseError("a value depends on the number of a row")
+    layout = prop.common_layout(carriers) or (carriers[0] if carriers else None)
+    uses_numbers = x.is_row_index or any(index.is_row_index for d, index in by_dim.items() if d != x.row_dim)
+    require(not uses_numbers, "a value depends on the number of a row")
+    row_dim = None if layout is None else first + common + layout.row_dim - layout.ndim
     if x.row_dim is None:
-        return carrier, False
-    if x.row_dim not in by_dim:
-        raise NotRowwiseError(
-            "it may look up entries of other rows"
-            if carriers
-            else "it looks up the same entries for all rows, together with rows"
-        )
+        return row_dim, layout, False, ndim
+    require(x.row_dim in by_dim, "it may look up entries of other rows")
     row_index = by_dim[x.row_dim]
     if not row_index.is_row_index:
         # The forward pass may have made the row index, `torch.arange(B)`, and saved it.
         saved = None if row_index.source is None else traced_value(row_index.source)
         is_input = saved is not None and saved.ndim == 1 and saved.dtype in (torch.int64, torch.int32)  # no mask
-        if not (is_input and row_index.outer == row_index.inner == 1):
-            raise NotRowwiseError("it may look up entries of other rows")
+        require(is_input and row_index.outer == row_index.inner == 1, "it may look up entries of other rows")
         prop.use_as_row_index(row_index)
     require(x.outer is None or x.outer == x.inner == 1, "it looks up rows in a dimension that is merged with others")
-    return carrier, True
-
-
-def _place_of_indices(indices) -> tuple[int, int]:
-    """
-    The first dimension of the indices' common shape in `x[indices]`, and its number of dimensions. In `x[:, i, j]`, it
-    is in the place of the dimensions that are looked up; in `x[i, :, j]`, it comes first.
-    """
-    dims = [d for d, index in enumerate(indices) if index is not None]
-    common = max(len(index.shape) for index in indices if index is not None)
-    return (dims[0] if dims == list(range(dims[0], dims[-1] + 1)) else 0), common
-
-
-def _free_dims(x: Value, indices: list) -> list[int]:
-    """The dimensions of `x` that `x[indices]` takes as they are."""
-    return [d for d in range(len(x.shape)) if d >= len(indices) or indices[d] is None]
-
-
-def _free_row_dim(x: Value, indices: list) -> int | None:
-    """The dimension of `x[indices]` that carries rows, if the same entries of each row are taken; else `None`."""
-    free = _free_dims(x, indices)
-    if x.row_dim not in free or any(index is not None and index.row_dim is not None for index in indices):
-        return None
-    first, common = _place_of_indices(indices)
-    in_front = sum(d < x.row_dim for d in free)
-    return in_front if in_front < first else in_front + common
+    return row_dim, layout, True, ndim
 
 
 @implements("index", "_unsafe_index", table=PROOF)
 def _index(prop, name, shape, x, indices):
-    row_dim = _free_row_dim(x, indices)
-    if row_dim is not None:
-        return prop.result(shape, row_dim, x, x.zeros, x.is_row_index)
-    carrier, by_row = _check_indices(prop, x, indices)
-    if carrier is None:
-        return prop.result(shape, zeros=x.zeros)
-    first, common = _place_of_indices(indices)
-    row_dim = first + common + carrier.row_dim - len(carrier.shape)
-    return prop.result(shape, row_dim, carrier, x.zeros if by_row or x.zeros == Zeros.EVERYWHERE else Zeros.UNKNOWN)
+    row_dim, layout, by_row, _ = _look_up(prop, x, indices)
+    known = by_row or row_dim is None or x.zeros == Zeros.EVERYWHERE
+    return prop.result(shape, row_dim, layout, x.zeros if known else Zeros.UNKNOWN, x.is_row_index)
 
 
 @implements("index_put", "_unsafe_index_put", "_unsafe_masked_index_put_accumulate", table=PROOF)
 def _index_put(prop, name, shape, x, *args):
     mask = args[0] if "masked" in name else None
     indices, values, *accumulate = args[1:] if "masked" in name else args
-    adds = "accumulate" in name or bool(accumulate and accumulate[0])
-    first, common = _place_of_indices(indices)
-    dims = len(_free_dims(x, indices)) + common  # of `x[indices]`; values may have fewer, aligned at the end
-    if values.is_row_index or x.is_row_index:
-        raise NotRowwiseError("a value depends on the number of a row")
-    row_dim = _free_row_dim(x, indices)
-    if row_dim is not None:
-        check_no_rows(mask)
-        require(values.row_dim is not None, "rows are overwritten alike")
-        check_same_dim((values.row_dim - values.ndim, row_dim - dims))
-        return prop.result(shape, x.row_dim, prop.common_layout([x, values]), min(x.zeros, values.zeros))
-    carrier, by_row = _check_indices(prop, x, indices)
-    if carrier is None:
+    require(not values.is_row_index and not x.is_row_index, "a value depends on the number of a row")
+    row_dim, layout, by_row, ndim = _look_up(prop, x, indices)
+    zeros = min(x.zeros, values.zeros)
+    if row_dim is None:
         check_no_rows(values, mask)
-        return prop.result(shape, zeros=min(x.zeros, values.zeros))
-    row_dim = first + common + carrier.row_dim - len(carrier.shape)
+        return prop.result(shape, zeros=zeros)
+    # Values and mask may have fewer dimensions than `x[indices]`, aligned at the end.
     carriers = [value for value in (values, mask) if value is not None and value.row_dim is not None]
-    check_same_dim([row_dim - dims, *(value.row_dim - value.ndim for value in carriers)])
-    layout = prop.common_layout([carrier, *carriers])
+    check_same_dim([row_dim - ndim, *(value.row_dim - value.ndim for value in carriers)])
+    layout = prop.common_layout([layout, *carriers])
     if by_row:
-        return prop.result(
-            shape, x.row_dim, replace(x, outer=layout.outer, inner=layout.inner), min(x.zeros, values.zeros)
-        )
-    require(adds, "rows overwrite each other in a tensor that has none")
+        return prop.result(shape, x.row_dim, layout, zeros)
+    require("accumulate" in name or any(accumulate), "rows overwrite each other in a tensor that has none")
     check_sum_over_rows(values.zeros)
-    return prop.result(shape, zeros=min(x.zeros, values.zeros))
+    return prop.result(shape, zeros=zeros)

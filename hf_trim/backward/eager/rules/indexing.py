@@ -88,7 +88,7 @@ def masked_scatter_backward(func, grad, mask, size):
     require(require_row_sparse(grad).row_dim == 0, "it works along the rows")
     mask = mask.expand(grad.shape)
     counts, rest = mask.flatten(1).sum(1), prod(size[1:])
-    require(not (counts % rest).any(), "an entry is shared by rows")
+    require(rest > 0 and not (counts % rest).any(), "an entry is shared by rows")
     places = grad.rows.places(grad.row_outer, grad.row_inner).repeat_interleave(counts // rest)
     entries = (places >= 0).nonzero().flatten()
     rows, inner = grad.rows.of_entries(entries, size[0])

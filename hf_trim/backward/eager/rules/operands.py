@@ -20,11 +20,6 @@ def require_row_sparse(x: Any) -> RowSparseTensor:
     return x
 
 
-def require_samples(x: RowTensor) -> None:
-    """Rows must be samples, alone in the first dimension."""
-    require((x.row_dim, x.row_outer, x.row_inner) == (0, 1, 1), "rows are not samples")
-
-
 def is_zeros(x: Tensor | float) -> bool:
     """
     Whether an operand is zero outside the kept rows: if it is not row-sparse, then by being zeros, which autograd has

@@ -80,3 +80,9 @@ def grouped_matmul(func, a, b, ends=None, *args):
     a, b = (x if dim is None else ref.kept_rows(x, dim) for x, dim in zip((a, b), tokens, strict=True))
     out = func(a, b, torch.searchsorted(numbers, ends, out_int32=True), *args)
     return out if None not in tokens else ref.like(out)
+
+
+@implements("linalg_solve_triangular")
+def solve_triangular(func, a, b, **options):
+    require(require_row_sparse(b).row_dim < b.ndim - 2, "rows are not those of a batch")
+    return b.like(func(b.kept_rows_or_broadcast(a, b.row_dim - b.ndim), b.payload, **options))
