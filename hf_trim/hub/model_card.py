@@ -87,8 +87,6 @@ def summarize_training(
 
     trim = cast(Any, trainer).trim  # the mixin's
     args, state = trainer.args, trainer.state
-    from hf_trim.trainer.schedule import schedule_unit  # its package imports the trainer, which imports this module
-
     unit = "adaptive" if trim.is_adaptive else schedule_unit(trim.trim_schedule, args.num_train_epochs, args.max_steps)
     return {
         "model_name": model_name,

@@ -164,6 +164,10 @@ CASES = {
     + F.smooth_l1_loss(x, x.detach() * 2, reduction="none")
     + F.huber_loss(x, x.detach() * 2, reduction="none")
     + F.l1_loss(x, x.detach() * 2, reduction="none"),
+    "ctc": lambda n, x: F.ctc_loss(
+        (x @ n.w(x.shape[2], 4)).log_softmax(-1).transpose(0, 1), numbers(x, 3, x.shape[0], 2) + 1,
+        [x.shape[1]] * x.shape[0], [i % 2 + 1 for i in range(x.shape[0])], reduction="none", zero_infinity=True,
+    ),
     "kl_div": lambda n, x: F.kl_div(x.log_softmax(-1), x.detach().softmax(-1), reduction="none"),
     # attention
     "attention": lambda n, x: F.scaled_dot_product_attention(*[(x.unsqueeze(1) * n.w(2, 1, 1)) for _ in range(3)]),

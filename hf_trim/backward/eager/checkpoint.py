@@ -3,9 +3,8 @@ Gradient checkpointing recomputes the kept rows only.
 
 The function that a checkpoint runs again is arbitrary code, so nothing is assumed of it. Its inputs become
 [`~hf_trim.backward.eager.activation.ActivationRows`], and the rule of each op on them has to make sure that the kept
-rows of the result follow from the kept rows of the operands. Where one can't (samples are mixed, dropout inside a
-fused kernel, an op without a rule), everything is recomputed, as without trimming. Dropout masks are those of the
-forward pass.
+rows of the result follow from the kept rows of the operands. Where one can't (samples are mixed, an op without a
+rule), everything is recomputed, as without trimming. Dropout masks are those of the forward pass.
 
 e.g. a checkpointed layer of inputs `[B, T, C]`, B = 4, rows 1 and 3 kept: it runs again on `ActivationRows` with the
 payload `[2, T, C]`, and whatever its nodes saved comes back as `ActivationRows` too.
@@ -34,7 +33,7 @@ from hf_trim.backward._torch_internals import (
     saved_tensors,
 )
 from hf_trim.backward.eager.activation import ActivationRows
-from hf_trim.backward.eager.rows import Rows
+from hf_trim.backward.eager.rows import Rows, extent
 
 
 def find_frame(node: Node) -> CheckpointFrame | None:
@@ -109,6 +108,8 @@ class _KeptRows:
         """The kept rows of an input of the function, if its first dimension is the batch; else the input itself."""
         if not isinstance(x, Tensor) or isinstance(x, ActivationRows) or x.ndim == 0 or x.shape[0] != self.rows.batch:
             return x
+        if x.device.type != "cpu" and extent(x.shape, x.stride()) != x.numel():
+            return x  # other memory: random numbers are drawn in its order
         return ActivationRows(self.rows.take(x.detach()), self.rows).requires_grad_(x.requires_grad)
 
     def _materialize(self, position: int, args: tuple) -> Tensor:

@@ -7,7 +7,7 @@ e.g. rows 1 and 3 of B = 4 samples with T = 2 tokens each: `Rows(torch.tensor([1
 and 7.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import WeakSet
 
@@ -20,6 +20,24 @@ from hf_trim.backward.registry import NotRowwiseError
 
 
 _REMEMBER_FROM = 1 << 16  # elements; smaller slices are copied faster than looked up
+
+
+def extent(sizes: Sequence[int], strides: Sequence[int]) -> int:
+    """Number of entries in memory from the first to the last one of a tensor."""
+    return 1 + sum((n - 1) * stride for n, stride in zip(sizes, strides, strict=True))
+
+
+def _padded(x: Tensor, order: list[int]) -> tuple[int, int] | None:
+    """
+    The innermost dimension, and its size with the padding, where a tensor is padded in memory so that kernels can read
+    it in pieces of 8 entries, as a mask of `[B, 1, 13, 13]` with strides `(208, 208, 16, 1)` is.
+    """
+    dims = [d for d in order if x.shape[d] > 1]
+    if len(dims) < 2 or x.stride(dims[-1]) != 1:
+        return None
+    before, last = dims[-2:]
+    size, width = x.shape[last], x.stride(before)
+    return (last, width) if size < width < size + 8 and width % 8 == 0 else None
 
 
 class Rows:
@@ -58,11 +76,20 @@ class Rows:
         rows.start = 0
         return rows
 
-    def places(self, outer: int, inner: int) -> Tensor:
-        """Where each of the `outer * B * inner` entries of a dimension is in a payload; −1 if it is not kept."""
-        key = ("places", outer, inner)
+    def index_on(self, device: torch.device) -> Tensor:
+        """The row numbers on a device: a model may have its layers on several."""
+        if device == self.index.device:
+            return self.index
+        key = ("index", device)
         if key not in self.plans:
-            entries = torch.arange(outer * self.batch * inner, device=self.index.device)
+            self.plans[key] = self.index.to(device)
+        return self.plans[key]
+
+    def places(self, outer: int, inner: int, device: torch.device) -> Tensor:
+        """Where each of the `outer * B * inner` entries of a dimension is in a payload; −1 if it is not kept."""
+        key = ("places", outer, inner, device)
+        if key not in self.plans:
+            entries = torch.arange(outer * self.batch * inner, device=device)
             kept = self.take(entries, 0, outer, inner)
             self.plans[key] = torch.full_like(entries, -1).index_copy_(0, kept, entries[: len(kept)])
         return self.plans[key]
@@ -81,12 +108,12 @@ class Rows:
         """
         origin = self.origin or self
         inner = size // origin.batch
-        if inner * origin.batch == size and bool((origin.places(1, inner)[entries] >= 0).all()):
+        if inner * origin.batch == size and bool((origin.places(1, inner, entries.device)[entries] >= 0).all()):
             return origin, inner
         if not entries.numel():
             entries = entries.new_zeros(1)  # one of zeros: there are no tensors without rows
         for rows in origin.chosen:
-            if rows.batch == size and torch.equal(rows.index, entries):
+            if rows.batch == size and torch.equal(rows.index_on(entries.device), entries):
                 return rows, 1
         rows = Rows(entries, size)
         rows.origin = origin
@@ -130,8 +157,8 @@ class Rows:
             repeated = [d for d, stride in enumerate(strides) if stride == 0 and x.shape[d] > 1]
             # Largest stride first: every permutation of one saved tensor is the same slice, taken once.
             order = sorted(range(x.ndim), key=lambda d: -strides[d])
-            plan = self.plans[key] = repeated, order, sorted(range(x.ndim), key=order.__getitem__)
-        repeated, order, back = plan
+            plan = self.plans[key] = repeated, order, sorted(range(x.ndim), key=order.__getitem__), _padded(x, order)
+        repeated, order, back, padded = plan
         if repeated:  # an expanded tensor: copy each entry once
             once = x
             for d in repeated:
@@ -139,6 +166,11 @@ class Rows:
             sizes = list(x.shape)
             sizes[dim] = outer * self.count * inner
             return self.take(once, dim, outer, inner).expand(sizes)
+        if padded is not None and padded[0] != dim:
+            d, width = padded
+            sizes = [width if i == d else n for i, n in enumerate(x.shape)]
+            if x.storage_offset() + extent(sizes, strides) <= x.untyped_storage().nbytes() // x.element_size():
+                return self.take(x.as_strided(sizes, strides), dim, outer, inner).narrow(d, 0, x.shape[d])
         return self._take(x.permute(order), order.index(dim), outer, inner).permute(back)
 
     def _take(self, x: Tensor, dim: int, outer: int, inner: int) -> Tensor:
@@ -160,19 +192,21 @@ class Rows:
         self._last = None
 
     def _copy(self, x: Tensor, dim: int, outer: int, inner: int) -> Tensor:
+        index = self.index_on(x.device)
         if outer == inner == 1:
-            return x.index_select(dim, self.index)
+            return x.index_select(dim, index)
         before, after = x.shape[:dim], x.shape[dim + 1 :]
         if dim == 0 and outer == 1 and x.is_contiguous():  # a row is one piece of memory: [B * inner, ...] as [B, -1]
-            rows = x.view(self.batch, -1).index_select(0, self.index)
+            rows = x.view(self.batch, -1).index_select(0, index)
             return rows.view(self.count * inner, *after)
-        rows = x.view(*before, outer, self.batch, inner, *after).index_select(dim + 1, self.index)
+        rows = x.view(*before, outer, self.batch, inner, *after).index_select(dim + 1, index)
         return rows.view(*before, outer * self.count * inner, *after)
 
     def write(self, how: Callable, out: Tensor, values: Tensor, dim: int, outer: int, inner: int, **options) -> Tensor:
         """Writes a payload to a dense tensor, in place: `how` is `Tensor.index_copy_` or `Tensor.index_add_`."""
         if outer == inner == 1:
-            return how(out, dim, self.index, values, **options)
+            return how(out, dim, self.index_on(out.device), values, **options)
         split = out.unflatten(dim, (outer, self.batch, inner))
-        how(split, dim + 1, self.index, values.unflatten(dim, (outer, self.count, inner)), **options)
+        values = values.unflatten(dim, (outer, self.count, inner))
+        how(split, dim + 1, self.index_on(out.device), values, **options)
         return out

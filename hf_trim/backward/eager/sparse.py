@@ -126,7 +126,7 @@ def row_gradient(payload: Tensor, rows: Rows, inner: int = 1) -> Tensor:
     if rows.starts_dense or needs_ordinary_gradients(payload):
         dense = payload.new_zeros(rows.batch, inner, *payload.shape[1:])
         values = payload.reshape(rows.count, inner, *payload.shape[1:])
-        return dense.index_add(0, rows.index, values).reshape(rows.batch * inner, *payload.shape[1:])
+        return dense.index_add(0, rows.index_on(dense.device), values).reshape(rows.batch * inner, *payload.shape[1:])
     rows.backward_pass = current_backward_pass()
     return RowSparseTensor(payload.resolve_conj().resolve_neg().contiguous(), rows, 0, 1, inner)
 

@@ -146,6 +146,16 @@ class RowTensor(Tensor):
         """The ordinary tensor of the same shape."""
         raise NotImplementedError
 
+    def with_zeros(self) -> Tensor:
+        """The same strides and kept rows, with zeros in the others, whatever they are: expanded if the payload is."""
+        sizes, payload = list(self.shape), self.payload
+        for dim, stride in enumerate(self.stride()):
+            if stride == 0 and sizes[dim] > 1:
+                sizes[dim], payload = 1, payload.narrow(dim, 0, 1)
+        out = torch.empty_strided(sizes, self.stride(), dtype=self.dtype, device=self.device).zero_()
+        out = self.rows.write(Tensor.index_copy_, out, payload, *self.layout_of_rows()[1:])
+        return out if payload is self.payload else out.expand(self.shape)
+
     def densify_(self, dense: Tensor) -> Tensor:
         """Makes this object dense: its payload is from now on `dense`, with every row of the first dimension kept."""
         self.payload, self.rows = dense, Rows.all_of(dense)
@@ -194,11 +204,8 @@ class RowSparseTensor(RowTensor):
 
     def densify(self) -> Tensor:
         """The ordinary tensor of the same shape."""
-        if 0 in self.stride():  # an expanded tensor has less memory than entries to write to
-            out = self.payload.new_zeros(self.shape)
-        else:
-            out = torch.empty_strided(self.shape, self.stride(), dtype=self.dtype, device=self.device).zero_()
-        return self.rows.write(Tensor.index_copy_, out, self.payload, *self.layout_of_rows()[1:])
+        out = self.with_zeros()
+        return out.contiguous() if 0 in self.stride() else out  # one that is expanded cannot be written to
 
     def sparsify(self, x: Tensor) -> Tensor:
         """A dense result made row-sparse again, if it turns out to be zero outside this gradient's rows."""

@@ -31,11 +31,14 @@ class Fact:
             [`~hf_trim.backward.registry.NotRowwiseError`] if rows are mixed. Of operands it reads `shape`, `ndim` and
             `row_dim`: numbers of a [`~hf_trim.backward.eager.tensor.RowTensor`], or formulas of symbols of a
             [`~hf_trim.backward.compiled.values.Value`].
+        needs_batch (`Callable`, *optional*):
+            Arguments of the op → whether it has to run on the whole batch although its rows stay apart: it reads what
+            cannot be sliced, such as a sample's place in the batch, by which a kernel draws its dropout mask.
     """
 
-    def __init__(self, operands: str, place: Callable[..., Any]):
+    def __init__(self, operands: str, place: Callable[..., Any], needs_batch: Callable[..., bool] | None = None):
         kinds = operands.split()
-        self.place = place
+        self.place, self.needs_batch = place, needs_batch
         self.grads, self.rows = _positions(kinds, "grad"), _positions(kinds, "grad", "saved")
         self.shared, self.sizes = _positions(kinds, "shared"), _positions(kinds, "size")
         self.shared_keywords = [kind.removesuffix("=shared") for kind in kinds if "=" in kind]
@@ -168,11 +171,21 @@ def loss(x: Any, reduction: int, *others: Any) -> int:
     return x.row_dim
 
 
-def attention(x: Any, dropout_p: float, *forbidden: Any) -> int:
+def attention(x: Any, *packed: Any, bias: Any = None) -> int:
     """
-    Rows are samples of `[B, H, T, D]`. A kernel draws its masks by a sample's place in the batch: a slice of the batch
-    would get others. Arguments that are `forbidden` are `None` or false.
+    Rows are samples of `[B, H, T, D]`, which are not packed one behind the other. A `bias` that wants a gradient has
+    one for each of them.
     """
-    require(dropout_p == 0, "the attention kernel has dropout inside")
-    require(all(x is None or x is False for x in forbidden), "sequences are packed, or a bias wants a gradient")
+    require(all(ends is None for ends in packed), "sequences are packed")
+    require(bias is None or bias.shape[0] == x.shape[0], "the gradient of a bias is summed over the rows")
     return first(x, 4)
+
+
+def always(*_: Any, **__: Any) -> bool:
+    """It needs the whole batch whatever its arguments are."""
+    return True
+
+
+def drops(position: int) -> Callable[..., bool]:
+    """Whether the argument at `position`, the share of entries that a kernel drops, is not zero."""
+    return lambda *args, **kwargs: bool(args[position] if len(args) > position else kwargs.get("dropout_p", 0))

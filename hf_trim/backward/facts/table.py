@@ -1,19 +1,21 @@
 """
 The facts. A line names ops (with their overload if it is not the default one), what their arguments are, and where
-their results have their rows, in the terms of [`~hf_trim.backward.facts.fact.Fact`].
+their results have their rows (and when it needs the whole batch), in the terms of
+[`~hf_trim.backward.facts.fact.Fact`].
 
 e.g. `"gather": ("grad . saved", apart(1))` of `gather(x, dim, index)`: `x` and `index` carry the same rows in the same
 dimension, and the result has them there too, if `dim` is another one. It is zero where `x` is.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 from hf_trim.backward.facts.fact import (
     Fact,
+    always,
     apart,
     attention,
     before_last,
+    drops,
     first,
     inserted,
     loss,
@@ -78,7 +80,7 @@ def _nll_loss(grad, x, target, weight, reduction, *_):
 
 # What follows has a line an op, however long.
 # fmt: off
-TABLE: dict[str, tuple[str, Callable[..., Any]]] = {
+TABLE: dict[str, tuple[Any, ...]] = {
     # views
     "alias detach lift_fresh view_as_real": ("grad", same),
     "view_as_complex": ("grad", before_last(1)),
@@ -132,6 +134,8 @@ TABLE: dict[str, tuple[str, Callable[..., Any]]] = {
     "binary_cross_entropy_backward": (
         "grad saved saved shared", lambda grad, x, target, weight=None, reduction=1: loss(grad, reduction, x, target)
     ),
+    # It counts lengths of samples, and the gradient of `[T, B, C]` is of losses `[B]`.
+    "_ctc_loss_backward _ctc_loss_backward.Tensor": ("grad", lambda grad, *_: 1 + first(grad, 1), always),
     "_prelu_kernel_backward": ("grad saved shared", lambda grad, x, weight: loss(grad, 0, x)),
     # norms
     "native_layer_norm _fused_rms_norm": ("saved", lambda x, shape, *_: before_last(len(shape))(x)),
@@ -167,33 +171,25 @@ TABLE: dict[str, tuple[str, Callable[..., Any]]] = {
     },
     # attention
     "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention": (
-        "saved saved saved attn_mask=shared",
-        lambda query, key, value, dropout_p=0, *_, **__: (attention(query, dropout_p), 0),
+        "saved saved saved attn_mask=shared", lambda query, *_, **__: (attention(query), 0), drops(3)
     ),
     "_scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention": (
-        "saved saved saved shared",
-        lambda query, key, value, bias, logsumexp, dropout_p=0, *_, **__: (attention(query, dropout_p), 0),
+        "saved saved saved shared", lambda query, *_, **__: (attention(query), 0), drops(5)
     ),
     "_scaled_dot_product_flash_attention_for_cpu_backward": (
-        "grad saved saved saved saved saved attn_mask=shared",
-        lambda grad, query, key, value, out, logsumexp, dropout_p, *_, **__: attention(grad, dropout_p),
+        "grad saved saved saved saved saved attn_mask=shared", lambda grad, *_, **__: attention(grad), drops(6)
     ),
     "_scaled_dot_product_flash_attention_backward": (
-        "grad saved saved saved saved saved",
-        lambda grad, query, key, value, out, logsumexp, cum_q, cum_k, max_q, max_k, dropout_p, *_, **__:
-            attention(grad, dropout_p, cum_q, cum_k),
+        "grad saved saved saved saved saved", lambda *args, **_: attention(args[0], *args[6:8]), drops(10)
     ),
     "_scaled_dot_product_efficient_attention_backward": (
         "grad saved saved saved shared saved saved",
-        lambda grad, query, key, value, bias, out, logsumexp, seed, offset, dropout_p, wanted, *_, **__:
-            attention(grad, dropout_p, wanted[3]),
+        lambda *args, **_: attention(args[0], bias=args[4] if args[10][3] else None), drops(9)
     ),
     "_scaled_dot_product_cudnn_attention_backward": (
-        "grad saved saved saved saved saved . . shared",
-        lambda grad, query, key, value, out, logsumexp, seed, offset, bias, cum_q, cum_k, max_q, max_k, dropout_p,
-        *_, **__: attention(grad, dropout_p, cum_q, cum_k),
+        "grad saved saved saved saved saved . . shared", lambda *args, **_: attention(args[0], *args[9:11]), drops(13)
     ),
 }
 # fmt: on
 
-FACTS = {op: Fact(operands, place) for ops, (operands, place) in TABLE.items() for op in ops.split()}
+FACTS = {op: Fact(*line) for ops, line in TABLE.items() for op in ops.split()}

@@ -24,7 +24,7 @@ from hf_trim.backward.compiled.values import (
 )
 from hf_trim.backward.facts import FACTS
 from hf_trim.backward.facts.fact import Fact
-from hf_trim.backward.registry import PROOF, overloads
+from hf_trim.backward.registry import PROOF, overloads, require
 
 
 def register_derived_rules() -> None:
@@ -60,6 +60,7 @@ def derived_rule(fact: Fact, is_view: bool = False) -> Callable:
         check_same_dim(value.row_dim - value.ndim for value in [ref, *shared])
         check_no_rows(*(x for i, x in enumerate(args) if i not in of_rows))
         check_no_rows(*(x for key, x in kwargs.items() if key not in fact.shared_keywords))
+        require(not (fact.needs_batch and fact.needs_batch(*args, **kwargs)), "it has to see the whole batch")
         dims = fact.place(*tree_map_only(SymInt, size_expression, args), **kwargs)
         if not ((is_view or fact.sizes) and shapes == ref.shape):  # `x[:len(x)]` is all of x
             prop.check_no_batch_size([x for i, x in enumerate(args) if i not in fact.sizes], kwargs)

@@ -15,8 +15,8 @@ A rule gets the op and its arguments and returns what the op returns. It must gu
    [`~hf_trim.backward.eager.tensor.RowTensor.kept_rows`]. One that is broadcast over them is left as it is. Anything
    else raises [`~hf_trim.backward.registry.NotRowwiseError`]. `kept_rows` checks the size: a rule only names the
    dimension.
-4. *No guessing.* For modes that it does not fully understand (training-mode batch norm, a reduced loss, dropout inside
-   a fused kernel) it raises `NotRowwiseError`: the op then runs on densified arguments, and is counted.
+4. *No guessing.* For modes that it does not fully understand (training-mode batch norm, a reduced loss) it raises
+   `NotRowwiseError`: the op then runs on densified arguments, and is counted.
 
 e.g. `mm` for a weight's gradient, B = 4, T = 2, rows 1 and 3 kept: `grad.t() @ x` with `grad.t()`, `[C, B·T]`, payload
 `[C, 2·2]`, rows along the summed dimension. The rule takes the kept rows of `x`, `[2·2, H]`, and returns the ordinary

@@ -56,7 +56,11 @@ def in_place(func, x, *args, **kwargs):
 
 
 def empty_batch(x):
-    """An uninitialized tensor of the whole batch's shape and memory layout."""
+    """
+    An uninitialized tensor of the whole batch's shape and memory layout. The layout is a guess if one row is kept, and
+    devices other than the CPU draw numbers in the order of memory.
+    """
+    require(x.device.type == "cpu" or x.payload.shape[x.row_dim] > 1, "the memory layout of one row is not known")
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hf_trim.backward._torch_internals import OpOverload, op_name
+from hf_trim.backward._torch_internals import OpOverload, op_name, tree_map_only
 from hf_trim.backward.eager.rules.operands import is_zeros
 from hf_trim.backward.eager.tensor import RowSparseTensor, RowTensor
 from hf_trim.backward.facts import FACTS
@@ -59,7 +59,7 @@ def view_rule(fact: Fact, op: OpOverload) -> Callable:
 
 def derived_rule(fact: Fact) -> Callable:
     """The rule of any other op."""
-    place, first, joined = fact.place, fact.rows[0], fact.grads[1:]
+    place, needs_batch, first, joined = fact.place, fact.needs_batch, fact.rows[0], fact.grads[1:]
 
     def rule(func, *args, **kwargs):
         ref = args[first]
@@ -69,6 +69,8 @@ def derived_rule(fact: Fact) -> Callable:
             require(dims is not None and (isinstance(dims, int) or None not in dims), "rows are summed")
         elif joined:
             require(all(is_zeros(args[i]) for i in joined if i < len(args)), "a dense tensor is joined")
+        if needs_batch is not None and needs_batch(*args, **kwargs):
+            return run_on_batch(ref, func, args, kwargs, dims)
         kept = list(args)
         for i in fact.rows:
             if i < len(args) and isinstance(args[i], Tensor):
@@ -86,11 +88,20 @@ def derived_rule(fact: Fact) -> Callable:
     return rule
 
 
-def _with_rows(ref: RowTensor, out: Any, dims: Any) -> Any:
+def run_on_batch(ref: RowTensor, func: OpOverload, args: tuple, kwargs: dict, dims: Any) -> Any:
+    """
+    The results of an op that has to see the whole batch: rows that are not kept are zeros in its operands, and those
+    of its results are left out. Gradients are zero there, and in a forward op no row needs another one.
+    """
+    args, kwargs = tree_map_only(RowTensor, RowTensor.with_zeros, (args, kwargs))
+    return _with_rows(ref, func(*args, **kwargs), dims, ref.kept_rows)
+
+
+def _with_rows(ref: RowTensor, out: Any, dims: Any, payload: Callable[[Tensor, int], Tensor] = lambda x, _: x) -> Any:
     """The results of an op, with the rows of `ref` where the fact has them."""
     if isinstance(out, Tensor):
-        return out if dims is None else ref.like(out, dims)
+        return out if dims is None else ref.like(payload(out, dims), dims)
     if not isinstance(dims, tuple):
         dims = (dims,) * len(out)
-    parts = [x if dim is None or x is None else ref.like(x, dim) for x, dim in zip_longest(out, dims)]
+    parts = [x if dim is None or x is None else ref.like(payload(x, dim), dim) for x, dim in zip_longest(out, dims)]
     return parts if isinstance(out, list) else tuple(parts)

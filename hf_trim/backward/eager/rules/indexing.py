@@ -29,7 +29,7 @@ def lookup(x, index) -> tuple[Rows, int, Tensor, Tensor]:
     hold, and where they are in the payload. (−1: an entry of zeros, in a row of the batch that has others.)
     """
     require(len(index) > 0, "nothing is selected")
-    places = x.rows.places(x.row_outer, x.row_inner)[index]
+    places = x.rows.places(x.row_outer, x.row_inner, index.device)[index]
     rows, inner = x.rows.of_entries((places >= 0).nonzero().flatten(), len(index))
     kept = rows.take(torch.arange(len(index), device=index.device), 0, 1, inner)
     return rows, inner, kept, places[kept]
@@ -48,7 +48,7 @@ def index_select(func, x, dim, index):
 def index_fill(func, x, dim, index, value):
     require(value == 0, "the result is not zero outside the kept rows")
     if dim % x.ndim == x.row_dim:
-        places = x.rows.places(x.row_outer, x.row_inner)[index]
+        places = x.rows.places(x.row_outer, x.row_inner, index.device)[index]
         index = places[places >= 0]
     return x.like(func(x.payload, dim, index, value))
 
@@ -79,7 +79,8 @@ def add_entries(x, grad, dim, index, add) -> Tensor:
     require(x.row_dim == dim % x.ndim and not x.payload.any(), "it adds to a gradient")
     rows, inner = grad.rows.of_entries(index.unique(), size[dim])
     size[dim] = rows.count * inner
-    return RowSparseTensor(add(x.payload.new_zeros(size), rows.places(1, inner)[index]), rows, x.row_dim, 1, inner)
+    out = add(x.payload.new_zeros(size), rows.places(1, inner, index.device)[index])
+    return RowSparseTensor(out, rows, x.row_dim, 1, inner)
 
 
 @implements("masked_scatter_backward")
@@ -89,10 +90,10 @@ def masked_scatter_backward(func, grad, mask, size):
     mask = mask.expand(grad.shape)
     counts, rest = mask.flatten(1).sum(1), prod(size[1:])
     require(rest > 0 and not (counts % rest).any(), "an entry is shared by rows")
-    places = grad.rows.places(grad.row_outer, grad.row_inner).repeat_interleave(counts // rest)
+    places = grad.rows.places(grad.row_outer, grad.row_inner, grad.device).repeat_interleave(counts // rest)
     entries = (places >= 0).nonzero().flatten()
     rows, inner = grad.rows.of_entries(entries, size[0])
-    in_order = rows.places(1, inner)[entries[places[entries].argsort(stable=True)]]  # of the payload
+    in_order = rows.places(1, inner, entries.device)[entries[places[entries].argsort(stable=True)]]  # of the payload
     values = grad.payload.masked_select(grad.kept_rows(mask)).view(-1, *size[1:])
     out = values.new_zeros(rows.count * inner, *size[1:]).index_copy(0, in_order, values)
     return RowSparseTensor(out, rows, 0, 1, inner)
@@ -165,7 +166,7 @@ def index_put(func, x, indices, source, accumulate=False):
         return x.like(func(x.payload, indices, source.new_zeros(()), accumulate))
     require(not isinstance(source, RowSparseTensor), "it works along the rows")
     first, *others = index_rows(indices[slices:])
-    places = x.rows.places(x.row_outer, x.row_inner)[first.flatten()]
+    places = x.rows.places(x.row_outer, x.row_inner, first.device)[first.flatten()]
     kept = (places >= 0).nonzero().flatten()
     indices = [*indices[:slices], places[kept].view(-1, *first.shape[1:]), *along(first, others, kept)]
     return x.like(func(x.payload, indices, source.new_zeros(()), False))

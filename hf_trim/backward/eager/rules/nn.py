@@ -5,8 +5,9 @@ things: kernels that each sample has of its own, and a memory layout that is slo
 
 import torch
 
-from hf_trim.backward.eager.rules.derived import derived_rule
+from hf_trim.backward.eager.rules.derived import derived_rule, run_on_batch
 from hf_trim.backward.eager.rules.operands import find_reference, is_zeros, require_row_sparse
+from hf_trim.backward.eager.tensor import RowSparseTensor
 from hf_trim.backward.facts import FACTS
 from hf_trim.backward.registry import implements, require
 
@@ -57,3 +58,15 @@ def rnn_layer_backward(
         workspace,
     )  # fmt: skip
     return ref.like(dx, dx.ndim - 2), *weights, ref.like(dhx, dhx.ndim - 2), ref.like(dcx, dcx.ndim - 2)
+
+
+@implements("_cudnn_rnn_backward")
+def cudnn_rnn_backward(func, *args):
+    """cuDNN does the same with all rows: what it wrote down of them cannot be sliced either."""
+    batch_first, batch_sizes = args[14], args[18]
+    dims = 0 if batch_first else 1, 1, 1  # of x, hx and cx, and of the gradients of out, hy and cy
+    grads = [(grad, dim) for grad, dim in zip(args[7:10], dims, strict=True) if grad is not None]
+    ref = find_reference(grad for grad, _ in grads)
+    layouts = [isinstance(grad, RowSparseTensor) and grad.layout_of_rows() for grad, _ in grads]
+    require(not batch_sizes and layouts == [(ref.rows, dim, 1, 1) for _, dim in grads], "sequences are packed")
+    return run_on_batch(ref, func, args, {}, dims)

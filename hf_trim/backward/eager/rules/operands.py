@@ -44,7 +44,6 @@ def kept_payloads(ref: RowTensor, args: tuple, kwargs: dict) -> list:
     """The arguments of an elementwise op, with the kept rows of its operands."""
     if kwargs:
         require(not any(isinstance(x, Tensor) for x in kwargs.values()), "a tensor passed by keyword")
-        require(kwargs.get("device") in (None, ref.device), "another device")
     dim = ref.row_dim - ref.ndim  # broadcasting aligns dimensions from the right
     return [
         x.payload if x is ref else ref.kept_rows_or_broadcast(x, dim) if isinstance(x, Tensor) and x.ndim else x

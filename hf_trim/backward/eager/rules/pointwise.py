@@ -138,13 +138,13 @@ def in_place(func, *args, **kwargs):
 @implements("copy_", "copy")
 def copy(func, x, source, non_blocking=False):
     require(isinstance(source, RowSparseTensor), "every row is overwritten")
-    require(x.shape == source.shape and x.device == source.device, "operands are broadcast")
+    require(x.shape == source.shape, "operands are broadcast")
     require(not (x.is_conj() or x.is_neg()), "it writes to a lazy conjugate")
     if func is aten.copy.default:
-        return source.like(source.payload.to(x.dtype, copy=True))
+        return source.like(source.payload.to(x.device, x.dtype, copy=True))
     if isinstance(x, RowSparseTensor):
         return x.overwrite_(source)
-    return source.like(source.payload.to(x.dtype)).add_to(x.zero_())
+    return source.like(source.payload.to(x.device, x.dtype)).add_to(x.zero_())
 
 
 @implements("zero_")

@@ -1,0 +1,59 @@
+"""What the row-sparse backward pass would do on a GPU, seen on fake CUDA tensors."""
+
+import subprocess
+
+import pytest
+
+from tests.support.fake_cuda import BATCH, KEPT, KERNELS, build_library, run_cases
+from tests.support.models import DECODERS, ENCODERS, IMAGE_MODELS
+
+
+CASES = (
+    "bert-flash-dropout",
+    "bert-efficient-dropout-mask-checkpointing",
+    "bert-cudnn-mask-autocast",
+    "bert-flash-dropout-checkpointing-single",
+    "bert-efficient-mask-devices",
+    "gpt2-flash-dropout",
+    "llama-efficient-mask-checkpointing",
+    "vit-cudnn",
+)
+NO_WIDE_MASK = ("opt",)  # it takes masks of [B, T] alone
+MORE_CASES = [
+    f"{name}-{kernel}{options}"
+    for name in [*ENCODERS, *DECODERS, *IMAGE_MODELS, "timm_vit", "deit3"]
+    for kernel, options in [
+        *((kernel, options) for kernel in KERNELS for options in ("", "-dropout", "-dropout-autocast")),
+        *((kernel, "-mask") for kernel in KERNELS if name in {**ENCODERS, **DECODERS} and name not in NO_WIDE_MASK),
+    ]
+]
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    try:
+        return build_library(tmp_path_factory.mktemp("fake_cuda"))
+    except (OSError, subprocess.SubprocessError) as error:
+        pytest.skip(f"the library cannot be built: {getattr(error, 'stderr', error)}")
+
+
+def check(results):
+    assert not {case: result["error"] for case, result in results.items() if "error" in result}
+    for case, result in results.items():
+        assert (result["fallbacks"], result["waits"], result["refused"]) == ({}, {}, []), case
+        # With dropout inside, kernels run on the whole batch; else on the kept rows.
+        count = BATCH if "dropout" in case else KEPT
+        assert result["attention"] and set(result["attention"]) == {count}, case
+        checkpoints = 2 if "checkpointing" in case else 0
+        # A guess at the memory of one row might have other dropout masks: then everything is recomputed.
+        single = "single" in case
+        assert result["recomputed"] == {"kept": 0 if single else checkpoints, "all": int(single)}, case
+
+
+def test_backward_pass(library):
+    check(run_cases(library, CASES))
+
+
+@pytest.mark.extended
+def test_more_models(library):
+    check(run_cases(library, MORE_CASES))

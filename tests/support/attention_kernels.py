@@ -1,0 +1,107 @@
+"""
+Stand-ins on the CPU for the attention kernels of CUDA. Like these they draw their dropout masks by a sample's place in
+the batch, so that a slice of the batch would get others; they read what the forward pass wrote down.
+"""
+
+import math
+
+import torch
+
+
+aten = torch.ops.aten
+KERNELS = ("flash", "efficient", "cudnn")
+
+
+def attend(kernel, q, k, v, bias=None, dropout_p=0.0):
+    """Attention of `[B, H, T, D]` with one of the kernels."""
+    if kernel == "flash":
+        return aten._scaled_dot_product_flash_attention(q, k, v, dropout_p)[0]
+    op = {"efficient": aten._scaled_dot_product_efficient_attention, "cudnn": aten._scaled_dot_product_cudnn_attention}
+    return op[kernel](q, k, v, bias, True, dropout_p)[0]
+
+
+def _scores(q, k, bias):
+    scores = q @ k.mT / math.sqrt(q.shape[-1])
+    return scores if bias is None else scores + bias
+
+
+def _masks(seed, shape, dropout_p):
+    """The masks of all samples, one after the other."""
+    drawn = torch.rand(shape, generator=torch.Generator().manual_seed(int(seed)), dtype=torch.double)
+    return (drawn >= dropout_p) / (1 - dropout_p)
+
+
+def _forward(q, k, v, bias, dropout_p):
+    scores, seed = _scores(q, k, bias), torch.randint(1 << 30, ())
+    logsumexp = scores.logsumexp(-1)
+    probabilities = (scores - logsumexp[..., None]).exp() * _masks(seed, scores.shape, dropout_p).to(q.dtype)
+    return probabilities @ v, logsumexp, seed
+
+
+def _backward(grad, q, k, v, bias, out, logsumexp, seed, dropout_p):
+    probabilities = (_scores(q, k, bias) - logsumexp[..., None]).exp()
+    masks = _masks(seed, probabilities.shape, dropout_p).to(q.dtype)
+    of_scores = probabilities * (grad @ v.mT * masks - (grad * out).sum(-1, keepdim=True))
+    scale = math.sqrt(q.shape[-1])
+    return of_scores @ k / scale, of_scores.mT @ q / scale, (probabilities * masks).mT @ grad, of_scores
+
+
+def _flash(q, k, v, dropout_p=0.0, is_causal=False, return_debug_mask=False, *, scale=None):
+    out, logsumexp, seed = _forward(q, k, v, None, dropout_p)
+    return out, logsumexp, None, None, q.shape[2], k.shape[2], seed, seed.new_empty(0), q.new_empty(0)
+
+
+def _flash_backward(
+    grad, q, k, v, out, logsumexp, ends_q, ends_k, max_q, max_k, dropout_p, is_causal, seed, offset, *, scale=None
+):
+    return _backward(grad, q, k, v, None, out, logsumexp, seed, dropout_p)[:3]
+
+
+def _efficient(q, k, v, bias, compute_logsumexp, dropout_p=0.0, is_causal=False, *, scale=None):
+    out, logsumexp, seed = _forward(q, k, v, bias, dropout_p)
+    return out, logsumexp, seed, seed.clone()
+
+
+def _efficient_backward(
+    grad, q, k, v, bias, out, logsumexp, seed, offset, dropout_p, wanted, is_causal=False, *, scale=None
+):
+    *grads, of_bias = _backward(grad, q, k, v, bias, out, logsumexp, seed, dropout_p)
+    return *grads, of_bias if wanted[3] else None
+
+
+def _cudnn(q, k, v, bias, compute_logsumexp, dropout_p=0.0, is_causal=False, return_debug_mask=False, *, scale=None):
+    out, logsumexp, seed = _forward(q, k, v, bias, dropout_p)
+    return out, logsumexp, None, None, q.shape[2], k.shape[2], seed, seed.clone(), q.new_empty(0)
+
+
+def _cudnn_backward(
+    grad,
+    q,
+    k,
+    v,
+    out,
+    logsumexp,
+    seed,
+    offset,
+    bias,
+    ends_q,
+    ends_k,
+    max_q,
+    max_k,
+    dropout_p,
+    is_causal,
+    *,
+    scale=None,
+):
+    return _backward(grad, q, k, v, bias, out, logsumexp, seed, dropout_p)[:3]
+
+
+def register(library):
+    """Registers the stand-ins in a `torch.library.Library` of ATen's."""
+    for name, forward, backward in (
+        ("flash", _flash, _flash_backward),
+        ("efficient", _efficient, _efficient_backward),
+        ("cudnn", _cudnn, _cudnn_backward),
+    ):
+        library.impl(f"_scaled_dot_product_{name}_attention", forward, "CPU")
+        library.impl(f"_scaled_dot_product_{name}_attention_backward", backward, "CPU")
