@@ -4,7 +4,7 @@ import subprocess
 
 import pytest
 
-from tests.support.fake_cuda import BATCH, KEPT, KERNELS, build_library, run_cases
+from tests.support.fake_cuda import BATCH, KEPT, build_library, run_cases
 from tests.support.models import DECODERS, ENCODERS, IMAGE_MODELS
 
 
@@ -18,14 +18,15 @@ CASES = (
     "llama-efficient-mask-checkpointing",
     "vit-cudnn",
 )
-NO_WIDE_MASK = ("opt",)  # it takes masks of [B, T] alone
+WIDE_MASK = {**ENCODERS, **DECODERS}.keys() - {"opt"}  # models that take a mask of [B, 1, T, T]
 MORE_CASES = [
-    f"{name}-{kernel}{options}"
+    case
     for name in [*ENCODERS, *DECODERS, *IMAGE_MODELS, "timm_vit", "deit3"]
-    for kernel, options in [
-        *((kernel, options) for kernel in KERNELS for options in ("", "-dropout", "-dropout-autocast")),
-        *((kernel, "-mask") for kernel in KERNELS if name in {**ENCODERS, **DECODERS} and name not in NO_WIDE_MASK),
-    ]
+    for case in (
+        f"{name}-flash-dropout",
+        f"{name}-efficient-mask" if name in WIDE_MASK else f"{name}-efficient",
+        f"{name}-cudnn-autocast",
+    )
 ]
 
 
