@@ -123,7 +123,7 @@ def attend(kernel, q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scal
             attn_mask = F.pad(attn_mask, (0, 8 - size % 8))[..., :size]
         attn_mask = attn_mask.expand(*q.shape[:3], k.shape[2])
     options = (q, k, v, attn_mask, True, dropout_p, is_causal)
-    if kernel == "cudnn":
+    if kernel == "cudnn" and not (attn_mask is not None and attn_mask.requires_grad):  # cuDNN has no gradient of it
         return aten._scaled_dot_product_cudnn_attention(*options, scale=scale)[0]
     return aten._scaled_dot_product_efficient_attention(*options, scale=scale)[0]
 
