@@ -287,7 +287,7 @@ def _metadata(summary: dict) -> ModelCardData:
         results = [
             EvalResult(
                 task_type=task,
-                dataset_type=next(iter(summary["datasets"]), summary["dataset_names"][0]),
+                dataset_type=next(iter(summary["datasets"]), "unknown"),  # a name on the Hub
                 dataset_name=summary["dataset_names"][0],
                 dataset_config=summary["dataset_config"],
                 metric_type=HUB_METRICS.get(name, name),

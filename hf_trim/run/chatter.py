@@ -86,7 +86,7 @@ def quiet_libraries() -> Iterator[None]:
         enable_progress_bars()  # those of downloads, which transformers has just disabled with its own
     try:
         yield
-    except (Exception, KeyboardInterrupt) as error:
+    except Exception as error:
         # What libraries said last may explain an error that nobody expected.
         if memory in root.handlers and not isinstance(error, (RecipeError, OSError)):
             memory.setTarget(logging.StreamHandler())

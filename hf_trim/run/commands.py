@@ -97,7 +97,10 @@ def config_of(job: Job, fields: dict[str, Any]) -> str:
     """
     unused = ("trim_keep_start", "trim_keep_end") if job.training.is_adaptive else ("trim_mass",)
     shown = [*IMPORTANT, *(x.name for x in dataclass_fields(TrimmingConfig) if x.name not in unused)]
-    return as_yaml(group_fields(fields | {name: getattr(job.training, name) for name in shown}))
+    values = fields | {name: getattr(job.training, name) for name in shown}
+    if values.get("output_dir") == f"runs/{job.name}":  # its default: a recipe of another name has another folder
+        del values["output_dir"]
+    return as_yaml(group_fields(values))
 
 
 def print_recipes() -> None:
@@ -123,7 +126,7 @@ def run_command(recipe: str | None, options: list[str]) -> int:
 
     Returns:
         `int`: Exit status: 0; 2 if the recipe, an argument or the data is wrong; 1 if the Hub took nothing or a file
-            could not be written.
+            could not be written; 130 if it was interrupted.
     """
     try:
         if options == ["--list"]:
@@ -137,6 +140,9 @@ def run_command(recipe: str | None, options: list[str]) -> int:
     except PushError as error:
         print_error(error)
         return 1
+    except KeyboardInterrupt:
+        print_error("Stopped. The same command goes on from the last complete checkpoint, and what is finished stays.")
+        return 130
     except (OSError, SafetensorError, RuntimeError) as error:
         if not is_write_error(error):
             raise

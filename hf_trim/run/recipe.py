@@ -15,6 +15,7 @@ from transformers import HfArgumentParser
 
 from hf_trim.data import DataArguments
 from hf_trim.messages import check_choice, closest
+from hf_trim.run.checks import check_values
 from hf_trim.run.models import ModelArguments
 from hf_trim.run.records import ARMS, DEFAULT_ARMS
 from hf_trim.run.starter import as_yaml, starter_fields
@@ -331,6 +332,8 @@ def parse(recipe: str | None, command_line: list[str]) -> Job:
             "the same: ask for trimmed, which is the adaptive one here, and for random, which is its control."
         )
     given = _set_fields(parser, options)
+    with user_errors():
+        check_values(training, data.task, given)
     if not {"logging_steps", "logging_strategy"} & given.keys():
         training.logging_steps = DEFAULT_LOGGING_STEPS
     settings = {key: value for key, value in given.items() if key not in NOT_SETTINGS}

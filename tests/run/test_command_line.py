@@ -198,3 +198,12 @@ def test_help_is_current_in_groups_and_narrow(recipe, capsys):
     assert main(["--help_all"]) == 0
     everything = capsys.readouterr().out
     assert set(re.findall(r"(?m)^  --(\w+)", everything)) == set(RecipeParser().names())
+
+
+def test_an_interruption_ends_in_one_line(monkeypatch, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hf_trim.run.commands.run", interrupt)
+    assert main(["digits-vit"]) == 130
+    assert capsys.readouterr().err.startswith("hf-trim: Stopped. The same command goes on")

@@ -77,6 +77,12 @@ def test_the_part_held_out_for_tests_does_not_depend_on_validation(tmp_path):
     assert plain.eval_dataset is plain.test_dataset and validated.eval_dataset is validated.validation_dataset
 
 
+@pytest.mark.parametrize("metric, is_greater_better", [("error", False), ("eval_loss", False), ("accuracy", True)])
+def test_the_best_model_is_the_best(metric, is_greater_better, recipe):
+    job = parse(recipe, ["--early_stopping_patience", "2", "--metric_for_best_model", metric])
+    assert job.training.greater_is_better is is_greater_better
+
+
 def test_early_stopping_needs_no_other_option(recipe, tmp_path):
     job = parse(recipe, ["--early_stopping_patience", "2"])
     assert (job.training.load_best_model_at_end, job.data.validation_split) == (True, "auto")

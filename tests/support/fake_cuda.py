@@ -162,7 +162,10 @@ def make_model(name, dropout):
     from tests.support.models import DECODERS, FAMILIES, TIMM_MODELS, TRANSFORMERS, build
 
     if name in TIMM_MODELS:
-        return build(TIMM_MODELS[name])
+        model = build(TIMM_MODELS[name])
+        for block in () if dropout else getattr(model, "blocks", ()):
+            block.attn.attn_drop.p = 0.0
+        return model
     config = {**TRANSFORMERS, **FAMILIES}[name]()
     config.hidden_size = 32  # heads of 8: the kernels take no smaller ones
     for key in vars(config):
