@@ -71,6 +71,21 @@ def find_columns(args: DataArguments, splits: dict[str, Dataset]) -> Columns:
     return columns
 
 
+def kind_of(feature: Any) -> str:
+    """
+    Args:
+        feature (`datasets.features.FeatureType`): A column's type.
+
+    Returns:
+        `str`: What the column holds, in words.
+    """
+    if isinstance(feature, Value):
+        return {"i": "whole numbers", "u": "whole numbers", "f": "numbers", "b": "true and false"}.get(
+            feature.dtype[0], feature.dtype
+        )
+    return {"ClassLabel": "class labels", "Image": "images"}.get(type(feature).__name__, str(feature))
+
+
 def is_string(feature: Any) -> bool:
     """
     Args:
@@ -116,7 +131,7 @@ def _check_columns(args: DataArguments, columns: Columns, splits: dict[str, Data
     if inputs == label:
         raise ValueError(f"label_column and the column of the inputs are both '{label}': give different ones.")
     if kind == "text" and not is_string(features[inputs]):
-        raise ValueError(f"text_column '{inputs}' must hold strings, and holds {features[inputs]}.")
+        raise ValueError(f"text_column '{inputs}' must hold strings, and holds {kind_of(features[inputs])}.")
     for use, split in splits.items():
         missing = {inputs, label or inputs} - set(split.features)
         if missing:

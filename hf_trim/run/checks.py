@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import cast
 
 from transformers import TrainingArguments
+from transformers.integrations import INTEGRATION_TO_CALLBACK, get_reporting_integration_callbacks
 
 from hf_trim.messages import closest
 
@@ -47,6 +48,7 @@ def check_values(training: TrainingArguments, task: str, given: Container[str]) 
                 raise ValueError(f"{name} must be {need}, and is {value}.")
     if Path(cast(str, training.output_dir)).is_file():
         raise ValueError(f"output_dir must be a folder, and {training.output_dir} is a file: choose another one.")
+    _check_trackers(cast(list[str], training.report_to))
     if training.metric_for_best_model is None:
         return
     name, metrics = training.metric_for_best_model.removeprefix("eval_"), METRICS.get(task, CLASSIFIER_METRICS)
@@ -61,3 +63,16 @@ def check_values(training: TrainingArguments, task: str, given: Container[str]) 
             f"{'higher' if is_greater_better else 'lower'} {name} is better: leave it out."
         )
     training.greater_is_better = is_greater_better
+
+
+def _check_trackers(names: list[str]) -> None:
+    for name in names:
+        if name not in INTEGRATION_TO_CALLBACK:
+            hint = closest(name, INTEGRATION_TO_CALLBACK)
+            raise ValueError(
+                f"report_to must name trackers, {', '.join(INTEGRATION_TO_CALLBACK)}, not '{name}'.{hint}"
+            )
+        try:
+            get_reporting_integration_callbacks([name])[0]()
+        except (ImportError, RuntimeError, ValueError) as error:  # it is not installed
+            raise ValueError(f"report_to '{name}': {error}") from None

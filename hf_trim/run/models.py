@@ -98,6 +98,9 @@ class ModelArguments:
         if len(sources) > 1:
             values = " and ".join(f"{name} '{value}'" for name, value in sources.items())
             raise ValueError(f"{values} exclude each other: give exactly one of {', '.join(SOURCES)}.")
+        path = self.model_name_or_path
+        if path is not None and path.startswith((".", "/", "~")) and not Path(path).expanduser().exists():
+            raise ValueError(f"model_name_or_path '{path}' looks like a local path, and there is no such folder.")
         overrides = self.config_overrides
         if isinstance(overrides, str):
             try:

@@ -408,6 +408,12 @@ def _read_options(parser: RecipeParser, recipe: str | None, command_line: list[s
         name, fields = starter_fields(_all_set_fields(parser, command_line))
     options = as_options({"output_dir": f"runs/{name}", **fields}) + command_line
     asked = _all_set_fields(parser, options)
+    for field_name in ("early_stopping_patience", "load_best_model_at_end"):
+        if asked.get(field_name) and "no" in (asked.get("eval_strategy"), asked.get("save_strategy")):
+            raise RecipeError(
+                f"{field_name} needs tests and checkpoints: set eval_strategy and save_strategy to the same, epoch or "
+                "steps."
+            )
     if asked.get("early_stopping_patience") is not None and "load_best_model_at_end" not in asked:
         options.append("--load_best_model_at_end")
         asked["load_best_model_at_end"] = True

@@ -175,7 +175,7 @@ def test_shapes_of_the_data_reach_the_model(digits, bbc):
         ({"model_type": "vit", "config_overrides": "{hidden_size: 3}"}, "config_overrides must be JSON"),
         ({"model_type": "vit", "config_overrides": "[3]"}, "config_overrides must map names to values"),
         ({"model_type": "vit", "config_overrides": {"image_size": 224}}, "takes image_size 224, and the data have 8"),
-        ({"model_name_or_path": "./nowhere"}, "model_name_or_path './nowhere' could not be loaded"),
+        ({"model_name_or_path": "./nowhere"}, "model_name_or_path './nowhere' looks like a local path"),
         ({"model_name_or_path": "minilmm"}, "could not be loaded.* Did you mean 'minilm'"),
         ({"model_name_or_path": "minilm"}, "no image classifier, and that is what task and dataset ask for"),
     ],
