@@ -111,6 +111,7 @@ def summarize_training(
         "split": "the evaluation data",
         "metrics": shown_metrics(_last_evaluation(trainer)),
         "majority_error": None,
+        "best_step": state.best_global_step if args.load_best_model_at_end else None,
         "trim": {
             key: getattr(trim, key)
             for key in (
@@ -258,12 +259,14 @@ def _schedule(summary: dict) -> str:
 
 def _remarks(summary: dict) -> list[str]:
     """Sentences below the metrics."""
-    majority = summary["majority_error"]
+    best, majority, lines = summary["best_step"], summary["majority_error"], []
+    if best is not None:
+        lines.append(f"It is the model after step {best}, which was the best in the tests during training.")
     if majority is None:
-        return []
+        return lines
     from hf_trim.report.notes import describe_majority  # what needs matplotlib; only a recipe has this error
 
-    lines = [describe_majority(majority)]
+    lines.append(describe_majority(majority))
     useless = summary["metrics"]["error"] >= majority
     return [*lines, "**The model is no better than that.**"] if useless else lines
 

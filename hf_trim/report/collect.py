@@ -77,7 +77,7 @@ def _describe_single(folder: Path) -> str:
         result = f", with a test {name} of {results[f'eval_{name}']:.2f}{UNITS[name]}"
     return (
         f"{folder} holds a single finished training{result}: see its README.md and all_results.json. A report needs "
-        "the runs of a comparison: the same command with --compare trains them."
+        "the runs of a comparison: the same command with --compare and another --output_dir trains them."
     )
 
 

@@ -62,6 +62,12 @@ def check_settings(job: Job) -> Job:
         if name not in MODEL_SETTINGS or (name in saved and name in settings)
     }
     changes = {name: values for name, values in changes.items() if values[0] != values[1]}
+    is_single = (job.output_dir / "all_results.json").is_file() and not list(job.output_dir.glob("records/*.json"))
+    if job.run.compare and is_single:
+        raise RecipeError(
+            f"{job.output_dir} holds a finished training of its own, whose model a comparison would replace: add "
+            f"--output_dir {job.output_dir}_compared to keep both, {way_out}"
+        )
     if changes:
         listed = "; ".join(f"{name} was {old!r} and is {new!r}" for name, (old, new) in changes.items())
         difference = "_".join(f"{name}-{new}" for name, (_, new) in changes.items())

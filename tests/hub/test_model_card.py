@@ -96,7 +96,9 @@ def test_a_trainer_of_the_users_own(tmp_path):
     trainer.args.load_best_model_at_end, trainer.state.best_global_step = True, 3
     trainer.state.log_history[:0] = [{"eval_loss": 0.25, "step": 3, "epoch": 1.0}, {"eval_loss": 9.0, "step": 6}]
     trainer.create_model_card()
-    assert "| loss | 0.25 |" in card_of(tmp_path / "out")
+    card = card_of(tmp_path / "out")
+    assert "| loss | 0.25 |" in card
+    assert "It is the model after step 3, which was the best in the tests during training." in card
 
 
 def test_a_model_that_learnt_nothing_is_called_so(compared):

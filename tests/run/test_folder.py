@@ -47,6 +47,8 @@ def test_other_settings_are_refused_with_a_way_out(short, tmp_path, capsys):
     # A value that is the default is the same as none.
     assert main([*short, "--trim_keep_end", "0.2", "--seed", "42", "--label_noise", "0"]) == 0
     assert "Finished before: test error" in capsys.readouterr().out
+    assert main([*short, "--compare"]) == 2
+    assert f"whose model a comparison would replace: add --output_dir {out}_compared" in capsys.readouterr().err
     (out / "all_results.json").unlink()  # interrupted: it must not be finished with another seed or selection
     for options, changes, folder in (
         (["--trim_keep_end", "0.5"], "trim_keep_end was 0.2 and is 0.5", "trim_keep_end-0.5"),
