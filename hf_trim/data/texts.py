@@ -79,8 +79,8 @@ def check_texts(args: DataArguments, splits: dict[str, Dataset], column: str, to
         empty = [row for row, text in enumerate(split[column][:], start=1) if text is None]
         if empty:
             raise ValueError(
-                f"text_column '{column}' is empty in {len(empty)} of {len(split)} rows of the {TITLES[use]} split: "
-                "drop these rows."
+                f"Row {empty[0]} of the {TITLES[use]} split has no text: text_column '{column}' is empty in "
+                f"{len(empty)} of its {len(split)} rows. Drop these rows."
             )
     # Some tokenizers have no limit, and say so with a huge number.
     return args.max_seq_length or min(tokenizer.model_max_length, 512)

@@ -39,7 +39,7 @@ def _note_majority(summaries: list[Summary]) -> list[str]:
         return []
     lines = [describe_majority(max(errors))]
     useless = [s.arm for s in summaries if s.majority_error is not None and s.mean >= s.majority_error]
-    return [*lines, f"Warning: no better than that is {', '.join(useless)}."] if useless else lines
+    return [*lines, f"Warning: not better than that: {', '.join(useless)}."] if useless else lines
 
 
 def describe_majority(error: float) -> str:

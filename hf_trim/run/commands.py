@@ -76,7 +76,7 @@ def run_recipe(recipe: str | None, options: list[str]) -> None:
         print("---\n".join(config_of(job, fields_to_run(*run)) for job, run in zip(jobs, runs, strict=True)), end="")
     elif any(job.run.dry_run for job in jobs):
         for job in jobs:
-            dry_run(job)
+            dry_run(check_settings(job))
     elif grid:
         leave_launcher(options)
         compare_grid(grid, options)

@@ -50,7 +50,7 @@ def dry_run(job: Job) -> None:
     args = trainer.args
     per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     epochs = steps / max(passes / args.gradient_accumulation_steps, 1)
-    print(f"Steps: {steps:,} of {per_step} samples ({epochs:.3g} epochs).")
+    print(f"Steps: {steps:,} of {per_step} samples ({_count(epochs, 'epoch')}).")
     tests = (
         1
         + {"no": 0, "epoch": math.ceil(epochs), "steps": steps // max(int(args.eval_steps or steps), 1)}[
@@ -62,12 +62,13 @@ def dry_run(job: Job) -> None:
     total = steps * step_seconds + tests * test_seconds
     print(
         f"Time: about {_format_time(total)}: {steps:,} steps of {_format_time(step_seconds)} without trimming (with "
-        f"it they take less), and {tests} tests of {_format_time(test_seconds)}."
+        f"it they take less), and {_count(tests, 'test')} of {_format_time(test_seconds)}."
     )
     if job.run.compare:
         arms, seeds = arms_of(job), job.run.seeds
         runs = len(arms) * seeds
-        print(f"Comparison: {', '.join(arms)}, {seeds} seeds each: {runs} runs, about {_format_time(runs * total)}.")
+        time_of_all = _format_time(runs * total)
+        print(f"Comparison: {', '.join(arms)}, {_count(seeds, 'seed')} each: {runs} runs, about {time_of_all}.")
     print(f"Nothing was trained. Without --dry_run everything would go to {job.output_dir}.")
 
 
@@ -95,15 +96,18 @@ def _describe_schedule(args: TrimmingArguments, steps: int) -> str:
     if args.trim_select == "none":
         return "nothing is trimmed"
     which = "hardest samples" if args.trim_select == "hardest" else "random samples"
+    if args.trim_skip_hardest:
+        which += f" but for the hardest {100 * args.trim_skip_hardest:g} % of each mini-batch"
     if args.is_adaptive:
         return f"p follows the losses; the {which} that carry {100 * args.trim_mass:g} % of the gradient mass are kept"
-    start, end = args.trim_keep_start, args.trim_keep_end
+    start, end, most = args.trim_keep_start, args.trim_keep_end, 1 - args.trim_skip_hardest
     unit = schedule_unit(args.trim_schedule, args.num_train_epochs, args.max_steps)
     if unit == "step":
-        return f"the {which}; p falls from {start:g} to {end:g} over {steps:,} steps"
+        limit = f", but is at most {most:g}," if start > most else ""
+        return f"the {which}; p falls from {start:g} to {end:g}{limit} over {steps:,} steps"
     epochs = math.ceil(args.num_train_epochs)
     values = [
-        keep_fraction(start, end, unit, epoch=epoch, num_epochs=epochs, step=0, num_steps=steps)
+        min(most, keep_fraction(start, end, unit, epoch=epoch, num_epochs=epochs, step=0, num_steps=steps))
         for epoch in range(epochs)
     ]
     shown = [f"{value:.3g}" for value in values]
@@ -143,6 +147,10 @@ def _now() -> float:
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
     return time.perf_counter()
+
+
+def _count(number: float, what: str) -> str:
+    return f"{number if isinstance(number, int) else f'{number:.3g}'} {what}{'' if number == 1 else 's'}"
 
 
 def _format_time(seconds: float) -> str:

@@ -142,7 +142,7 @@ def test_the_most_frequent_class_stands_beside_the_table(tmp_path, capsys):
     assert notes(records)[1:] == ["Always the most frequent class has a test error of 6.20 %."]
     write_json(tmp_path / "records.json", [{**run, "majority_error": 6.0} for run in records])
     assert main([str(tmp_path / "records.json"), "--output", str(tmp_path / "report")]) == 0
-    warning = "Warning: no better than that is plain."
+    warning = "Warning: not better than that: plain."
     assert warning in capsys.readouterr().out and warning in (tmp_path / "report" / "report.md").read_text()
 
 

@@ -94,6 +94,7 @@ def test_a_dry_run_shows_all_and_leaves_nothing(columns, tmp_path):
         (["--trim_select", "none"], "nothing is trimmed"),
         (["--trim_schedule", "adaptive", "--trim_mass", "0.9"], "carry 90 % of the gradient mass"),
         (["--max_steps", "7"], "p falls from 1 to 0.2 over 7 steps"),
+        (["--trim_skip_hardest", "0.3"], "but for the hardest 30 % of each mini-batch; p in each epoch: 0.7, "),
         (["--num_train_epochs", "12"], "p in each epoch: 1, 0.927, 0.855, …, 0.273, 0.2"),
     ],
 )
