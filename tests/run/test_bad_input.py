@@ -138,7 +138,8 @@ DATA = {
         texts([0, 1] * 8), texts([0, 1]).rename_column("text", "body"), "The test split lacks the column text",
     ),
     "a text that is missing": (
-        Dataset.from_dict({"text": ["a", None] * 8, "label": [0, 1] * 8}), None, "drop these rows",
+        Dataset.from_dict({"text": ["a", None] * 8, "label": [0, 1] * 8}), None,
+        "Row 1 of the training split has no text: text_column 'text' is empty in 6 of",
     ),
 }  # fmt: skip
 
