@@ -163,8 +163,8 @@ def make_model(name, dropout):
 
     if name in TIMM_MODELS:
         model = build(TIMM_MODELS[name])
-        for block in () if dropout else getattr(model, "blocks", ()):
-            block.attn.attn_drop.p = 0.0
+        for block in getattr(model, "blocks", ()):
+            block.attn.attn_drop.p = 0.1 if dropout else 0.0
         return model
     config = {**TRANSFORMERS, **FAMILIES}[name]()
     config.hidden_size = 32  # heads of 8: the kernels take no smaller ones
