@@ -30,6 +30,7 @@ from hf_trim.trainer.arguments import TrimmingConfig
 
 # Fields of `TrainingArguments` that `--print_config` shows also where they have their defaults.
 IMPORTANT = ("num_train_epochs", "per_device_train_batch_size", "learning_rate", "seed")
+GOES_ON = "The same command goes on from the last complete checkpoint, and what is finished stays."
 
 
 def run(job: Job) -> None:
@@ -69,17 +70,20 @@ def run_recipe(recipe: str | None, options: list[str]) -> None:
         [`RecipeError`]: If the recipe, an option or the data are wrong.
         [`PushError`]: If the upload fails.
     """
-    grid = recipe if recipe is not None and is_grid(recipe) else None
-    runs: list[tuple[str | None, list[str]]] = [*expand(grid, options)[1]] if grid else [(recipe, options)]
+    folder: str | None = None
+    runs: list[tuple[str | None, list[str]]] = [(recipe, options)]
+    if recipe is not None and is_grid(recipe):
+        folder, comparisons = expand(recipe, options)
+        runs = [*comparisons]
     jobs = [parse(*run) for run in runs]
     if any(job.run.print_config for job in jobs):
         print("---\n".join(config_of(job, fields_to_run(*run)) for job, run in zip(jobs, runs, strict=True)), end="")
     elif any(job.run.dry_run for job in jobs):
         for job in jobs:
             dry_run(check_settings(job))
-    elif grid:
+    elif folder is not None:
         leave_launcher(options)
-        compare_grid(grid, options)
+        compare_grid(folder, jobs)
     else:
         run(jobs[0])
 
@@ -141,14 +145,14 @@ def run_command(recipe: str | None, options: list[str]) -> int:
         print_error(error)
         return 1
     except KeyboardInterrupt:
-        print_error("Stopped. The same command goes on from the last complete checkpoint, and what is finished stays.")
+        print_error(f"Stopped. {GOES_ON}")
         return 130
     except (OSError, SafetensorError, RuntimeError) as error:
         if not is_write_error(error):
             raise
         print_error(
             f"A file could not be written: {str(error).splitlines()[0]}. Make room for it, or choose another "
-            "--output_dir. The same command goes on from the last complete checkpoint, and what is finished stays."
+            f"--output_dir. {GOES_ON}"
         )
         return 1
     return 0

@@ -13,10 +13,9 @@ from hf_trim.files import write_json
 from hf_trim.report import find_records, group, notes, plot, print_report, print_table, table_rows, write_report
 from hf_trim.run.clock import samples_per_second
 from hf_trim.run.folder import check_settings, claim_folder, lock_run, nothing_left
-from hf_trim.run.grid import expand
 from hf_trim.run.metrics import describe_classes
 from hf_trim.run.progress import describe_time
-from hf_trim.run.recipe import Job, RecipeError, parse, user_errors
+from hf_trim.run.recipe import Job, RecipeError, user_errors
 from hf_trim.run.records import ARMS, UNITS, make_record, metric_name, read_record, test_score
 from hf_trim.run.trackers import keep_logs
 from hf_trim.run.train import clear, save_run, start, write_card
@@ -167,19 +166,17 @@ def _show(job: Job, paths: list[Path]) -> None:
     print(f"The records and {picture.name} are in {job.output_dir}.")
 
 
-def compare_grid(grid: str, options: list[str]) -> None:
+def compare_grid(folder: str, jobs: list[Job]) -> None:
     """
     Compare each recipe of a grid, and write one report of all. All arguments are checked before the first training.
 
     Args:
-        grid (`str`): Name or path of the grid.
-        options (`list[str]`): Options of the command line, for all of its recipes.
+        folder (`str`): The output folder of the grid.
+        jobs (`list[Job]`): Its comparisons.
 
     Raises:
-        [`RecipeError`]: If the grid, a recipe or an option is wrong.
+        [`RecipeError`]: If they cannot run as they are.
     """
-    folder, comparisons = expand(grid, options)
-    jobs = [parse(recipe, recipe_options) for recipe, recipe_options in comparisons]
     for job in jobs:
         if job.training.push_to_hub or job.run.push_only:
             raise RecipeError(
