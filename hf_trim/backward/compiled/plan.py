@@ -15,6 +15,7 @@ its numbers once for each combination of sizes.
 """
 
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any, NamedTuple
 
 import sympy
@@ -57,11 +58,14 @@ class InputSlice(NamedTuple):
         layout (`tuple[int, int, int]`): Dimension, outer and inner size of the rows in the input.
         shape (`list[int]`): The shape of the kept rows.
         strides (`list[int]`): Their strides.
+        order (`list[int]` or `None`): The order of the dimensions in which these strides are contiguous, if the rows
+            are the same in it: one lookup takes them. `None` if it is not as simple.
     """
 
     layout: RowLayout
     shape: list[int]
     strides: list[int]
+    order: list[int] | None
 
 
 class RunSizes(NamedTuple):
@@ -112,6 +116,7 @@ class Planner:
             self.nodes = self.graph.find_nodes(op="placeholder")
             self.inputs = aot_backward_inputs(function, self.graph)
             self.grad_positions = aot_gradient_inputs(self.graph)
+        self.is_known = self.graph is not None and all(is_traced(node) for node in self.nodes)
         self.places = symbol_places(self.inputs)
 
     def plan(self, call: BackwardCall, args: list) -> tuple[Plan, Values]:
@@ -126,7 +131,7 @@ class Planner:
         Raises:
             [`~hf_trim.backward.compiled.errors.GraphRefusedError`]: If the graph must run on the whole batch.
         """
-        if self.graph is None or not all(is_traced(node) for node in self.nodes):
+        if not self.is_known:
             raise GraphRefusedError(
                 "its backward graph is not available, since it came from AOTAutograd's cache (backend='hf_trim' "
                 "compiles without that cache)"
@@ -215,9 +220,14 @@ def _input_slice(traced: Any, value: Value | None, values: Values) -> int | Inpu
         return evaluate(size_expression(traced), values)
     if value is None or value.row_dim is None:
         return None
-    layout = value.row_dim, evaluate(value.outer, values), evaluate(value.inner, values)
+    layout = _, outer, _ = value.row_dim, evaluate(value.outer, values), evaluate(value.inner, values)
     shape = [evaluate(size, values) for size in value.shape]
-    return InputSlice(layout, shape, [evaluate(size_expression(stride), values) for stride in traced.stride()])
+    strides = [evaluate(size_expression(stride), values) for stride in traced.stride()]
+    order = sorted(range(len(shape)), key=lambda d: -strides[d])
+    is_contiguous = all(
+        shape[d] == 1 or strides[d] == prod(shape[e] for e in order[i + 1 :]) for i, d in enumerate(order)
+    )
+    return InputSlice(layout, shape, strides, order if is_contiguous and outer == 1 else None)
 
 
 def _layout(value: Value, values: Values, batch: sympy.Symbol) -> RowLayout | None:

@@ -85,6 +85,16 @@ class Rows:
             self.plans[key] = self.index.to(device)
         return self.plans[key]
 
+    def entries(self, inner: int, device: torch.device) -> Tensor:
+        """The numbers of all entries in a dimension that has `inner` of them in each row."""
+        key = ("entries", inner, device)
+        if key not in self.plans:
+            index = self.index_on(device)
+            if inner > 1:
+                index = (index.unsqueeze(1) * inner + torch.arange(inner, device=device)).flatten()
+            self.plans[key] = index
+        return self.plans[key]
+
     def places(self, outer: int, inner: int, device: torch.device) -> Tensor:
         """Where each of the `outer * B * inner` entries of a dimension is in a payload; −1 if it is not kept."""
         key = ("places", outer, inner, device)
