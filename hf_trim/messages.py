@@ -22,6 +22,8 @@ def closest(word: str, choices: Iterable[str]) -> str:
     """
     names = [str(choice) for choice in choices]
     matches = difflib.get_close_matches(str(word), names, n=1, cutoff=0.75)
+    starting = [name for name in names if len(str(word).lstrip("-")) > 2 and name.startswith(str(word))]
+    matches += starting if len(starting) == 1 else []  # the beginning of one word
     # Swapped letters weigh too much in short words.
     matches += [name for name in names if sorted(name) == sorted(str(word))]
     return f" Did you mean '{matches[0]}'?" if matches else ""

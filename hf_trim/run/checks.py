@@ -1,31 +1,129 @@
-"""Values of `TrainingArguments` that cannot be meant, and would end a training late or with a traceback."""
+"""
+Values of `TrainingArguments` that cannot be meant, and would end a training late or with a traceback.
 
-from collections.abc import Container
+The fields that are set → [`check_fields`] → `TrainingArguments` → [`check_values`] → the trainer → [`rehearse`].
+"""
+
+import json
+import math
+import re
+from collections.abc import Container, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
-from transformers import TrainingArguments
+import torch
+from accelerate.utils import DynamoBackend
+from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import INTEGRATION_TO_CALLBACK, get_reporting_integration_callbacks
 
-from hf_trim.messages import closest
+from hf_trim.messages import check_choice, closest
 
 
 # Fields → what a value must be, as a test and in words.
 NUMBERS = {
-    ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"): (
-        lambda value: value >= 1,
-        "at least 1",
+    ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
+     "eval_accumulation_steps", "torch_empty_cache_steps"): (lambda value: value >= 1, "at least 1"),
+    ("num_train_epochs",): (lambda value: 0 < value < math.inf, "above 0, and finite"),
+    ("logging_steps", "eval_steps", "save_steps"): (
+        lambda value: 0 < value < 1 or (value >= 1 and value == int(value)),
+        "a whole number from 1, or a fraction of the training",
     ),
-    ("num_train_epochs",): (lambda value: value > 0, "above 0"),
     ("max_steps",): (lambda value: value > 0 or value == -1, "at least 1, or -1 where num_train_epochs counts"),
-    ("learning_rate", "weight_decay", "warmup_steps", "dataloader_num_workers", "seed"): (
-        lambda value: value >= 0,
+    ("learning_rate", "weight_decay", "warmup_steps", "dataloader_num_workers", "seed", "data_seed", "max_grad_norm",
+     "adam_epsilon", "save_total_limit", "eval_delay", "neftune_noise_alpha"): (
+        lambda value: 0 <= value < math.inf,
         "at least 0",
     ),
+    ("adam_beta1", "adam_beta2"): (lambda value: 0 <= value < 1, "at least 0 and below 1"),
+    ("label_smoothing_factor",): (lambda value: 0 <= value <= 1, "between 0 and 1"),
+}  # fmt: skip
+EXCLUSIVE = (("fp16", "bf16"), ("fp16_full_eval", "bf16_full_eval"))
+# Fields that hold a mapping; the first three may name a file with it. `--field '{"name": 1}'` gives it as JSON.
+FILES = ("accelerator_config", "deepspeed", "fsdp_config")
+MAPPINGS = (*FILES, "activation_checkpointing_kwargs", "gradient_checkpointing_kwargs", "lr_scheduler_kwargs")
+# What a recipe sees to itself → why.
+NOT_FOR_RECIPES = {
+    "label_names": "a recipe finds its labels by label_column",
+    "prediction_loss_only": "a recipe is judged by its predictions",
+    "batch_eval_metrics": "a recipe's metrics are of the whole test split",
 }
+STRATEGIES = {"eval_strategy": "no", "save_strategy": "steps"}  # and what they are by default
 LOWER_IS_BETTER = ("loss", "error", "perplexity")
 METRICS = {"causal-lm": ("loss", "perplexity", "accuracy")}  # of a task
 CLASSIFIER_METRICS = ("loss", "error", "accuracy", "macro_f1")
+
+
+def check_fields(fields: Mapping[str, Any]) -> None:
+    """
+    Check what `TrainingArguments` refuses with a message that is hard to read, or lets through.
+
+    Args:
+        fields (`dict`): The fields that recipe and command line set, and their values.
+
+    Raises:
+        `ValueError`: If a value cannot be meant.
+    """
+    for names, (is_right, need) in NUMBERS.items():
+        for name in names:
+            value = fields.get(name)
+            if value is not None and not is_right(value):
+                raise ValueError(f"{name} must be {need}, and is {value}.")
+    for first, second in EXCLUSIVE:
+        if fields.get(first) and fields.get(second):
+            raise ValueError(f"{first} and {second} exclude each other: leave one of them out.")
+    for name, reason in NOT_FOR_RECIPES.items():
+        if fields.get(name):
+            raise ValueError(f"{name} has no place here, since {reason}: leave it out.")
+    for name in MAPPINGS:
+        if isinstance(fields.get(name), str):
+            _check_mapping(name, fields[name])
+    if fields.get("torch_compile_backend") is not None:
+        check_choice(
+            "torch_compile_backend", fields["torch_compile_backend"], [item.value.lower() for item in DynamoBackend]
+        )
+    if not fields.get("dataloader_num_workers"):
+        for name in ("dataloader_persistent_workers", "dataloader_prefetch_factor"):
+            if fields.get(name):
+                raise ValueError(f"{name} needs processes that load the data: set dataloader_num_workers.")
+    _check_strategies(fields)
+
+
+def _check_mapping(name: str, value: str) -> None:
+    if value.startswith("{"):
+        try:
+            json.loads(value)
+            return
+        except ValueError as error:
+            raise ValueError(f"{name} is no valid JSON ({error}): write it as '{{\"name\": 1}}'.") from None
+    if name not in FILES:
+        raise ValueError(f"{name} must be a mapping in JSON, such as '{{\"name\": 1}}', and is {value!r}.")
+    if not Path(value).is_file():
+        raise ValueError(f"{name} must be a mapping in JSON or a file, and there is no file {value!r}.")
+
+
+def _check_strategies(fields: Mapping[str, Any]) -> None:
+    """Where the best model is taken, each checkpoint needs a test."""
+    tests, checkpoints = (str(fields.get(name, default)) for name, default in STRATEGIES.items())
+    if checkpoints == "best" and not fields.get("metric_for_best_model") and not fields.get("load_best_model_at_end"):
+        raise ValueError(
+            "save_strategy='best' needs a metric_for_best_model, such as loss, and tests: set eval_strategy to epoch "
+            "or steps."
+        )
+    for name in ("early_stopping_patience", "load_best_model_at_end", *["save_strategy"] * (checkpoints == "best")):
+        if fields.get(name) and (tests == "no" or checkpoints not in (tests, "best")):
+            raise ValueError(
+                f"{name} needs tests and checkpoints: set eval_strategy and save_strategy to the same, epoch or "
+                f"steps. They are '{tests}' and '{checkpoints}'."
+            )
+    every = fields.get("eval_steps") or fields.get("logging_steps")
+    if fields.get("load_best_model_at_end") and tests == checkpoints == "steps" and every and fields.get("save_steps"):
+        ratio = fields["save_steps"] / every
+        if abs(ratio - round(ratio)) > 1e-6 or ratio < 0.5:
+            raise ValueError(
+                f"save_steps must be a multiple of eval_steps, so that each checkpoint has a test, and they are "
+                f"{fields['save_steps']:g} and {every:g}."
+            )
 
 
 def check_values(training: TrainingArguments, task: str, given: Container[str]) -> None:
@@ -41,14 +139,9 @@ def check_values(training: TrainingArguments, task: str, given: Container[str]) 
     Raises:
         `ValueError`: If a value cannot be meant.
     """
-    for names, (is_right, need) in NUMBERS.items():
-        for name in names:
-            value = getattr(training, name)
-            if value is not None and not is_right(value):
-                raise ValueError(f"{name} must be {need}, and is {value}.")
     if Path(cast(str, training.output_dir)).is_file():
         raise ValueError(f"output_dir must be a folder, and {training.output_dir} is a file: choose another one.")
-    _check_trackers(cast(list[str], training.report_to))
+    training.report_to = _split_trackers(cast(list[str], training.report_to))
     if training.metric_for_best_model is None:
         return
     name, metrics = training.metric_for_best_model.removeprefix("eval_"), METRICS.get(task, CLASSIFIER_METRICS)
@@ -65,7 +158,11 @@ def check_values(training: TrainingArguments, task: str, given: Container[str]) 
     training.greater_is_better = is_greater_better
 
 
-def _check_trackers(names: list[str]) -> None:
+def _split_trackers(given: list[str]) -> list[str]:
+    """Trackers that can be used; they may be given with commas or spaces between them."""
+    names = [name for item in given for name in re.split(r"[\s,]+", item) if name]
+    if "none" in names or "all" in names:
+        raise ValueError(f"report_to must be 'none', 'all' or names of trackers, and is {' '.join(names)}.")
     for name in names:
         if name not in INTEGRATION_TO_CALLBACK:
             hint = closest(name, INTEGRATION_TO_CALLBACK)
@@ -76,3 +173,57 @@ def _check_trackers(names: list[str]) -> None:
             get_reporting_integration_callbacks([name])[0]()
         except (ImportError, RuntimeError, ValueError) as error:  # it is not installed
             raise ValueError(f"report_to '{name}': {error}") from None
+    return names
+
+
+def rehearse(trainer: Trainer) -> None:
+    """
+    Make once, of a single number in the place of the model, what a training makes of its arguments first: optimizer,
+    schedule, compiled model. What cannot be made would end it with a traceback.
+
+    Args:
+        trainer ([`~transformers.Trainer`]): The trainer. It is not changed.
+
+    Raises:
+        `ValueError`: If something cannot be made; the message names the fields.
+    """
+    args: Any = trainer.args
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    rows = len(cast(Any, trainer.train_dataset))
+    if args.dataloader_drop_last and rows < args.train_batch_size:
+        raise ValueError(
+            f"dataloader_drop_last leaves nothing of {rows} samples, which are no mini-batch of "
+            f"{args.train_batch_size}: leave it out, or lower per_device_train_batch_size."
+        )
+    with _explain(f"optim '{args.optim.value}' cannot be used", "its values are set by optim_args, such as 'name=1'"):
+        optimizer_class, options = trainer.get_optimizer_cls_and_kwargs(args, cast(Any, trainer.model))
+        if optimizer_class.__module__.startswith("torch."):
+            optimizer_class([parameter], **options)
+    with _explain(
+        f"lr_scheduler_type '{args.lr_scheduler_type.value}' cannot be used",
+        "its values are set by lr_scheduler_kwargs, such as '{\"name\": 1}'",
+    ):
+        get_scheduler(
+            args.lr_scheduler_type,
+            torch.optim.SGD([parameter], lr=args.learning_rate),
+            num_warmup_steps=args.get_warmup_steps(100),
+            num_training_steps=100,
+            scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+        )
+    if args.activation_checkpointing:
+        with _explain(
+            "activation_checkpointing_kwargs cannot be used", "they are those of torch's checkpoint function"
+        ):
+            options = {"use_reentrant": False, **(args.activation_checkpointing_kwargs or {})}
+            torch.utils.checkpoint.checkpoint(torch.neg, parameter, **options)
+    if args.torch_compile_mode is not None:
+        with _explain("torch_compile_mode cannot be used", "leave it out"):
+            torch.compile(torch.nn.Identity(), mode=args.torch_compile_mode, backend=args.torch_compile_backend)
+
+
+@contextmanager
+def _explain(what: str, advice: str) -> Iterator[None]:
+    try:
+        yield
+    except (ImportError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{what}: {' '.join(str(error).split()).removesuffix('.')}; {advice}.") from None

@@ -7,6 +7,7 @@ import shlex
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from dataclasses import fields as dataclass_fields
+from enum import Enum
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -15,7 +16,7 @@ from transformers import HfArgumentParser
 
 from hf_trim.data import DataArguments
 from hf_trim.messages import check_choice, closest
-from hf_trim.run.checks import check_values
+from hf_trim.run.checks import check_fields, check_values
 from hf_trim.run.models import ModelArguments
 from hf_trim.run.records import ARMS, DEFAULT_ARMS
 from hf_trim.run.starter import as_yaml, starter_fields
@@ -130,12 +131,21 @@ class RecipeParser(HfArgumentParser):
 
     def __init__(self):
         super().__init__(DATACLASSES, prog="python -m hf_trim.run RECIPE", allow_abbrev=False)
+        action = next(action for action in self._actions if action.dest == "report_to")
+        action.nargs, action.default = "+", ["none"]  # several trackers, as in Python
 
     def error(self, message: str):
-        choice = re.match(r"(argument \S+): invalid choice: '(.*?)' \(choose from (.*)\)", message, re.DOTALL)
-        if choice:
-            message += f".{closest(choice[2], re.split(r', ', choice[3].replace(chr(39), '')))}"
-        raise RecipeError(message)
+        wrong = re.match(r"argument (--\w+)\S*: invalid (\w+)(?: value)?: '(.*?)'(?: \(choose|$)", message, re.DOTALL)
+        if wrong is None:
+            raise RecipeError(message)
+        action = next(action for action in self._actions if wrong[1] in action.option_strings)
+        kind: Any = action.type
+        choices = action.choices or (kind if isinstance(kind, type) and issubclass(kind, Enum) else None)
+        if choices is not None:
+            with user_errors():
+                check_choice(action.dest, wrong[3], [getattr(choice, "value", choice) for choice in choices])
+        need = {"float": "a number", "int": "a whole number"}.get(wrong[2], f"a {wrong[2]}, given in Python")
+        raise RecipeError(f"{action.dest} must be {need}, and is '{wrong[3]}'.")
 
     def names(self) -> list[str]:
         """
@@ -303,9 +313,13 @@ def parse(recipe: str | None, command_line: list[str]) -> Job:
     parser = RecipeParser()
     name, options = _read_options(parser, recipe, command_line)
     with user_errors():
-        run, model, data, training, unknown = parser.parse_args_into_dataclasses(
-            options, look_for_args_file=False, return_remaining_strings=True
-        )
+        check_fields(_all_set_fields(parser, options))
+        try:
+            run, model, data, training, unknown = parser.parse_args_into_dataclasses(
+                options, look_for_args_file=False, return_remaining_strings=True
+            )
+        except (OSError, RuntimeError, TypeError) as error:  # of what mappings and files hold
+            raise RecipeError(str(error)) from error
     if unknown:
         choices = [option for action in parser._actions for option in action.option_strings]
         raise RecipeError(f"unknown argument '{unknown[0]}'.{closest(unknown[0].split('=')[0], choices)}")
@@ -408,12 +422,6 @@ def _read_options(parser: RecipeParser, recipe: str | None, command_line: list[s
         name, fields = starter_fields(_all_set_fields(parser, command_line))
     options = as_options({"output_dir": f"runs/{name}", **fields}) + command_line
     asked = _all_set_fields(parser, options)
-    for field_name in ("early_stopping_patience", "load_best_model_at_end"):
-        if asked.get(field_name) and "no" in (asked.get("eval_strategy"), asked.get("save_strategy")):
-            raise RecipeError(
-                f"{field_name} needs tests and checkpoints: set eval_strategy and save_strategy to the same, epoch or "
-                "steps."
-            )
     if asked.get("early_stopping_patience") is not None and "load_best_model_at_end" not in asked:
         options.append("--load_best_model_at_end")
         asked["load_best_model_at_end"] = True

@@ -10,6 +10,7 @@ from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
 
 from hf_trim.data import Data, DeviceImages, load_data
 from hf_trim.messages import wrap
+from hf_trim.run.checks import rehearse
 from hf_trim.run.clock import TrainingClock
 from hf_trim.run.metrics import ERROR, PERPLEXITY, Metric
 from hf_trim.run.models import build_model, load_processing_class
@@ -157,6 +158,7 @@ def make_trainer(
             callbacks=callbacks,
             **metric.arguments,
         )
+        rehearse(trainer)
     trainer.remove_callback(PrinterCallback)  # in its place there is `Progress`
     return trainer
 

@@ -42,7 +42,7 @@ TRAINING = {
     "load_best_model_at_end": "Take the model that was best on the validation split.",
     "metric_for_best_model": "What best means: loss, error, accuracy or perplexity.",
     "resume_from_checkpoint": "Go on from this checkpoint. Default: the last complete one in output_dir.",
-    "report_to": "Trackers: tensorboard, wandb, mlflow, ...",
+    "report_to": "Trackers, one or several: tensorboard, wandb, mlflow, ...",
     "push_to_hub": "Upload the results to the Hub.",
     "hub_model_id": "Their name there.",
 }
