@@ -76,6 +76,8 @@ NEEDED = (
     Need(TRAINER, "_load_best_model", (), "loading converted weights"),
     Need(TRAINER, "_load_callback_state", (), "keeping what later steps depend on"),
     Need(TRAINER, "_set_signature_columns_if_needed", (), "keeping the column reference_loss for trim_score"),
+    # Overridden by RecipeTrainer.
+    Need(TRAINER, "_run_epoch", ("epoch",), "training no epoch after early stopping and a kill"),
     # Overridden by PushMixin.
     Need(TRAINER, "_save", ("output_dir", "state_dict"), "saving timm's own names of weights"),
     Need(TRAINER, "init_hf_repo", ("token", "private"), "explaining refusals"),

@@ -72,6 +72,19 @@ def signed(value: float) -> str:
     return f"{value:+.2f}".replace("-", "−")  # a minus sign is as wide as a plus
 
 
+def plain(value: object) -> str:
+    """
+    Write a value as people do.
+
+    Args:
+        value: A value of a field.
+
+    Returns:
+        `str`: It, without `.0` if it is a whole number.
+    """
+    return str(int(value) if isinstance(value, float) and value.is_integer() else value)
+
+
 def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
     """
     Refuse a value that is not among the choices.

@@ -4,13 +4,18 @@ Which columns hold the images or texts, and the classes.
 The columns' types and names, and the arguments → [`Columns`].
 """
 
+import logging
+from collections.abc import Container
 from typing import Any, NamedTuple
 
 from datasets import ClassLabel, Dataset, Image, Value
 
 from hf_trim.data.arguments import DataArguments
+from hf_trim.data.looks import Look, look_at
 from hf_trim.messages import closest
 
+
+logger = logging.getLogger(__name__)
 
 # Usual names on the Hub, the more telling first.
 LABEL_COLUMNS = ("label", "labels", "class", "category", "target")
@@ -52,18 +57,19 @@ def find_columns(args: DataArguments, splits: dict[str, Dataset]) -> Columns:
     )
     if image and text:
         raise ValueError(f"image_column '{image}' and text_column '{text}' exclude each other: give one of them.")
+    train = splits["train"]
     if label is None and args.task == "classification":
         named = [column for column in LABEL_COLUMNS if column in features][:1]
         classes = [column for column, feature in features.items() if isinstance(feature, ClassLabel)]
-        label = _only_column(args, "label_column", named or classes, features)
+        label = _only_column(args, "label_column", named or classes, train, {text, image})
     if image is None and text is None:
         images = [column for column, feature in features.items() if _is_image(feature)]
         if images:
-            image = _only_column(args, "image_column", images, features)
+            image = _only_column(args, "image_column", images, train)
         else:
             named = [column for column in TEXT_COLUMNS if column in features and column != label][:1]
             strings = [column for column, feature in features.items() if column != label and is_string(feature)]
-            text = _only_column(args, "text_column (or image_column)", named or strings, features)
+            text = _only_column(args, "text_column (or image_column)", named or strings, train, {label})
     inputs = image or text
     assert inputs is not None  # one of them was named or found
     columns = Columns("image" if image else "text", inputs, label)
@@ -113,14 +119,43 @@ def _named_column(args: DataArguments, name: str, features: dict[str, Any]) -> s
     return column
 
 
-def _only_column(args: DataArguments, name: str, candidates: list[str], features: dict[str, Any]) -> str:
-    """The column that an argument must mean, if there is one candidate."""
-    if len(candidates) != 1:
-        reason = f"several could be it: {', '.join(candidates)}" if candidates else "none looks like it"
-        raise ValueError(
-            f"{name} must be given for dataset '{args.dataset}': {reason}. Its columns are {', '.join(features)}."
+def _only_column(
+    args: DataArguments, name: str, candidates: list[str], train: Dataset, others: Container[str | None] = ()
+) -> str:
+    """The column that an argument must mean: the only candidate, or the only one whose values look like it."""
+    if len(candidates) == 1:
+        return candidates[0]
+    looks = look_at(train)
+    option, is_label = name.split()[0], name == "label_column"
+    alike = {
+        column: look
+        for column, look in looks.items()
+        if column not in others
+        and (not candidates or column in candidates)
+        and (look.is_like_labels and not look.is_like_texts if is_label else look.is_like_texts)
+    }
+    if len(alike) == 1:
+        (column,) = alike
+        why = f"the only column whose values repeat ({alike[column].distinct} different ones)"
+        logger.warning(
+            "%s is not given, and '%s' is taken: %s.", option, column, why if is_label else "the only column of texts"
         )
-    return candidates[0]
+        return column
+    likely = sorted(alike, key=lambda column: looks[column].distinct) or candidates
+    reason = f"several could be it: {', '.join(likely)}" if likely else "none looks like it"
+    shown = "\n".join(
+        f"  {column}: {_describe(looks.get(column), feature)}" for column, feature in train.features.items()
+    )
+    raise ValueError(
+        f"{name} must be given for dataset '{args.dataset}': {reason}. Add --{option} and its "
+        f"name. The columns, each with its first value:\n{shown}"
+    )
+
+
+def _describe(look: Look | None, feature: Any) -> str:
+    if look is None:
+        return kind_of(feature)
+    return f"{look.first} ({look.distinct} different {'value' if look.distinct == 1 else 'values'})"
 
 
 def _check_columns(args: DataArguments, columns: Columns, splits: dict[str, Dataset]) -> None:

@@ -50,12 +50,12 @@ def _count_classes(train: Dataset) -> str:
     counts = np.bincount(train["labels"][:], minlength=len(names))
     shown = [f"{name} ({count:,})" for name, count in zip(names, counts, strict=True)][:SHOWN_CLASSES]
     more = f", and {len(names) - SHOWN_CLASSES} more" if len(names) > SHOWN_CLASSES else ""
-    return f"{len(names)} classes: {', '.join(shown)}{more}"
+    return f"{len(names)} classes to train on: {', '.join(shown)}{more}"
 
 
 def first_rows(train: Dataset, columns: Columns, count: int = 3) -> list[tuple[str, str]]:
     """
-    Show the first rows.
+    Show the first rows, of as many classes as there are.
 
     Args:
         train (`datasets.Dataset`): The training split.
@@ -66,7 +66,7 @@ def first_rows(train: Dataset, columns: Columns, count: int = 3) -> list[tuple[s
         `list[tuple[str, str]]`: The start of each text, or size and mode of each image; and its class, if it has one.
     """
     label = train.features.get("labels") if columns.label else None
-    head = train.select(range(min(count, len(train))))
+    head = train.select(_first_of_each_class(train, count) if label is not None else range(min(count, len(train))))
     if columns.kind == "image" and not isinstance(head.features[columns.inputs], Image):
         head = head.cast_column(columns.inputs, Image())
     rows = []
@@ -79,3 +79,10 @@ def first_rows(train: Dataset, columns: Columns, count: int = 3) -> list[tuple[s
             text = text if len(text) <= SHOWN_CHARACTERS else f"{text[: SHOWN_CHARACTERS - 1]}…"
         rows.append((text, label.int2str(row["labels"]) if isinstance(label, ClassLabel) else ""))
     return rows
+
+
+def _first_of_each_class(train: Dataset, count: int) -> list[int]:
+    """The first rows of the first classes, in their order; then the next rows."""
+    firsts = np.unique(np.array(train["labels"][:]), return_index=True)[1]
+    rows = sorted(firsts.tolist())[:count]
+    return sorted([*rows, *[row for row in range(min(count, len(train))) if row not in rows][: count - len(rows)]])

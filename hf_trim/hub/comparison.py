@@ -6,11 +6,12 @@ from hf_trim.messages import signed
 from hf_trim.run.records import UNITS, metric_name, test_score
 
 
-def describe_comparison(folder: Path | None, seed: int) -> dict:
+def describe_comparison(folder: Path | None, seed: int, arm: str) -> dict:
     """
     Args:
         folder (`Path`, *optional*): The output folder.
         seed (`int`): The seed of the model in it.
+        arm (`str`): Its arm.
 
     Returns:
         `dict`: Values for the template of the model card; empty if the folder has no records.
@@ -27,8 +28,9 @@ def describe_comparison(folder: Path | None, seed: int) -> dict:
     arms = [arm for arm in ARMS if any(arm == trained for _, trained in scores)]
     rows = [[str(seed), *(scores.get((seed, arm), "–") for arm in arms)] for seed in seeds]
     summaries = {s.arm: s for s in summarize(records)}
-    verdict = describe_result(summaries.get("trimmed"), summaries.get("random"))
-    model = f"This model is that of the arm *trimmed* with seed {seed}." if (seed, "trimmed") in scores else ""
+    judged, control = ("adaptive", "random-adaptive") if "adaptive" in arm else ("trimmed", "random")
+    verdict = describe_result(summaries.get(judged), summaries.get(control))
+    model = f"This model is that of the arm *{arm}* with seed {seed}." if (seed, arm) in scores else ""
     return {
         "comparison": markdown_table(*table_rows(records)),
         "comparison_notes": notes(records),

@@ -131,6 +131,7 @@ def summarize_training(
         "hyperparameters": {key: str(value) for key, value in extract_hyperparameters_from_trainer(trainer).items()},
         "train_seconds": next((log["train_runtime"] for log in reversed(logs) if "train_runtime" in log), None),
         "includes_evaluation": True,
+        "arm": "trimmed",  # of a comparison
         "seed": trainer.args.seed,
         "hardware": hardware(),
         "versions": versions(),
@@ -231,7 +232,7 @@ def render_card(summary: dict, repo: str | None, folder: Path | None = None) -> 
         reproduction=f"Seed {summary['seed']}; {versions_used}; {summary['hardware']}.",
         recipe=summary["recipe"],
         limits=_limits(summary),
-        **describe_comparison(folder, summary["seed"]),
+        **describe_comparison(folder, summary["seed"], summary["arm"]),
     )
 
 
@@ -245,6 +246,8 @@ def _schedule(summary: dict) -> str:
         schedule = f"p followed the losses, so that a share of {trim['trim_mass']} of the gradient mass was kept"
     elif start == end:
         schedule = f"p was {start} throughout"
+    elif planned is None:
+        schedule = f"p fell from {start} to {end} by {unit}"
     elif done is not None and done < planned:
         schedule = (
             f"p was to fall from {start} to {end} by {unit}, over {planned:g} {unit}s; the training ended after "

@@ -8,6 +8,7 @@ import json
 from contextlib import suppress
 from pathlib import Path
 
+from hf_trim.messages import plain
 from hf_trim.report.summary import ARMS
 from hf_trim.run.records import UNITS, fingerprint, read_records
 
@@ -63,7 +64,7 @@ def group(records: list[dict]) -> dict[str, list[dict]]:
         variants = [_settings(runs) for (name, _), runs in groups.items() if name == recipe]
         names = sorted({name for variant in variants for name in variant})
         varied = [name for name in names if len({str(variant.get(name)) for variant in variants}) > 1]
-        changes = [f"{name} {settings[name]}" for name in varied if name in settings]
+        changes = [f"{name} {plain(settings[name])}" for name in varied if name in settings]
         by_title[", ".join([recipe, *changes])] = members
     return dict(sorted(by_title.items()))
 

@@ -8,10 +8,12 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partialmethod
 from logging.handlers import MemoryHandler
 from pathlib import Path
 
 import datasets
+import huggingface_hub.utils
 from huggingface_hub import constants
 from huggingface_hub.utils import enable_progress_bars
 from tqdm import tqdm
@@ -23,6 +25,7 @@ from hf_trim.run.recipe import RecipeError
 
 # Libraries that have a handler of their own, to the terminal.
 LIBRARIES = ("transformers", "datasets", "huggingface_hub")
+BARS_AFTER = 2.0  # seconds
 FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
@@ -31,6 +34,24 @@ class Memory(MemoryHandler):
 
     def __init__(self):
         super().__init__(10_000, flushLevel=logging.CRITICAL + 1, flushOnClose=False)
+
+
+class LateLogger(logging.Logger):
+    """
+    The logger of a library that is imported while a command runs. DeepSpeed gives its own a handler to the terminal,
+    and speaks before its import has ended.
+    """
+
+    is_quiet = False  # while a command runs
+
+    def callHandlers(self, record: logging.LogRecord) -> None:
+        """Let only the handlers of the command have it."""
+        if not self.is_quiet or self.name.partition(".")[0] == "hf_trim":
+            super().callHandlers(record)
+            return
+        for handler in logging.getLogger().handlers:
+            if record.levelno >= handler.level:
+                handler.handle(record)
 
 
 class LogFile(logging.FileHandler):
@@ -79,13 +100,16 @@ def quiet_libraries() -> Iterator[None]:
     root.addHandler(memory)
     own.addHandler(terminal)
     logging.captureWarnings(True)
+    logger_class, LateLogger.is_quiet = logging.getLoggerClass(), True
+    logging.setLoggerClass(LateLogger)
     transformers_logging.disable_progress_bar()
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     elif not constants.HF_HUB_DISABLE_PROGRESS_BARS:
         enable_progress_bars()  # those of downloads, which transformers has just disabled with its own
     try:
-        yield
+        with _brief_bars():
+            yield
     except Exception as error:
         # What libraries said last may explain an error that nobody expected.
         if memory in root.handlers and not isinstance(error, (RecipeError, OSError)):
@@ -101,10 +125,26 @@ def quiet_libraries() -> Iterator[None]:
         for logger, handlers, propagate in before:
             logger.handlers, logger.propagate = handlers, propagate
         logging.captureWarnings(False)
+        logging.setLoggerClass(logger_class)
+        LateLogger.is_quiet = False
         if had_bars:
             transformers_logging.enable_progress_bar()
         if not bars_of_datasets:
             datasets.enable_progress_bars()
+
+
+@contextmanager
+def _brief_bars() -> Iterator[None]:
+    """Bars of libraries appear only where something takes a while, and leave nothing behind."""
+    classes = (datasets.utils.tqdm, huggingface_hub.utils.tqdm)
+    makers = [bar.__init__ for bar in classes]
+    for bar, make in zip(classes, makers, strict=True):
+        bar.__init__ = partialmethod(make, delay=BARS_AFTER, leave=False)  # type: ignore[misc]
+    try:
+        yield
+    finally:
+        for bar, make in zip(classes, makers, strict=True):
+            bar.__init__ = make  # type: ignore[misc]
 
 
 def write_chatter_to(path: Path) -> None:

@@ -15,7 +15,11 @@ from typing import Any, cast
 import torch
 from accelerate.utils import DynamoBackend
 from transformers import Trainer, TrainingArguments, get_scheduler
-from transformers.integrations import INTEGRATION_TO_CALLBACK, get_reporting_integration_callbacks
+from transformers.integrations import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
+    get_reporting_integration_callbacks,
+)
 
 from hf_trim.messages import check_choice, closest
 
@@ -160,7 +164,7 @@ def check_values(training: TrainingArguments, task: str, given: Container[str]) 
 
 def _split_trackers(given: list[str]) -> list[str]:
     """Trackers that can be used; they may be given with commas or spaces between them."""
-    names = [name for item in given for name in re.split(r"[\s,]+", item) if name]
+    names = list(dict.fromkeys(name for item in given for name in re.split(r"[\s,]+", item) if name))
     if "none" in names or "all" in names:
         raise ValueError(f"report_to must be 'none', 'all' or names of trackers, and is {' '.join(names)}.")
     for name in names:
@@ -169,9 +173,11 @@ def _split_trackers(given: list[str]) -> list[str]:
             raise ValueError(
                 f"report_to must name trackers, {', '.join(INTEGRATION_TO_CALLBACK)}, not '{name}'.{hint}"
             )
+        if name not in get_available_reporting_integrations():
+            raise ValueError(f"report_to '{name}': the package of this tracker is not installed.")
         try:
             get_reporting_integration_callbacks([name])[0]()
-        except (ImportError, RuntimeError, ValueError) as error:  # it is not installed
+        except (ImportError, RuntimeError, ValueError) as error:
             raise ValueError(f"report_to '{name}': {error}") from None
     return names
 

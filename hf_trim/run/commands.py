@@ -1,5 +1,6 @@
 """What `python -m hf_trim.run` does: train a recipe, compare it with and without trimming, or only show something."""
 
+import math
 from dataclasses import fields as dataclass_fields
 from typing import Any
 
@@ -79,8 +80,7 @@ def run_recipe(recipe: str | None, options: list[str]) -> None:
     if any(job.run.print_config for job in jobs):
         print("---\n".join(config_of(job, fields_to_run(*run)) for job, run in zip(jobs, runs, strict=True)), end="")
     elif any(job.run.dry_run for job in jobs):
-        for job in jobs:
-            dry_run(check_settings(job))
+        dry_run([check_settings(job) for job in jobs])
     elif folder is not None:
         leave_launcher(options)
         compare_grid(folder, jobs)
@@ -116,7 +116,8 @@ def print_recipes() -> None:
         rows.append([name, fields.get("dataset", "?"), model, fields.get("expected_time", "unknown")])
     for name in recipe_names("grids"):
         _, fields = read_recipe(name)
-        rows.append([name, f"a grid of {len(fields['recipes'])} recipes", "", ""])
+        count = math.prod(map(len, (fields["recipes"], *fields.get("vary", {}).values())))
+        rows.append([name, f"a grid of {count} comparisons", "", fields.get("expected_time", "unknown")])
     print_table("Recipes", ["recipe", "data", "model", "expected time"], rows, least=("model", "data"))
 
 

@@ -8,6 +8,7 @@ from typing import Any, cast
 from filelock import Timeout
 
 from hf_trim.data import Data
+from hf_trim.earlier import read_summary
 from hf_trim.environment import hardware
 from hf_trim.files import write_json
 from hf_trim.report import find_records, group, notes, plot, print_report, print_table, table_rows, write_report
@@ -36,6 +37,10 @@ CHANGES: dict[str, dict[str, Any]] = {
 CHANGES["random-adaptive"] = {**CHANGES["adaptive"], "trim_select": "random"}
 
 
+# Whose model is saved: the first of these that is trained.
+MODEL_ARMS = ("trimmed", "adaptive", "random", "random-adaptive", "plain")
+
+
 def arms_of(job: Job) -> list[str]:
     """
     The arms that a comparison trains.
@@ -47,6 +52,23 @@ def arms_of(job: Job) -> list[str]:
         `list[str]`: Names of arms, plain first.
     """
     return [arm for arm in ARMS if arm in job.run.arms and not ("adaptive" in arm and job.training.is_adaptive)]
+
+
+def model_arm(job: Job) -> str:
+    """
+    The arm whose model of the first seed a comparison saves.
+
+    Args:
+        job ([`Job`]): The recipe.
+
+    Returns:
+        `str`: `"trimmed"`, the recipe's own, if it is trained now or was before; else the first that is, of
+            `MODEL_ARMS`.
+    """
+    arms = arms_of(job)
+    return next(
+        arm for arm in MODEL_ARMS if arm in arms or record_path(job, arm, cast(int, job.training.seed)).is_file()
+    )
 
 
 def record_path(job: Job, arm: str, seed: int) -> Path:
@@ -81,14 +103,17 @@ def finish_run(job: Job, data: Data, arm: str, seed: int, title: str) -> dict:
     folder = job.output_dir / f"{arm}-seed{seed}"
     changes = {**CHANGES[arm], "run_name": f"{job.training.run_name or job.name}-{arm}-seed{seed}"}
     trainer = make_trainer(job, data, changes, seed, folder, title=title)
-    _, metrics = start(job, data, trainer, folder, has_model=False)
+    _, metrics = start(job, data, trainer, folder)
     history = trainer.state.log_history
     record = make_record(job.name, arm, seed, job.settings, metrics, history, describe_classes(data))
     record.update(samples_per_second(trainer))
-    if (arm, seed) == ("trimmed", job.training.seed):  # the model of a comparison that is saved, and can be pushed
-        save_run(job, data, trainer, metrics, metrics)
+    if (arm, seed) == (
+        model_arm(job),
+        job.training.seed,
+    ):  # the one that is saved
+        save_run(job, data, trainer, metrics, metrics, arm)
         if trainer.is_world_process_zero():
-            claim_folder(job, has_model=True)
+            claim_folder(job, arm)
     if trainer.is_world_process_zero():
         write_json(record_path(job, arm, seed), record)
         write_card(job.output_dir)  # its table has this run
@@ -98,18 +123,20 @@ def finish_run(job: Job, data: Data, arm: str, seed: int, title: str) -> dict:
     return record
 
 
-def compare(job: Job) -> None:
+def compare(job: Job, shown: set[str] | None = None) -> None:
     """
     Train each arm with each seed, then print and plot the results. Finished runs are not repeated, and an interrupted
     run continues from its last checkpoint. A run that another process is training is skipped.
 
     Args:
         job ([`Job`]): The recipe.
+        shown (`set[str]`, *optional*): Descriptions of data that need not be printed again.
     """
     seeds = range(job.training.seed, job.training.seed + job.run.seeds)
     runs = [(seed, arm) for seed in seeds for arm in arms_of(job)]
-    # Loaded late: a comparison that is finished needs no data.
-    data = _clear(job, *runs[0]) if job.run.overwrite else None
+    # A comparison that is finished needs no data.
+    is_finished = all(record_path(job, arm, seed).is_file() for seed, arm in runs)
+    data = _clear(job, *runs[0], shown) if job.run.overwrite else None if is_finished else load_job_data(job, shown)
     trained, is_main = [], job.training.process_index == 0
     for number, (seed, arm) in enumerate(runs, start=1):
         label, path = f"[{number}/{len(runs)}] {arm}, seed {seed}", record_path(job, arm, seed)
@@ -120,7 +147,7 @@ def compare(job: Job) -> None:
                     record = _read_run(path)
                 note = "finished before"
                 if record is None:
-                    data = load_job_data(job) if data is None else data
+                    data = load_job_data(job, shown) if data is None else data  # a record was moved away
                     begun = time.perf_counter()
                     record = finish_run(job, data, arm, seed, label)
                     trained.append(time.perf_counter() - begun)
@@ -138,9 +165,9 @@ def compare(job: Job) -> None:
         _show(job, [record_path(job, arm, seed) for seed, arm in runs])
 
 
-def _clear(job: Job, seed: int, arm: str) -> Data:
+def _clear(job: Job, seed: int, arm: str, shown: set[str] | None) -> Data:
     """Empty the output folder if the first run can be made; returns its data."""
-    data = load_job_data(job)
+    data = load_job_data(job, shown)
     clear(job, make_trainer(job, data, CHANGES[arm], seed, job.output_dir / f"{arm}-seed{seed}"))
     return data
 
@@ -163,7 +190,11 @@ def _show(job: Job, paths: list[Path]) -> None:
     write_card(job.output_dir)
     title = f"{job.name}, {job.run.seeds} seed{'s' if job.run.seeds > 1 else ''}, {hardware()}"
     print_table(title, *table_rows(records), notes=tuple(notes(records)))
-    print(f"The records and {picture.name} are in {job.output_dir}.")
+    path, saved = job.output_dir / "run.json", ""
+    if path.is_file():
+        summary = read_summary(path)
+        saved = f" The model there is that of {summary['arm']}, seed {summary['seed']}."
+    print(f"The records and {picture.name} are in {job.output_dir}.{saved}")
 
 
 def compare_grid(folder: str, jobs: list[Job]) -> None:
@@ -184,10 +215,11 @@ def compare_grid(folder: str, jobs: list[Job]) -> None:
                 f"`python -m hf_trim.run {job.name} ... --compare --output_dir {job.output_dir} --push_only`."
             )
     jobs = [check_settings(job) for job in jobs]
+    shown: set[str] = set()
     for number, job in enumerate(jobs, start=1):
         print(f"{number} of {len(jobs)}: {job.output_dir}", flush=True)
         with nothing_left(job.output_dir):
-            compare(job)
+            compare(job, shown)
     groups = group(find_records([folder]))
     print_report(groups)
     write_report(groups, Path(folder) / "report")

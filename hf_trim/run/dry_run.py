@@ -2,6 +2,7 @@
 
 import math
 import statistics
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ import datasets
 import torch
 from transformers import IntervalStrategy
 
+from hf_trim.messages import wrap
 from hf_trim.run.compare import arms_of
 from hf_trim.run.recipe import Job
 from hf_trim.run.trainer import RecipeTrainer, load_job_data, make_trainer
@@ -24,33 +26,62 @@ MEASURED_BATCHES = 3
 SHOWN_EPOCHS = 10
 
 
-def dry_run(job: Job) -> None:
+def dry_run(jobs: list[Job]) -> None:
     """
     Print rows, classes and first rows of the data, the model's size, the schedule of p, the number of steps and the
-    estimated time.
+    estimated time; of a grid what the comparisons differ in, and the time of all.
 
     Args:
-        job ([`Job`]): The recipe.
+        jobs (`list[Job]`): The recipe, or the comparisons of a grid.
 
     Raises:
-        [`RecipeError`]: If the data or the model cannot be used.
+        [`RecipeError`]: If the data or a model cannot be used.
     """
+    shown: set[str] = set()
+    times: dict[str, tuple[float, float]] = {}
+    total, runs = 0.0, 0
+    for number, job in enumerate(jobs, start=1):
+        if len(jobs) > 1:
+            _say(job, f"{number} of {len(jobs)}: {job.output_dir}", shown)
+        seconds = _dry_run(job, shown, times)
+        count = len(arms_of(job)) * job.run.seeds if job.run.compare else 1
+        total, runs = total + seconds * count, runs + count
+    if len(jobs) > 1:
+        _say(jobs[0], f"All {len(jobs)} comparisons: {runs} runs, about {_format_time(total)}.")
+    where = jobs[0].output_dir.parent if len(jobs) > 1 else jobs[0].output_dir
+    _say(jobs[0], f"Nothing was trained. Without --dry_run everything would go to {where}.")
+
+
+def _say(job: Job, text: str, shown: set[str] | None = None) -> None:
+    """Print something, by one process, and once."""
+    if job.training.process_index == 0 and text not in (shown or ()):
+        print(wrap(text, sys.stdout), flush=True)
+    if shown is not None:
+        shown.add(text)
+
+
+def _dry_run(job: Job, shown: set[str], times: dict[str, tuple[float, float]]) -> float:
+    """Show one recipe; returns the seconds of one training."""
+    training = job.training
     with TemporaryDirectory() as folder, _no_cache_files():
-        data = load_job_data(job)
-        trainer = make_trainer(job, data, {}, job.training.seed, Path(folder))
+        data = load_job_data(job, shown)
+        trainer = make_trainer(job, data, {}, training.seed, Path(folder))
         passes, steps = _count_steps(trainer)
-        train_seconds, test_seconds = _measure(trainer)
-    if job.training.process_index:
-        return
-    for text, label in data.examples:
-        print(f"  {label + ': ' if label else ''}{text}")
+        # Of a grid that varies the schedule, each comparison has the same steps.
+        sizes = (training.train_batch_size, training.eval_batch_size, training.bf16, training.fp16)
+        key = f"{job.model} {job.data} {sizes}"
+        if key not in times:
+            times[key] = _measure(trainer)
+        train_seconds, test_seconds = times[key]
+    _say(job, "\n".join(f"  {label + ': ' if label else ''}{text}" for text, label in data.examples), shown)
     model = cast(torch.nn.Module, trainer.model)
-    print(f"Model: {type(model).__name__}, {sum(p.numel() for p in model.parameters()):,} parameters.")
-    print(f"Schedule: {_describe_schedule(job.training, steps)}.")
+    parameters = sum(p.numel() for p in model.parameters())
+    _say(job, f"Model: {type(model).__name__}, {parameters:,} parameters.", shown)
+    _say(job, f"Schedule: {_describe_schedule(training, steps)}.")
     args = trainer.args
     per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     epochs = steps / max(passes / args.gradient_accumulation_steps, 1)
-    print(f"Steps: {steps:,} of {per_step} samples ({_count(epochs, 'epoch')}).")
+    _say(job, f"Steps: {steps:,} of {per_step} samples ({_count(epochs, 'epoch')}).", shown)
     tests = (
         1
         + {"no": 0, "epoch": math.ceil(epochs), "steps": steps // max(int(args.eval_steps or steps), 1)}[
@@ -60,16 +91,22 @@ def dry_run(job: Job) -> None:
     test_seconds *= math.ceil(len(data.eval_dataset) / args.eval_batch_size) * args.eval_batch_size
     step_seconds = train_seconds * args.gradient_accumulation_steps
     total = steps * step_seconds + tests * test_seconds
-    print(
+    _say(
+        job,
         f"Time: about {_format_time(total)}: {steps:,} steps of {_format_time(step_seconds)} without trimming (with "
-        f"it they take less), and {_count(tests, 'test')} of {_format_time(test_seconds)}."
+        f"it they take less), and {_count(tests, 'test')} of {_format_time(test_seconds)}.",
+        shown,
     )
     if job.run.compare:
         arms, seeds = arms_of(job), job.run.seeds
         runs = len(arms) * seeds
         time_of_all = _format_time(runs * total)
-        print(f"Comparison: {', '.join(arms)}, {_count(seeds, 'seed')} each: {runs} runs, about {time_of_all}.")
-    print(f"Nothing was trained. Without --dry_run everything would go to {job.output_dir}.")
+        _say(
+            job,
+            f"Comparison: {', '.join(arms)}, {_count(seeds, 'seed')} each: {runs} runs, about {time_of_all}.",
+            shown,
+        )
+    return total
 
 
 @contextmanager

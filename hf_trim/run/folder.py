@@ -14,7 +14,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from hf_trim.earlier import read_json
 from hf_trim.files import write_json
+from hf_trim.messages import plain
 from hf_trim.run.recipe import Job, RecipeError, default_values
 from hf_trim.run.records import ARMS
 
@@ -29,7 +31,7 @@ WRITTEN = (
     "tokenizer*.json", "special_tokens_map.json", "vocab.*", "merges.txt",
 )  # fmt: skip
 # What the model in a folder has beside the settings; the runs of a comparison differ in it.
-MODEL_SETTINGS = ("seed", "trim_select")
+MODEL_SETTINGS = ("seed", "trim_select", "arm")
 
 
 def check_settings(job: Job) -> Job:
@@ -50,10 +52,11 @@ def check_settings(job: Job) -> Job:
         return job
     way_out = "or add --overwrite to replace what is there."
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
+        saved = read_json(path)
     except ValueError:
         raise RecipeError(f"{path} is not valid JSON: choose another --output_dir, {way_out}") from None
-    settings = {**_as_json(job.settings), **({} if job.run.compare else _model_settings(job))}
+    model = {} if job.run.compare else _model_settings(job, arm_of(job.training.trim_select))
+    settings = {**_as_json(job.settings), **model}
     defaults = _as_json(default_values())
     changes = {
         name: (saved.get(name, defaults.get(name)), settings.get(name, defaults.get(name)))
@@ -69,8 +72,8 @@ def check_settings(job: Job) -> Job:
             f"--output_dir {job.output_dir}_compared to keep both, {way_out}"
         )
     if changes:
-        listed = "; ".join(f"{name} was {old!r} and is {new!r}" for name, (old, new) in changes.items())
-        difference = "_".join(f"{name}-{new}" for name, (_, new) in changes.items())
+        listed = "; ".join(f"{name} was {_shown(old)} and is {_shown(new)}" for name, (old, new) in changes.items())
+        difference = "_".join(f"{name}-{plain(new)}" for name, (_, new) in changes.items())
         other = f"{job.output_dir}_{re.sub(r'[^A-Za-z0-9._-]+', '-', difference)[:100]}"
         raise RecipeError(
             f"{job.output_dir} holds runs with other settings ({listed}): add --output_dir {other} to keep both, "
@@ -79,17 +82,29 @@ def check_settings(job: Job) -> Job:
     return job._replace(settings={name: value for name, value in saved.items() if name not in MODEL_SETTINGS})
 
 
-def claim_folder(job: Job, has_model: bool) -> None:
+def arm_of(trim_select: str) -> str:
+    """
+    Args:
+        trim_select (`str`): What a training keeps.
+
+    Returns:
+        `str`: The arm of a comparison that is the same; a recipe's own schedule is that of `"trimmed"`.
+    """
+    return {"none": "plain", "random": "random"}.get(trim_select, "trimmed")
+
+
+def claim_folder(job: Job, arm: str | None = None) -> None:
     """
     Write down to which settings the folder belongs, when all is ready for its first training.
 
     Args:
         job ([`Job`]): The recipe.
-        has_model (`bool`): Whether the model in the folder is that of the recipe's own seed and selection.
+        arm (`str`, *optional*): What the model in the folder is, one of `ARMS`, if it is there or will be. It is of
+            the recipe's own seed.
     """
     path = job.output_dir / "settings.json"
-    saved = json.loads(path.read_text(encoding="utf-8")) if path.is_file() and _has_results(job.output_dir) else {}
-    model = _model_settings(job) if has_model else {name: saved[name] for name in MODEL_SETTINGS if name in saved}
+    saved = read_json(path) if path.is_file() and _has_results(job.output_dir) else {}
+    model = _model_settings(job, arm) if arm else {name: saved[name] for name in MODEL_SETTINGS if name in saved}
     settings = {**_as_json(job.settings), **model}
     if settings != saved:
         write_json(path, settings)
@@ -163,13 +178,17 @@ def lock_run(record: Path, shared: bool) -> Iterator[None]:
             path.unlink(missing_ok=True)
 
 
+def _shown(value: Any) -> str:
+    return plain(value) if isinstance(value, float) else repr(value)
+
+
 def _has_results(folder: Path) -> bool:
     return any(next(folder.glob(pattern), None) is not None for pattern in RESULTS)
 
 
-def _model_settings(job: Job) -> dict[str, Any]:
-    # The model of a comparison is that of its trimmed arm.
-    return {"seed": job.training.seed, "trim_select": "hardest" if job.run.compare else job.training.trim_select}
+def _model_settings(job: Job, arm: str) -> dict[str, Any]:
+    select = {"plain": "none", "random": "random", "random-adaptive": "random"}.get(arm, "hardest")
+    return {"seed": job.training.seed, "trim_select": select, "arm": arm}
 
 
 def _as_json(settings: dict) -> dict[str, Any]:

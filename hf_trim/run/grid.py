@@ -7,6 +7,7 @@ import sys
 
 import torch
 
+from hf_trim.messages import plain
 from hf_trim.run.recipe import RecipeError, as_options, read_recipe
 
 
@@ -60,7 +61,7 @@ def expand(grid: str, command_line: list[str]) -> tuple[str, list[tuple[str, lis
     for recipe in recipes:
         for values in itertools.product(*vary.values()):
             chosen = {field: value for field, value in zip(vary, values, strict=True) if value is not None}
-            part = "_".join([read_recipe(recipe)[0], *(f"{field}-{value}" for field, value in chosen.items())])
+            part = "_".join([read_recipe(recipe)[0], *(f"{field}-{plain(value)}" for field, value in chosen.items())])
             options = as_options({**fields, **chosen}) + command_line + ["--compare"]
             comparisons.append((recipe, [*options, "--output_dir", f"{folder}/{part}"]))
     return folder, comparisons

@@ -10,6 +10,7 @@ from hf_trim.data import DataArguments, read_data
 from hf_trim.data.load import RawData
 from hf_trim.data.summary import summarize
 from hf_trim.messages import print_error
+from hf_trim.run.chatter import quiet_libraries
 from hf_trim.run.models import SOURCES
 from hf_trim.run.recipe import (
     RECIPE_SUFFIXES,
@@ -74,7 +75,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if path.startswith("-"):
             raise RecipeError(f"the file comes first, and {path!r} is none.\n{USAGE}")
-        write_recipe(Path(path), options)
+        with quiet_libraries():
+            write_recipe(Path(path), options)
     except RecipeError as error:
         print_error(error)
         return 2

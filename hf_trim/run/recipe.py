@@ -15,7 +15,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from hf_trim.data import DataArguments
-from hf_trim.messages import check_choice, closest
+from hf_trim.messages import check_choice, closest, plain
 from hf_trim.run.checks import check_fields, check_values
 from hf_trim.run.models import ModelArguments
 from hf_trim.run.records import ARMS, DEFAULT_ARMS
@@ -251,13 +251,14 @@ def as_options(fields: dict) -> list[str]:
             continue
         values = [] if value is True else value if isinstance(value, list) else [value]
         options.append(f"--{name}")
-        options += [json.dumps(v) if isinstance(v, dict) else str(v) for v in values]
+        options += [json.dumps(v) if isinstance(v, dict) else plain(v) for v in values]
     return options
 
 
 # Fields on which a result does not depend, or which differ between the runs of a comparison.
 NOT_SETTINGS = {"arms", "compare", "disable_tqdm", "dry_run", "expected_time", "license", "output_dir", "overwrite",
-                "print_config", "report_to", "resume_from_checkpoint", "run_name", "save_total_limit", "seed", "seeds",
+                "print_config", "project", "report_to", "resume_from_checkpoint", "run_name", "save_total_limit",
+                "seed", "seeds", "trackio_bucket_id", "trackio_space_id", "trackio_static_space_id",
                 "trim_select"}  # fmt: skip
 # A log each twentieth of the training, so that a short one shows its losses and p too; `Trainer` logs each 500 steps.
 DEFAULT_LOGGING_STEPS = 0.05

@@ -4,6 +4,7 @@ import hashlib
 import json
 from pathlib import Path
 
+from hf_trim.earlier import read_json
 from hf_trim.environment import hardware, versions
 from hf_trim.run.clock import train_seconds
 
@@ -124,7 +125,7 @@ def read_records(path: Path) -> list[dict]:
         `ValueError`: If the file holds anything else.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         records = content if isinstance(content, list) else [content]
         for record in records:
             # Only looked up: a missing field raises, and the file is then no record.

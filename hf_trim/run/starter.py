@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from hf_trim.data.names import TABLE_SUFFIXES
+from hf_trim.messages import plain
 
 
 # What a run without a recipe sets; all else has the defaults of its arguments.
@@ -80,6 +81,8 @@ def as_yaml(groups: dict[str, dict[str, Any]], comments: dict[str, str] | None =
 
 
 def _as_value(value: Any) -> str:
+    if isinstance(value, float) and value.is_integer():
+        return plain(value)
     if isinstance(value, float) and 0 < value < 1e-3:
         return f"{value:.8f}".rstrip("0")  # YAML 1.1 takes 5e-05 for a string
     if isinstance(value, (dict, list, tuple)):

@@ -4,12 +4,13 @@ import json
 from pathlib import Path
 
 from hf_trim.data import Data
+from hf_trim.earlier import read_summary
 from hf_trim.files import write_json
 from hf_trim.hub.model_card import plot_curves, render_card, shown_metrics, summarize_training
 from hf_trim.hub.push import push_folder, save_arguments
 from hf_trim.run.chatter import write_chatter_to
 from hf_trim.run.clock import samples_per_second, train_seconds
-from hf_trim.run.folder import claim_folder, clear_folder
+from hf_trim.run.folder import arm_of, claim_folder, clear_folder
 from hf_trim.run.metrics import describe_classes
 from hf_trim.run.progress import describe_checkpoint
 from hf_trim.run.recipe import Job, RecipeError, user_errors
@@ -38,12 +39,12 @@ def train(job: Job) -> None:
     trainer = make_trainer(job, data, {}, job.training.seed, job.output_dir, job.training.push_to_hub)
     if job.run.overwrite:
         clear(job, trainer)
-    metrics, tested = start(job, data, trainer, job.output_dir, has_model=True)
+    metrics, tested = start(job, data, trainer, job.output_dir, arm_of(job.training.trim_select))
     metrics["train_seconds"] = train_seconds(trainer.state.log_history)
     metrics.update(samples_per_second(trainer))
     trainer.save_metrics("train", metrics, combined=False)
     trainer.save_metrics("eval", tested, combined=False)
-    save_run(job, data, trainer, {**metrics, **tested}, tested)
+    save_run(job, data, trainer, {**metrics, **tested}, tested, arm_of(job.training.trim_select))
     if trainer.is_world_process_zero():
         classes = describe_classes(data)
         majority = f" (always the most frequent class: {classes['majority_error']:.2f} %)" if classes else ""
@@ -70,7 +71,9 @@ def clear(job: Job, trainer: RecipeTrainer) -> None:
     trainer.accelerator.wait_for_everyone()
 
 
-def start(job: Job, data: Data, trainer: RecipeTrainer, folder: Path, has_model: bool) -> tuple[dict, dict]:
+def start(
+    job: Job, data: Data, trainer: RecipeTrainer, folder: Path, model_arm: str | None = None
+) -> tuple[dict, dict]:
     """
     Train, from the last complete checkpoint if there is one, and test.
 
@@ -79,13 +82,13 @@ def start(job: Job, data: Data, trainer: RecipeTrainer, folder: Path, has_model:
         data ([`Data`]): Its data.
         trainer ([`RecipeTrainer`]): The trainer.
         folder (`Path`): The folder of its checkpoints.
-        has_model (`bool`): Whether the output folder will hold this model and no other.
+        model_arm (`str`, *optional*): What the model is, if the output folder will hold this one and no other.
 
     Returns:
         `tuple[dict, dict]`: Metrics of the training, and of the test.
     """
     if trainer.is_world_process_zero():
-        claim_folder(job, has_model)
+        claim_folder(job, model_arm)
         write_chatter_to(job.output_dir / "run.log")
     checkpoint = trainer.args.resume_from_checkpoint or last_complete_checkpoint(folder)
     if checkpoint is not None and trainer.is_world_process_zero():
@@ -97,7 +100,7 @@ def start(job: Job, data: Data, trainer: RecipeTrainer, folder: Path, has_model:
     return metrics, test.metrics
 
 
-def save_run(job: Job, data: Data, trainer: RecipeTrainer, metrics: dict, tested: dict) -> None:
+def save_run(job: Job, data: Data, trainer: RecipeTrainer, metrics: dict, tested: dict, arm: str) -> None:
     """
     Save a finished training in the recipe's folder: model, arguments, trainer state, plot, model card and results.
 
@@ -107,6 +110,7 @@ def save_run(job: Job, data: Data, trainer: RecipeTrainer, metrics: dict, tested
         trainer ([`RecipeTrainer`]): After training and evaluation.
         metrics (`dict`): All metrics of training and evaluation.
         tested (`dict`): Those of the test alone.
+        arm (`str`): What it is, one of `ARMS`.
     """
     folder = job.output_dir
     trainer.save_model(str(folder))
@@ -114,7 +118,7 @@ def save_run(job: Job, data: Data, trainer: RecipeTrainer, metrics: dict, tested
         return
     trainer.state.save_to_json(str(folder / "trainer_state.json"))
     save_arguments(trainer.args, folder)
-    summary = summarize(job, data, trainer, tested)
+    summary = {**summarize(job, data, trainer, tested), "arm": arm}
     plot_curves(summary, folder / "curves.png")
     write_json(folder / "run.json", summary)
     write_card(folder)
@@ -182,7 +186,7 @@ def write_card(folder: Path) -> None:
     path = folder / "run.json"
     if path.is_file():
         with user_errors():  # a record may be damaged
-            card = render_card(json.loads(path.read_text(encoding="utf-8")), None, folder)
+            card = render_card(read_summary(path), None, folder)
         card.save(folder / "README.md")
 
 
@@ -200,4 +204,4 @@ def push(job: Job) -> None:
     path = job.output_dir / "run.json"
     if not (job.output_dir / "all_results.json").is_file() or not path.is_file():
         raise RecipeError(f"{job.output_dir} holds no finished training: run the recipe without --push_only first.")
-    print(f"Pushed to {push_folder(job.output_dir, json.loads(path.read_text(encoding='utf-8')), job.training)}")
+    print(f"Pushed to {push_folder(job.output_dir, read_summary(path), job.training)}")

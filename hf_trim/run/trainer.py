@@ -16,6 +16,7 @@ from hf_trim.run.metrics import ERROR, PERPLEXITY, Metric
 from hf_trim.run.models import build_model, load_processing_class
 from hf_trim.run.progress import Progress
 from hf_trim.run.recipe import Job, RecipeError, RunArguments, user_errors
+from hf_trim.trainer.arguments import TrimmingArguments
 from hf_trim.trainer.trainer import TrimmingTrainer
 
 
@@ -32,9 +33,26 @@ class RecipeTrainer(TrimmingTrainer):
         super().__init__(**kwargs)
         self.run_args = run_args
 
+    def name_evaluations(self, split: str) -> None:
+        """
+        Call the evaluations during a training what they are; its logs have `eval_` before each metric.
+
+        Args:
+            split (`str`): `"test"` or `"validation"`.
+        """
+        self._notices.eval_name = split
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model without pushing it. `Trainer` pushes on each call; a recipe is pushed once, at its end."""
         super().save_model(output_dir, _internal_call=True)
+
+    def _run_epoch(self, **kwargs):
+        """Train an epoch, unless early stopping ended the training: `Trainer` forgets that when it goes on."""
+        waiting = [x for x in self.callback_handler.callbacks if isinstance(x, EarlyStoppingCallback)]
+        if any(x.early_stopping_patience_counter >= x.early_stopping_patience for x in waiting):
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(**kwargs)
 
     def create_optimizer(self, model=None):
         """Adam with an L2 penalty on all parameters. `Trainer` has only AdamW, and does not decay norms and biases."""
@@ -60,12 +78,13 @@ class RecipeTrainer(TrimmingTrainer):
         return self.lr_scheduler
 
 
-def load_job_data(job: Job) -> Data:
+def load_job_data(job: Job, shown: set[str] | None = None) -> Data:
     """
     Load the data of a recipe, prepared for its model, and print how many rows and classes they have.
 
     Args:
         job ([`Job`]): The recipe.
+        shown (`set[str]`, *optional*): What was printed before, and need not be again. This is added.
 
     Returns:
         [`Data`]: The splits.
@@ -75,8 +94,10 @@ def load_job_data(job: Job) -> Data:
     """
     with user_errors():
         data = load_data(job.data, load_processing_class(job.model), job.training.device)
-    if job.training.process_index == 0:
+    shown = set() if shown is None else shown
+    if job.training.process_index == 0 and data.summary not in shown:
         print(wrap(data.summary, sys.stdout), flush=True)
+    shown.add(data.summary)
     return data
 
 
@@ -127,6 +148,8 @@ def make_trainer(
     args.push_to_hub = push_to_hub
     args.output_dir, args.seed = str(output_dir), seed
     args.run_name = args.run_name or job.name
+    if args.project == TrimmingArguments.project:  # trackio adds a run to one of the same name in its project
+        args.project = job.output_dir.absolute().name
     vars(args).update(changes)
     metric, show_bar, args.disable_tqdm = choose_metric(data), not args.disable_tqdm, True
     # Warnings of data loaders about memory that they cannot pin would fill the log.
@@ -159,6 +182,7 @@ def make_trainer(
             **metric.arguments,
         )
         rehearse(trainer)
+    trainer.name_evaluations(split)
     trainer.remove_callback(PrinterCallback)  # in its place there is `Progress`
     return trainer
 

@@ -22,7 +22,8 @@ class Notices:
     """Warnings in the log, each of them once."""
 
     def __init__(self):
-        self.choices: list[tuple[str, str]] = []  # the backward passes so far, and their reasons
+        self.backward: str | None = None  # the backward pass that was told last
+        self.eval_name = "eval"  # what the evaluations are of, if the user knows them by another name
         self._said: set[str] = set()
 
     def say(self, message: str, *values: object) -> None:
@@ -39,16 +40,15 @@ class Notices:
 
     def tell_backward(self, mode: str, reason: str) -> None:
         """
-        Tell which backward pass trimmed mini-batches use.
+        Tell which backward pass trimmed mini-batches use, again only where it is another one.
 
         Args:
             mode (`str`): `"dense"`, `"sparse"` or `"replay"`.
             reason (`str`): Why; a pass that was asked for is not mentioned.
         """
-        if (mode, reason) not in self.choices:
-            self.choices.append((mode, reason))
-            if reason != "asked for":
-                logger.warning("Trimmed batches use the %s backward pass: %s.", mode, reason)
+        if mode != self.backward and reason != "asked for":
+            logger.warning("Trimmed batches use the %s backward pass: %s.", mode, reason)
+            self.backward = mode
 
     def tell_batch(self, batch: TrimmedBatch) -> None:
         """
@@ -119,8 +119,8 @@ class Notices:
         if trim.trim_select == "hardest" and message not in self._said and (rise := unlearns(history)) is not None:
             self.say(message, *rise)
         message = (
-            f"{name} was %.4g when p was %.2f, and is %.4g at p = %.2f. Compare with trim_select='none': if that does "
-            f"better, raise {advice}."
+            f"{name.replace('eval', self.eval_name, 1)} was %.4g when p was %.2f, and is %.4g at p = %.2f. Compare "
+            f"with trim_select='none': if that does better, raise {advice}."
         )
         if message not in self._said and (worse := evaluates_worse(history, name, greater_is_better)) is not None:
             self.say(message, *worse)

@@ -316,7 +316,7 @@ class TrimmedLossMixin(TrainerBase):
         return mode, reason
 
     def _note(self, trim: TrimmingConfig, batch: TrimmedBatch, choice: tuple[str, str]) -> None:
-        """What the mini-batch has shown: log each choice and its reason once, and what the user should know."""
+        """What the mini-batch has shown: log each choice once, and what the user should know."""
         if self._batches is not None:
             self._batches.append(batch)
         self._trimming_logs.add(batch)

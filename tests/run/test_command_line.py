@@ -30,7 +30,7 @@ def test_command_line_overrides_the_recipe(recipe):
     assert job.model.config_overrides["patch_size"] == 4
     assert settings["num_train_epochs"] == 5 and settings["trim_keep_end"] == 0.4 and "seeds" not in settings
     command = "python -m hf_trim.run tiny.yaml"
-    assert job.command == f"{command} --compare --num_train_epochs 5.0 --seeds 2 --trim_keep_end 0.4"
+    assert job.command == f"{command} --compare --num_train_epochs 5 --seeds 2 --trim_keep_end 0.4"
     job = parse(recipe, ["--hub_token", "hf_secret", "--output_dir", "/some/where"])
     assert "hf_secret" not in json.dumps(job.settings) + job.command and job.command == command
 
@@ -41,7 +41,8 @@ def test_each_recipe_parses_and_is_listed(name, capsys):
     assert job.model.source() and job.data.dataset and job.run.expected_time != "unknown"
     assert job.training.save_strategy == job.training.eval_strategy == "epoch"
     assert main(["--list"]) == 0
-    assert name in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert name in printed and "1 h for 192 runs on 2 CPU cores" in printed
 
 
 @pytest.mark.parametrize(

@@ -102,17 +102,28 @@ def test_processes_of_a_launcher_share_the_runs_of_a_grid(grid, tmp_path):
 
 def test_a_grid_has_a_comparison_for_each_combination(recipe, tmp_path):
     path = tmp_path / "grid.yaml"
-    vary = {"label_noise": [None, 0.5], "trim_schedule": ["epoch", "step"]}
-    path.write_text(yaml.safe_dump({"recipes": [recipe], "num_train_epochs": 1, "vary": vary}))
+    vary = {"label_noise": [None, 0.5], "num_train_epochs": [1.0, 2.0]}
+    path.write_text(yaml.safe_dump({"recipes": [recipe], "vary": vary}))
     folder, comparisons = expand(str(path), ["--output_dir", "out"])
-    names = ["tiny_trim_schedule-epoch", "tiny_trim_schedule-step", "tiny_label_noise-0.5_trim_schedule-epoch",
-             "tiny_label_noise-0.5_trim_schedule-step"]  # fmt: skip
+    names = ["tiny_num_train_epochs-1", "tiny_num_train_epochs-2", "tiny_label_noise-0.5_num_train_epochs-1",
+             "tiny_label_noise-0.5_num_train_epochs-2"]  # fmt: skip
     jobs = [parse(name, options) for name, options in comparisons]
     assert folder == "out" and [str(job.output_dir) for job in jobs] == [f"out/{name}" for name in names]
-    assert [(job.data.label_noise, job.training.trim_schedule) for job in jobs] == [
-        (0, "epoch"), (0, "step"), (0.5, "epoch"), (0.5, "step"),
+    assert [(job.data.label_noise, job.training.num_train_epochs) for job in jobs] == [
+        (0, 1), (0, 2), (0.5, 1), (0.5, 2),
     ]  # fmt: skip
-    assert all(job.run.compare and job.training.num_train_epochs == 1 for job in jobs)
+    assert all(job.run.compare for job in jobs)
+
+
+def test_a_dry_run_of_a_grid_says_the_time_of_all(recipe, tmp_path, capsys):
+    path = tmp_path / "grid.yaml"
+    path.write_text(yaml.safe_dump({"recipes": [recipe], "seeds": 2, "vary": {"trim_keep_end": [0.2, 0.5]}}))
+    assert main([str(path), "--dry_run", "--output_dir", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    assert all(printed.count(text) == 1 for text in ("Data: digits", "Model: ", "Steps: 12", "Time: about", "Nothing"))
+    assert "p in each epoch: 1, 0.6, 0.2." in printed
+    assert "p in each epoch: 1, 0.75, 0.5.\nAll 2 comparisons: 16 runs, about " in printed
+    assert f"everything would go to {tmp_path / 'out'}." in printed and not (tmp_path / "out").exists()
 
 
 def test_grids_of_the_package_parse():
@@ -137,6 +148,27 @@ def test_language_models_are_compared_by_perplexity(small_gpt2, tmp_path, capsys
     assert all(r["metric"] == "perplexity" for r in records.values())
     assert len({r["test_perplexity"] for r in records.values()}) == 2
     assert all(1000 < r["test_perplexity"] < 50_000 for r in records.values())
+
+
+def test_a_comparison_without_the_trimmed_arm_saves_the_model_of_another(recipe, tmp_path, capsys, no_plots):
+    out = tmp_path / "out"
+    options = [recipe, "--compare", "--num_train_epochs", "1", "--output_dir", str(out), "--arms", "plain"]
+    assert main([*options, "adaptive", "--seeds", "1"]) == 0
+    assert "The model there is that of adaptive, seed 42.\n" in capsys.readouterr().out
+    assert "This model is that of the arm *adaptive* with seed 42." in (out / "README.md").read_text()
+    assert (out / "model.safetensors").is_file()
+    # It is not the recipe's own.
+    assert main([recipe, "--num_train_epochs", "1", "--output_dir", str(out)]) == 2
+    assert "arm was 'adaptive' and is 'trimmed'" in capsys.readouterr().err
+    # More seeds: the data are described before what was finished.
+    assert main([*options, "adaptive", "--seeds", "2"]) == 0
+    assert capsys.readouterr().out.startswith("Data: digits")
+    # The recipe's own model takes its place, and stays.
+    assert main([*options, "trimmed", "--seeds", "1"]) == 0
+    assert main([*options, "adaptive", "--seeds", "1"]) == 0
+    assert "The model there is that of trimmed, seed 42.\n" in capsys.readouterr().out
+    assert main([recipe, "--num_train_epochs", "1", "--output_dir", str(out)]) == 0
+    assert capsys.readouterr().out.startswith("Finished before")
 
 
 def test_records_are_written_whole(tmp_path):

@@ -1,13 +1,17 @@
 """What a command shows: in a terminal of 80 columns, in a pipe, and after it was interrupted."""
 
 import json
+import logging
 import re
 import signal
+import sys
 
+import datasets
 import pytest
 import yaml
 
 from hf_trim.run.__main__ import main
+from hf_trim.run.chatter import quiet_libraries, write_chatter_to
 from hf_trim.run.recipe import parse
 from hf_trim.run.trainer import final_metrics, load_job_data, make_trainer
 from tests.support.forked import Forked
@@ -79,6 +83,24 @@ def test_chatter_of_libraries_is_in_the_log_file(tmp_path, capfd):
     log = (tmp_path / "out" / "run.log").read_text()
     assert "MISSING" in log and "MISSING" not in printed.out + printed.err
     assert "Note: Trimmed batches use the" in printed.err and "Trimmed batches use the" in log
+
+
+def test_a_library_that_is_imported_late_does_not_speak_to_the_terminal(tmp_path, capfd):
+    with quiet_libraries():
+        late = logging.getLogger("a.late.library")  # as DeepSpeed's
+        late.propagate = False
+        late.addHandler(logging.StreamHandler(sys.stdout))
+        late.warning("Setting the accelerator")
+        logging.getLogger("hf_trim.late").warning("a note")
+        bar = datasets.utils.tqdm(total=9, desc="Resolving data files", file=sys.stderr)
+        bar.update(9)
+        bar.close()
+        write_chatter_to(tmp_path / "run.log")
+    printed = capfd.readouterr()
+    assert printed.out == "" and printed.err == "Note: a note\n"
+    assert "Setting the accelerator" in (tmp_path / "run.log").read_text()
+    late.warning("later")
+    assert capfd.readouterr().out == "later\n"
 
 
 def test_the_last_test_is_not_run_twice(tmp_path, monkeypatch, capsys):

@@ -125,6 +125,14 @@ def test_a_killed_training_knows_how_long_it_has_waited(recipe, tmp_path):
     assert status == 0, output
     state = json.loads((out / "trainer_state.json").read_text())
     assert [log["epoch"] for log in state["log_history"] if "eval_error" in log] == [1, 2, 3]
+    # Killed between the end of the training and its final test.
+    results = json.loads((out / "all_results.json").read_text())
+    for name in ("all_results.json", "trainer_state.json", "model.safetensors"):
+        (out / name).unlink()
+    assert main([str(option) for option in options]) == 0
+    state = json.loads((out / "trainer_state.json").read_text())
+    assert [log["epoch"] for log in state["log_history"] if "eval_error" in log] == [1, 2, 3]
+    assert json.loads((out / "all_results.json").read_text())["eval_error"] == results["eval_error"]
 
 
 def test_a_record_says_which_tests_were_of_the_validation_split(recipe, tmp_path, no_plots):

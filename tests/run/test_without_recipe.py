@@ -39,7 +39,10 @@ def test_a_csv_file_is_trained_on_without_a_recipe(columns, tmp_path):
     options = [*columns, *BERT, "--num_train_epochs", "2", "--learning_rate", "0.01", "--output_dir", out]
     status, output = Forked("hf_trim", "run", *options).finish()
     assert status == 0, output
-    assert "48 rows to train on, 12 to test on (held out of the training split)\n  3 classes: 1 (16), 2 (16)" in output
+    assert (
+        "48 rows to train on, 12 to test on (held out of the training split)\n  3 classes to train on: 1 (16), 2 (16)"
+        in output
+    )
     assert "eval_error" in json.loads((out / "all_results.json").read_text())
     # An epoch has a test and a checkpoint.
     assert len(list(out.glob("checkpoint-*"))) == 2
@@ -122,10 +125,11 @@ def test_print_config_is_a_recipe_that_runs_as_this_one(recipe, tmp_path, capsys
 def test_init_writes_a_recipe_that_runs(reviews, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "my.yaml"
-    status, output = Forked("hf_trim", "init", path, "--dataset", reviews, "--label_column", "score").finish()
-    assert status == 0 and output.endswith(f"Written to {path}. Look into it, then: hf-trim run {path}\n")
+    status, output = Forked("hf_trim", "init", path, "--dataset", reviews).finish()
+    assert status == 0 and output.startswith("Note: label_column is not given, and 'score' is taken")
+    assert output.endswith(f"Written to {path}. Look into it, then: hf-trim run {path}\n")
     written = path.read_text()
-    assert "# Data: " in written and "3 classes: 1 (16)" in written
+    assert "# Data: " in written and "3 classes to train on: 1 (16)" in written
     assert max(map(len, written.splitlines()[1:])) < 120
     _, fields = read_recipe(str(path))
     assert (fields["text_column"], fields["label_column"]) == ("review", "score")
@@ -196,4 +200,4 @@ def test_a_comparison_of_a_folder_of_pictures(tmp_path, no_plots):
                "--output_dir", tmp_path / "out"]  # fmt: skip
     status, output = Forked("hf_trim", "run", *options).finish()
     assert status == 0, output
-    assert "24 rows to train on, 16 to test on" in output and "4 classes: class 0 (6)" in output
+    assert "24 rows to train on, 16 to test on" in output and "4 classes to train on: class 0 (6)" in output

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from hf_trim import TrimmingArguments
 from hf_trim.trainer.guard import evaluates_worse, unlearns
+from hf_trim.trainer.notices import Notices
 from tests.support.heads import make, texts, tokens_or_none
 from tests.support.helpers import digits, tiny_vit, train
 
@@ -51,6 +53,17 @@ def test_noise_of_single_steps_is_no_rise():
 def test_an_evaluation_below_the_best(values, name, greater, expected):
     history = [x for value, p in zip(values, FALLING, strict=True) for x in ({"keep_fraction": p}, {name: value})]
     assert evaluates_worse(history, name, greater) == expected
+
+
+def test_a_recipe_calls_its_evaluations_by_their_split(caplog):
+    notices = Notices()
+    history = [{"keep_fraction": 1.0}, {"eval_error": 5.0}, {"keep_fraction": 0.2}, {"eval_error": 9.0}]
+    args = TrimmingArguments("unused", metric_for_best_model="error", greater_is_better=False, use_cpu=True)
+    notices.tell_harm(history, args, args)
+    assert "eval_error was 5 when p was 1.00" in caplog.text
+    notices.eval_name = "validation"
+    notices.tell_harm(history, args, args)
+    assert "validation_error was 5 when p was 1.00, and is 9 at p = 0.20" in caplog.text
 
 
 def test_a_language_model_that_unlearns_its_easy_tokens_is_told(tmp_path, caplog):

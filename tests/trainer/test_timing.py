@@ -59,7 +59,8 @@ def test_it_looks_again_when_p_has_fallen_by_a_quarter(clock, tmp_path, caplog):
     again = next(i for i, (_, _, p) in enumerate(clock.modes) if p <= 0.75 * first_p)
     assert modes[:8] == ["dense", "sparse"] * 4 and set(modes[8:again]) == {"dense"}
     assert modes[again : again + 8] == ["dense", "sparse"] * 4
-    assert caplog.text.count("use the dense backward pass: it takes 20 ms, and the sparse one 30 ms at p = 0.6") == 1
+    # Each choice is told once, though the second trial found other times.
+    assert caplog.text.count("Trimmed batches use the dense backward pass: it takes 20 ms, and the sparse one") == 1
 
 
 SCHEDULES = {"step": ARGUMENTS, "adaptive": {"trim_schedule": "adaptive", "trim_mass": 0.5, "num_train_epochs": 5}}
