@@ -65,6 +65,8 @@ def check_settings(job: Job) -> Job:
         if name not in MODEL_SETTINGS or (name in saved and name in settings)
     }
     changes = {name: values for name, values in changes.items() if values[0] != values[1]}
+    if "trim_select" in changes:
+        changes.pop("arm", None)  # which says the same
     is_single = (job.output_dir / "all_results.json").is_file() and not list(job.output_dir.glob("records/*.json"))
     if job.run.compare and is_single:
         raise RecipeError(
