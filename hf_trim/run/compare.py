@@ -1,6 +1,7 @@
 """Comparisons: a recipe with each arm and each seed, and grids of such comparisons."""
 
 import shutil
+import sys
 import time
 from pathlib import Path
 from typing import Any, cast
@@ -11,6 +12,7 @@ from hf_trim.data import Data
 from hf_trim.earlier import read_summary
 from hf_trim.environment import hardware
 from hf_trim.files import write_json
+from hf_trim.messages import wrap
 from hf_trim.report import find_records, group, notes, plot, print_report, print_table, table_rows, write_report
 from hf_trim.run.clock import samples_per_second
 from hf_trim.run.folder import check_settings, claim_folder, lock_run, nothing_left
@@ -193,8 +195,8 @@ def _show(job: Job, paths: list[Path]) -> None:
     path, saved = job.output_dir / "run.json", ""
     if path.is_file():
         summary = read_summary(path)
-        saved = f" The model there is that of {summary['arm']}, seed {summary['seed']}."
-    print(f"The records and {picture.name} are in {job.output_dir}.{saved}")
+        saved = f"\nThe model there is that of {summary['arm']}, seed {summary['seed']}."
+    print(wrap(f"The records and {picture.name} are in {job.output_dir}.{saved}", sys.stdout))
 
 
 def compare_grid(folder: str, jobs: list[Job]) -> None:

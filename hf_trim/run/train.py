@@ -1,6 +1,7 @@
 """One training of a recipe: settings → training → evaluation → output folder → Hub."""
 
 import json
+import sys
 from pathlib import Path
 
 from hf_trim.data import Data
@@ -8,6 +9,7 @@ from hf_trim.earlier import read_summary
 from hf_trim.files import write_json
 from hf_trim.hub.model_card import plot_curves, render_card, shown_metrics, summarize_training
 from hf_trim.hub.push import push_folder, save_arguments
+from hf_trim.messages import wrap
 from hf_trim.run.chatter import write_chatter_to
 from hf_trim.run.clock import samples_per_second, train_seconds
 from hf_trim.run.folder import arm_of, claim_folder, clear_folder
@@ -32,8 +34,9 @@ def train(job: Job) -> None:
     if results.is_file() and not job.run.overwrite:
         if job.training.process_index == 0:
             result = _describe_results(json.loads(results.read_text(encoding="utf-8")))
-            print(f"Finished before: {result}. The results are in {job.output_dir}.")
-            print("To train again, choose another --output_dir, or replace what is there with --overwrite.")
+            print(wrap(f"Finished before: {result}. The results are in {job.output_dir}.", sys.stdout))
+            advice = "To train again, choose another --output_dir, or replace what is there with --overwrite."
+            print(wrap(advice, sys.stdout))
         return
     data = load_job_data(job)
     trainer = make_trainer(job, data, {}, job.training.seed, job.output_dir, job.training.push_to_hub)
@@ -48,7 +51,8 @@ def train(job: Job) -> None:
     if trainer.is_world_process_zero():
         classes = describe_classes(data)
         majority = f" (always the most frequent class: {classes['majority_error']:.2f} %)" if classes else ""
-        print(f"{_describe_results(tested).capitalize()}{majority}. Model and results are in {job.output_dir}.")
+        result = f"{_describe_results(tested).capitalize()}{majority}."
+        print(wrap(f"{result} Model and results are in {job.output_dir}.", sys.stdout))
         if classes and tested["eval_error"] >= classes["majority_error"]:
             print("Warning: the model is no better than always the most frequent class.")
 

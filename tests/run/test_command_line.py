@@ -36,13 +36,16 @@ def test_command_line_overrides_the_recipe(recipe):
 
 
 @pytest.mark.parametrize("name", recipe_names())
-def test_each_recipe_parses_and_is_listed(name, capsys):
+def test_each_recipe_parses(name):
     job = parse(name, [])
     assert job.model.source() and job.data.dataset and job.run.expected_time != "unknown"
     assert job.training.save_strategy == job.training.eval_strategy == "epoch"
+
+
+def test_the_list_of_recipes(capsys):
     assert main(["--list"]) == 0
     printed = capsys.readouterr().out
-    assert name in printed and "1 h for 192 runs on 2 CPU cores" in printed
+    assert all(name in printed for name in recipe_names()) and "1 h for 192 runs on 2 CPU cores" in printed
 
 
 @pytest.mark.parametrize(
@@ -53,15 +56,6 @@ def test_each_recipe_parses_and_is_listed(name, capsys):
         (["--compare", "digits-vit"], "the recipe comes first"),
         (["RECIPE", "--num_trian_epochs", "3"], "'--num_trian_epochs'. Did you mean '--num_train_epochs'"),
         (["RECIPE", "--trim_select", "hardst"], "Did you mean 'hardest'?"),
-        (["RECIPE", "--trim_keep_end", "much"], "trim_keep_end must be a number, and is 'much'"),
-        (["RECIPE", "--trim_keep_end", "2"], "trim_keep_end must be a fraction"),
-        (["RECIPE", "--eval_strategy", "epochs"], "Did you mean 'epoch'?"),
-        (["RECIPE", "--seeds", "0"], "seeds must be at least 1"),
-        (["RECIPE", "--lr_milestones", "5", "3"], "lr_milestones must be rising"),
-        (["RECIPE", "--dataset", "digit"], "Did you mean 'digits'?"),
-        (["RECIPE", "--model_type", "vitt"], "Did you mean 'vit'?"),
-        (["RECIPE", "--label_column", "digit"], "label_column"),
-        (["RECIPE", "--trim_unit", "token"], "needs a loss per token"),
     ],
 )  # fmt: skip
 def test_wrong_input_ends_in_one_message(arguments, message, recipe, tmp_path, monkeypatch, capsys):
@@ -76,9 +70,6 @@ def test_wrong_input_ends_in_one_message(arguments, message, recipe, tmp_path, m
     [
         ({"trainig": {}}, "unknown field 'trainig'.\n"),
         ({"training": {"learning_rat": 1}}, "unknown field 'learning_rat'. Did you mean 'learning_rate'?"),
-        ({"training": {"learning_rate": "fast"}}, "learning_rate must be a number, and is 'fast'"),
-        ({"training": 3}, "the group 'training' must hold fields"),
-        ({"dataset": "digits"}, "'dataset' stands there twice"),
         ({"recipes": "digits-vit"}, "'recipes' must be a list of recipes, and is 'digits-vit'"),
         ({"recipes": ["digits-vit"], "vary": {"seed": 1}}, "'vary' must give each field a list of values"),
         ({"recipes": ["digits-vti"]}, "Did you mean 'digits-vit'?"),
@@ -94,6 +85,7 @@ def test_wrong_recipes_end_in_one_message(change, message, tmp_path, capsys):
     assert "is not valid YAML" in capsys.readouterr().err
 
 
+@pytest.mark.extended  # a new interpreter takes long; the console script below ends in the same way
 def test_no_traceback_and_exit_status_2_from_the_shell():
     done = subprocess.run([sys.executable, "-m", "hf_trim.run", "digits-vti"], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")

@@ -29,10 +29,10 @@ def table_of(folder):
 
 def test_a_killed_comparison_goes_on_and_gives_the_same_table(recipe, tmp_path, capsys):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    options = [recipe, "--compare", "--seeds", "1", "--output_dir"]
+    options = [recipe, "--compare", "--seeds", "1", "--arms", "plain", "trimmed", "--output_dir"]
     assert main([*options, str(whole)]) == 0
     printed = capsys.readouterr().out
-    assert "[4/4] random, seed 42: test error" in printed
+    assert "[2/2] trimmed, seed 42: test error" in printed
     assert (whole / "comparison.png").stat().st_size > 10_000
     assert not [*whole.glob("*-seed*"), *whole.rglob("*.lock")]  # checkpoints and locks of finished runs
 

@@ -19,12 +19,12 @@ def check(output, p_of_epochs):
     return [float(error) for *_, error in lines]
 
 
-@pytest.mark.parametrize("name", ["plain_loop", "timm_mixup"])
-def test_loops_on_digits(name, monkeypatch, capsys):
+@pytest.mark.parametrize("name, fractions", [("plain_loop", [1.0, 0.6, 0.2]), ("timm_mixup", [1.0, 0.2])])
+def test_loops_on_digits(name, fractions, monkeypatch, capsys):
     monkeypatch.syspath_prepend(FOLDER)
-    monkeypatch.setattr(sys, "argv", [name, "--epochs", "3"])
+    monkeypatch.setattr(sys, "argv", [name, "--epochs", str(len(fractions))])
     runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")
-    errors = check(capsys.readouterr().out, [1.0, 0.6, 0.2])
+    errors = check(capsys.readouterr().out, fractions)
     if name == "plain_loop":
         assert errors[-1] < errors[0]
 

