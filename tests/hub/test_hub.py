@@ -120,7 +120,7 @@ def test_a_comparison_of_image_models_is_pushed_and_loads_back(hub, session, tmp
     assert accuracy == json.loads(repo["files"]["all_results.json"])["eval_accuracy"]
     assert (card.data.eval_results[0].dataset_name, card.data.model_name) == ("digits", "tiny")
     for line in ("| plain | 2 |", "| trimmed | 2 |", "| random | 2 |", "| 42 | ", "| 43 | ", "p fell from 1.0 to 0.2",
-                 "python -m hf_trim.run tiny.yaml --compare --num_train_epochs 2.0 --seeds 2\n", "](curves.png)",
+                 "python -m hf_trim.run tiny.yaml --compare --num_train_epochs 2 --seeds 2\n", "](curves.png)",
                  "](comparison.png)", "2 seeds tell nothing certain", "  hidden_size: 16"):  # fmt: skip
         assert line in card.text, line
 
