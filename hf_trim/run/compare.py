@@ -9,7 +9,6 @@ from typing import Any, cast
 from filelock import Timeout
 
 from hf_trim.data import Data
-from hf_trim.earlier import read_summary
 from hf_trim.environment import hardware
 from hf_trim.files import write_json
 from hf_trim.messages import wrap
@@ -20,6 +19,7 @@ from hf_trim.run.metrics import describe_classes
 from hf_trim.run.progress import describe_time
 from hf_trim.run.recipe import Job, RecipeError, user_errors
 from hf_trim.run.records import ARMS, UNITS, make_record, metric_name, read_record, test_score
+from hf_trim.run.summary import read_summary
 from hf_trim.run.trackers import keep_logs
 from hf_trim.run.train import clear, save_run, start, write_card
 from hf_trim.run.trainer import load_job_data, make_trainer

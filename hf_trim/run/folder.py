@@ -14,7 +14,6 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from hf_trim.earlier import read_json
 from hf_trim.files import write_json
 from hf_trim.messages import plain
 from hf_trim.run.recipe import Job, RecipeError, default_values
@@ -52,7 +51,7 @@ def check_settings(job: Job) -> Job:
         return job
     way_out = "or add --overwrite to replace what is there."
     try:
-        saved = read_json(path)
+        saved = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         raise RecipeError(f"{path} is not valid JSON: choose another --output_dir, {way_out}") from None
     model = {} if job.run.compare else _model_settings(job, arm_of(job.training.trim_select))
@@ -105,7 +104,7 @@ def claim_folder(job: Job, arm: str | None = None) -> None:
             the recipe's own seed.
     """
     path = job.output_dir / "settings.json"
-    saved = read_json(path) if path.is_file() and _has_results(job.output_dir) else {}
+    saved = json.loads(path.read_text(encoding="utf-8")) if path.is_file() and _has_results(job.output_dir) else {}
     model = _model_settings(job, arm) if arm else {name: saved[name] for name in MODEL_SETTINGS if name in saved}
     settings = {**_as_json(job.settings), **model}
     if settings != saved:

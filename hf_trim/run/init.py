@@ -43,7 +43,8 @@ COMMENTS = {
     "learning_rate": "the most important setting: try a third and three times of it",
     "trim_keep_start": "p at the start: the whole mini-batch",
     "trim_keep_end": "p at the end: the hardest fifth",
-    "trim_schedule": "epoch or step: p falls; adaptive (then without the two lines above): p follows the losses",
+    "trim_schedule": "adaptive: p follows the losses; epoch or step: it falls from trim_keep_start to trim_keep_end",
+    "trim_mass": "adaptive: the share of the gradient that is kept; a lower one saves more",
     "trim_skip_hardest": "a share to leave out as suspect, where labels may be wrong",
     "eval_strategy": "test after each epoch",
     "save_strategy": "a checkpoint after each epoch, from which a killed run goes on",
@@ -55,6 +56,7 @@ OPTIONAL = {
     "early_stopping_patience": "3  # stop after 3 tests without a lower loss on a validation split",
     "report_to": "tensorboard  # or trackio, wandb, mlflow",
 }
+SCHEDULE = ("trim_keep_start", "trim_keep_end", "trim_schedule", "trim_mass")
 SQUARE = 64  # pixels, where images are not square
 
 
@@ -106,7 +108,9 @@ def write_recipe(path: Path, options: list[str]) -> None:
         raw = read_data(job.data)
         if not any(getattr(job.model, source) for source in SOURCES):
             options = options + as_options(default_model(job.data, raw))
-    parse(None, options)  # for its checks of the whole
+    if not set(SCHEDULE) & fields_to_run(None, options).keys():
+        options = options + as_options({"trim_schedule": "adaptive"})
+    job = parse(None, options)  # for its checks of the whole
     groups = group_fields(fields_to_run(None, options))
     groups["training"].pop("output_dir")  # runs/NAME, after the file
     columns, data = raw.columns, groups["data"]
@@ -114,11 +118,10 @@ def write_recipe(path: Path, options: list[str]) -> None:
     summary = summarize(job.data.dataset, raw.splits, columns, raw.held_out)
     if columns.label:
         data["label_column"] = columns.label
-    for name in ("trim_keep_start", "trim_keep_end", "trim_schedule"):
-        groups["training"].setdefault(name, getattr(job.training, name))
-    if job.training.is_adaptive:
-        for name in ("trim_keep_start", "trim_keep_end"):
-            groups["training"].pop(name)
+    unused = SCHEDULE[:2] if job.training.is_adaptive else SCHEDULE[3:]
+    for name in SCHEDULE:
+        if name not in unused:
+            groups["training"].setdefault(name, getattr(job.training, name))
     # The help of the parser explains what has no comment of its own.
     comments = {action.dest: str(action.help) for action in RecipeParser()._actions} | COMMENTS
     optional = [f"  # {name}: {text}" for name, text in OPTIONAL.items() if name not in groups["training"]]

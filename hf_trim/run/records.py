@@ -4,7 +4,6 @@ import hashlib
 import json
 from pathlib import Path
 
-from hf_trim.earlier import read_json
 from hf_trim.environment import hardware, versions
 from hf_trim.run.clock import train_seconds
 
@@ -125,7 +124,7 @@ def read_records(path: Path) -> list[dict]:
         `ValueError`: If the file holds anything else.
     """
     try:
-        content = read_json(path)
+        content = json.loads(path.read_text(encoding="utf-8"))
         records = content if isinstance(content, list) else [content]
         for record in records:
             # Only looked up: a missing field raises, and the file is then no record.

@@ -5,7 +5,6 @@ import sys
 from pathlib import Path
 
 from hf_trim.data import Data
-from hf_trim.earlier import read_summary
 from hf_trim.files import write_json
 from hf_trim.hub.model_card import plot_curves, render_card, shown_metrics, summarize_training
 from hf_trim.hub.push import push_folder, save_arguments
@@ -17,6 +16,7 @@ from hf_trim.run.metrics import describe_classes
 from hf_trim.run.progress import describe_checkpoint
 from hf_trim.run.recipe import Job, RecipeError, user_errors
 from hf_trim.run.records import UNITS
+from hf_trim.run.summary import read_summary
 from hf_trim.run.trackers import FinalTest, end_run
 from hf_trim.run.trainer import RecipeTrainer, load_job_data, make_trainer
 from hf_trim.trainer.checkpoints import last_complete_checkpoint

@@ -133,7 +133,8 @@ def test_init_writes_a_recipe_that_runs(reviews, tmp_path, monkeypatch, capsys):
     assert max(map(len, written.splitlines()[1:])) < 120
     _, fields = read_recipe(str(path))
     assert (fields["text_column"], fields["label_column"]) == ("review", "score")
-    assert (fields["model_name_or_path"], fields["trim_keep_end"]) == ("minilm", 0.2)
+    assert (fields["model_name_or_path"], fields["trim_schedule"], fields["trim_mass"]) == ("minilm", "adaptive", 0.95)
+    assert "trim_keep_end" not in fields
     for line in written.splitlines():
         if ": " in line and not line.lstrip().startswith("#"):
             assert "  # " in line  # each field has a comment

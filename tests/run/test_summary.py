@@ -1,14 +1,10 @@
-"""Files of earlier versions: names that have changed, and fields that were not written yet."""
-
-import json
+"""Summaries that earlier versions wrote, without fields that have come since."""
 
 import pytest
 
-from hf_trim.earlier import SUMMARY, read_summary
 from hf_trim.files import write_json
 from hf_trim.hub.model_card import render_card
-from hf_trim.run.__main__ import main
-from hf_trim.run.records import read_record
+from hf_trim.run.summary import SUMMARY, read_summary
 from hf_trim.run.train import write_card
 from tests.support.helpers import record
 
@@ -17,12 +13,12 @@ from tests.support.helpers import record
 FIRST = {
     "architecture": None, "base_model": None, "channels": 3, "command": "python -m hf_trim.run tiny --compare",
     "dataset_config": None, "dataset_names": ["digits"], "datasets": [], "epochs": 2.0, "hardware": "2 CPU cores",
-    "history": [{"epoch": 1.0, "full_loss": 2.31, "loss": 2.31, "trim_fraction": 1.0}],
+    "history": [{"epoch": 1.0, "full_loss": 2.31, "loss": 2.31, "keep_fraction": 1.0}],
     "hyperparameters": {"learning_rate": "0.002", "seed": "42"}, "includes_evaluation": False, "language": None,
     "library": "transformers", "license": None, "metrics": {"accuracy": 0.05, "error": 95.0, "loss": 2.32},
     "model_class": "ViTForImageClassification", "model_name": "tiny", "seed": 42, "split": "the test split",
     "tags": [], "task": "image-classification", "train_seconds": 0.72,
-    "trim": {"trim_end": 0.3, "trim_schedule": "epoch", "trim_select": "hardest", "trim_start": 1.0},
+    "trim": {"trim_keep_end": 0.3, "trim_schedule": "epoch", "trim_select": "hardest", "trim_keep_start": 1.0},
     "versions": {"hf_trim": "0.1.0", "torch": "2.13.0"},
 }  # fmt: skip
 
@@ -30,13 +26,11 @@ FIRST = {
 def test_the_card_of_a_training_of_the_first_version(tmp_path):
     write_json(tmp_path / "run.json", FIRST)
     for seed in (42, 43):
-        old = {**record("trimmed", seed, 4.0), "history": [{"epoch": 1.0, "trim_fraction": 0.5}]}
-        write_json(tmp_path / "records" / f"trimmed-seed{seed}.json", old)
+        write_json(tmp_path / "records" / f"trimmed-seed{seed}.json", record("trimmed", seed, 4.0))
     write_card(tmp_path)
     card = (tmp_path / "README.md").read_text()
     assert "p fell from 1.0 to 0.3 by epoch, over 2 epochs." in card and "| 1.0 | 1.0 |" in card
     assert "This model is that of the arm *trimmed* with seed 42." in card
-    assert read_record(tmp_path / "records" / "trimmed-seed42.json")["history"][0]["keep_fraction"] == 0.5
 
 
 @pytest.mark.parametrize("trim", [{}, {"trim_schedule": "step"}, {"trim_select": "none"}], ids=str)
@@ -52,19 +46,3 @@ def test_any_field_may_be_missing(trim, tmp_path):
     for name in FIRST:
         write_json(path, {key: value for key, value in FIRST.items() if key != name})
         assert "hf_trim" in str(render_card(read_summary(path), None, tmp_path))
-
-
-def test_a_folder_of_the_first_version_is_finished(recipe, tmp_path, capsys):
-    arguments = [recipe, "--num_train_epochs", "1", "--trim_keep_end", "0.3", "--output_dir", str(tmp_path / "out")]
-    assert main(arguments) == 0
-    path = tmp_path / "out" / "settings.json"
-    settings = {**json.loads(path.read_text()), "trim_end": 0.3}
-    for name in ("trim_keep_end", "arm", "seed", "trim_select"):
-        del settings[name]
-    path.write_text(json.dumps(settings))
-    write_json(tmp_path / "out" / "run.json", FIRST)
-    capsys.readouterr()
-    assert main(arguments) == 0
-    assert capsys.readouterr().out.startswith("Finished before: test error ")
-    assert main([*arguments[:-3], "0.2", *arguments[-2:]]) == 2
-    assert "trim_keep_end was 0.3 and is 0.2" in capsys.readouterr().err
