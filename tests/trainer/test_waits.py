@@ -16,12 +16,10 @@ from hf_trim.trainer import lm_head, process_group
 from hf_trim.trainer.selection import num_kept, places, top_mask, without_hardest
 from tests.support.heads import HEADS, make
 from tests.support.helpers import InOrder, digits, tiny_vit, train, weights
-from tests.support.waits import KINDS, counted_waits, waits_of_kind
+from tests.support.waits import EXPECTED, KINDS, counted_waits, waits_of_kind
 from tests.trainer.test_batch import poisoned
 
 
-# Waits of a mini-batch beside those of plain Trainer: there the losses decide how many rows the backward pass has.
-EXPECTED = {"adaptive, samples, sparse": 1, "adaptive, tokens, chunked head": 1, "NaN dropped": 1}
 EXTENDED = {  # which have no other code than the rest
     "random", "the hardest left out", "samples, dense", "tokens, whole logits", "compiled, dense",
     "start and end of an answer", "tokens, chunked head, p = 1",
