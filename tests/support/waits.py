@@ -184,6 +184,7 @@ KINDS = {
     "random": ("vit", {**KEEP_HALF, "trim_select": "random", "trim_backward": "dense"}),
     "the hardest left out": ("vit", {**KEEP_HALF, "trim_skip_hardest": 0.2, "trim_backward": "dense"}),
     "start and end of an answer": ("question-answering", {**KEEP_HALF, "trim_backward": "sparse"}),
+    "one token of each text": ("decoder-classification", {**KEEP_HALF, "trim_backward": "sparse"}),
     "tokens, whole logits": ("llama", {**KEEP_HALF, "trim_backward": "dense"}),
     "tokens, chunked head": ("llama", KEEP_HALF),
     "tokens, chunked head, p = 1": ("llama", {}),
