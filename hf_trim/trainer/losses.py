@@ -132,7 +132,7 @@ class LossCall:
         scores = scores.to(self.losses)
         scores = scores[:, None].expand_as(self.losses) if scores.dim() == 1 else scores
         message = "trim_score returned {count} scores that are NaN or infinite: items cannot be ranked."
-        checks.refuse((~scores.isfinite() & self.labelled).sum(), message)
+        checks.refuse((~scores.isfinite() & self.labelled & self.finite).sum(), message)
         self.scores, self._mass = scores.where(self.labelled, 0), None
 
     def mass(self) -> Tensor:
