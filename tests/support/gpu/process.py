@@ -113,8 +113,8 @@ class CaseProcess:
                 return {"status": CUT_OFF, "problem": f"it was not finished after {seconds:.0f} s"}
             result, is_broken = self._pipe.recv()
         except (EOFError, OSError, RuntimeError) as error:
-            code = self.end()
-            return {"status": FAILED, "problem": f"its process ended with {code}: {type(error).__name__} {error}"}
+            code, status = self.end(), CUT_OFF if time.monotonic() >= end else FAILED
+            return {"status": status, "problem": f"its process ended with {code}: {type(error).__name__} {error}"}
         if is_broken:
             self.end()
         return result
