@@ -6,8 +6,12 @@ the GPU then waits for the host. For example, k = 3 kept items of 8: on the CPU 
 On a GPU k stays there; where at most 4 can be kept, the indices are `[4]`, and the last one has a weight of 0.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from hf_trim.backward._torch_internals import version_of
 
 
 def reads_freely(device: torch.device) -> bool:
@@ -47,6 +51,35 @@ def to_device(values: Tensor, device: torch.device) -> Tensor:
         on meanwhile.
     """
     return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
+
+
+def mark_range(args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    """
+    Call `torch.arange`, and remember what it has returned if that is 0, 1, 2, ...: a lookup `x[arange(B), positions]`
+    then shows in the backward pass that it takes one entry of each sample, without a look at the device.
+
+    Args:
+        args, kwargs: Its arguments.
+
+    Returns:
+        `torch.Tensor`: Its result.
+    """
+    numbers = torch.arange(*args, **kwargs)
+    if len(args) == 1 and isinstance(args[0], int) and not {"end", "start", "step", "out"} & kwargs.keys():
+        numbers.hf_trim_range = version_of(numbers)  # type: ignore[attr-defined]
+    return numbers
+
+
+def is_range(numbers: Tensor) -> bool:
+    """
+    Args:
+        numbers (`torch.Tensor`): Numbers on any device.
+
+    Returns:
+        `bool`: Whether they are known to be 0, 1, 2, ...: [`mark_range`] has made them, and nothing was written to
+        them.
+    """
+    return getattr(numbers, "hf_trim_range", None) == version_of(numbers)
 
 
 class Later:

@@ -1,12 +1,15 @@
 """
-What is checked of a step beside its time: gradients, ops without a rule, memory.
+What is checked of a step beside its time: gradients, ops without a rule, memory, waits of the host.
 
-A kind of step → relative error of its gradients, names and counts of fallbacks, bytes.
+A kind of step → relative error of its gradients, names and counts of fallbacks, bytes, how often the host waits.
 """
 
 import gc
 import os
 import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import accumulate
 from math import hypot
 
@@ -17,6 +20,9 @@ from torch.profiler import ProfilerActivity, profile
 from hf_trim.backward._torch_internals import memory_changes
 from hf_trim.backward.settings import fallback_report, reset_fallbacks
 from hf_trim.bench.steps import StepKind, Steps
+
+
+SYNCHRONIZES = "called a synchronizing CUDA operation"  # torch's warning
 
 
 def measure_peak_memory(steps: Steps, kind: StepKind) -> int:
@@ -44,6 +50,38 @@ def measure_peak_memory(steps: Steps, kind: StepKind) -> int:
         steps.forward(kind).backward()
     # Each change in the order of time: a positive size where a tensor is made, a negative one where it is freed.
     return max(0, *accumulate(memory_changes(profiler)))
+
+
+@contextmanager
+def recorded_waits() -> Iterator[list[warnings.WarningMessage]]:
+    """Records each operation in this context that makes the host wait for a GPU, as torch notices it."""
+    waits: list[warnings.WarningMessage] = []
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield waits
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+            waits += [warning for warning in found if SYNCHRONIZES in str(warning.message)]
+
+
+def count_waits(steps: Steps, kind: StepKind) -> int | None:
+    """
+    Args:
+        steps ([`~hf_trim.bench.steps.Steps`]): The model.
+        kind ([`~hf_trim.bench.steps.StepKind`]): What to do.
+
+    Returns:
+        `int` or `None`: How often the host waits for the GPU in a step; `None` on the CPU.
+    """
+    if steps.device != "cuda":
+        return None
+    steps.prepare(seed=0)
+    with recorded_waits() as waits:
+        steps.forward(kind).backward()
+    return len(waits)
 
 
 def compute_gradients(steps: Steps, kind: StepKind) -> list[Tensor]:
@@ -86,8 +124,9 @@ def check_steps(steps: Steps, kinds: list[StepKind]) -> dict[StepKind, dict]:
         kinds (`list[StepKind]`): The kinds of steps; at each p dense comes first.
 
     Returns:
-        `dict[StepKind, dict]`: `gradient_error` (or `None`), `fallbacks`, `peak_memory_bytes`, and `first_seconds` of
-        the first step. It includes the compilation if no kind before had the model compiled.
+        `dict[StepKind, dict]`: `gradient_error` (or `None`), `fallbacks`, `peak_memory_bytes`, `host_waits` (or
+        `None`), and `first_seconds` of the first step. It includes the compilation if no kind before had the model
+        compiled.
     """
     checks: dict[StepKind, dict] = {}
     reference: list[Tensor] | None = None
@@ -112,4 +151,5 @@ def check_steps(steps: Steps, kinds: list[StepKind]) -> dict[StepKind, dict]:
     del reference  # so that memory is measured without it
     for kind in kinds:
         checks[kind]["peak_memory_bytes"] = measure_peak_memory(steps, kind)
+        checks[kind]["host_waits"] = count_waits(steps, kind)
     return checks

@@ -190,7 +190,8 @@ def build_model(name: str, args: BenchArguments) -> PreTrainedModel | LMHeadOnly
         one.
     """
     torch.manual_seed(0)
-    model = cast(Any, MODELS[name](args)).to(args.device).train()  # transformers' wrapper of `to` has a wrong type
+    with torch.device(args.device):  # random weights of a billion parameters take a CPU half a minute
+        model = cast(Any, MODELS[name](args)).to(args.device).train()  # the type of transformers' `to` is wrong
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model

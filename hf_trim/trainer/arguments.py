@@ -61,6 +61,7 @@ class TrimmingConfig:
         trim_nonfinite (`str`, *optional*, defaults to `"error"`):
             What to do with losses that are NaN or infinite: end with an `"error"`, or `"drop"` their samples. Dropped
             samples are no items; in models whose operations all have row-sparse rules they have no gradient either.
+            With `fp16=True`, `"error"` is a warning: the gradient scaler skips the step, as in plain `Trainer`.
         trim_scope (`str`, *optional*, defaults to `"local"`):
             Among which items the hardest are chosen: those of each device's micro-batch (`"local"`), or those of the
             micro-batches of all devices together (`"global"`), as one device with the whole mini-batch would choose.

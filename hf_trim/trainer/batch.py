@@ -69,6 +69,7 @@ class TrimmedBatch:
         self.is_in_model = False  # whether a replay is in the model's forward pass, which has no graph in the first
         self.samples: Tensor | None = None  # `[k]` indices of the kept samples, if items are samples
         self.per_sample: bool | None = None  # whether they are
+        self.overflows: Tensor | int = 0  # losses that are not finite, where a gradient scaler skips the step
         self.dropped = 0  # number of samples left out because their losses are not finite
         self.most_items = 0  # among how many items the choice was, at most
         self.has_unknown_weights = False  # whether a replay adds up several losses of the model as they are
@@ -325,11 +326,13 @@ class TrimmedBatch:
         items = items_of(track, is_per_sample)
         num_nonfinite, total = (~items.finite).sum(), items.finite.numel()
         if self.config.trim_nonfinite == "error":
-            self.checks.refuse(
-                num_nonfinite,
-                f"{{count}} of {total} losses of this mini-batch are NaN or infinite, and ranking them means nothing. "
-                f"{NONFINITE_ADVICE}",
+            what = (
+                f"{{count}} of {total} losses of this mini-batch are NaN or infinite, and ranking them means nothing."
             )
+            self.checks.refuse(num_nonfinite, f"{what} {NONFINITE_ADVICE}", is_nonfinite=True)
+            if self.checks.skips_nonfinite:
+                self.overflows = self.overflows + num_nonfinite
+                return items._replace(scores=items.scores.where(items.finite, torch.inf))
         elif int(num_nonfinite):
             if len(call.losses) != self.batch_size:
                 raise ValueError(unknown_samples(self.batch_size).format(count=total))

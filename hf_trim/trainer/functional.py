@@ -11,12 +11,19 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from hf_trim.backward import BACKWARD_CHOICES, take_kept
+from hf_trim.backward import BACKWARD_CHOICES, take_kept, waiting
 from hf_trim.backward.replay import scoring
 from hf_trim.messages import check_choice
 from hf_trim.trainer.kept import Kept
 from hf_trim.trainer.lm_head import LazyLogits, LMHead
-from hf_trim.trainer.selection import NONFINITE_CHOICES, SELECT_CHOICES, select_items
+from hf_trim.trainer.selection import (
+    NONFINITE_CHOICES,
+    SELECT_CHOICES,
+    num_kept,
+    places,
+    select_items,
+    top_mask,
+)
 
 
 def _check_keep(keep: float) -> None:
@@ -61,8 +68,9 @@ def trimmed_mean(
             then runs forward and backward on the kept samples; it needs the memory of these only, but draws dropout
             masks anew.
         nonfinite (`str`, *optional*, defaults to `"error"`): What to do with losses that are NaN or infinite: raise an
-            `"error"`, or `"drop"` them. If activations are not finite either, only the backward passes `"sparse"` and
-            `"replay"` keep them out of the gradients.
+            `"error"`, or `"drop"` them. On a GPU the host would have to wait to raise one: there the result is NaN, as
+            a plain mean would be, and so are its gradients. If activations are not finite either, only the backward
+            passes `"sparse"` and `"replay"` keep dropped losses out of the gradients.
         generator (`torch.Generator`, *optional*): Source of the random subset, on the CPU; the default is torch's.
         model (`torch.nn.Module`, *optional*): For `"replay"`: the model that `losses` calls.
 
@@ -70,7 +78,7 @@ def trimmed_mean(
         `torch.Tensor`: The scalar loss, in the data type of `losses`; zero if no item is valid.
 
     Raises:
-        `ValueError`: If an argument is out of its range, or a loss is not finite.
+        `ValueError`: If an argument is out of its range, or a loss is not finite (on a GPU, see `nonfinite`).
     """
     check_choice("select", select, SELECT_CHOICES)
     check_choice("backward", backward, BACKWARD_CHOICES)
@@ -99,6 +107,12 @@ def trimmed_mean(
     not_finite = ~losses.detach().isfinite()
     if valid is not None:
         not_finite &= valid
+    if not waiting.reads_freely(losses.device) and nonfinite == "error":
+        if valid is None or backward == "replay":  # which runs the kept samples alone: their number must be known
+            mean = _mean_of_kept(losses, losses_of, keep, valid, select, backward, generator)
+        else:
+            mean = _mean_of_valid(losses, keep, valid, select, backward, generator)
+        return mean * _nan_if(not_finite.any(), mean)
     if (count := int(not_finite.sum())) and nonfinite == "error":
         raise ValueError(
             f"{count} of {losses.numel()} losses are NaN or infinite, and ranking them means nothing. "
@@ -106,6 +120,18 @@ def trimmed_mean(
         )
     if count:
         valid = ~not_finite if valid is None else valid & ~not_finite
+    return _mean_of_kept(losses, losses_of, keep, valid, select, backward, generator)
+
+
+def _mean_of_kept(
+    losses: Tensor,
+    losses_of: Callable[[Tensor | None], Tensor],
+    keep: float,
+    valid: Tensor | None,
+    select: str,
+    backward: str,
+    generator: torch.Generator | None,
+) -> Tensor:
     kept = select_items(losses, keep, valid=valid, select=select, generator=generator)
     if backward == "replay":
         # Without a valid item the first sample stands in, so that there is a graph.
@@ -113,6 +139,28 @@ def trimmed_mean(
     if kept.numel() == 0:
         return losses.sum() * 0
     return take_kept(losses, kept, backward).mean()
+
+
+def _mean_of_valid(
+    losses: Tensor, keep: float, valid: Tensor, select: str, backward: str, generator: torch.Generator | None
+) -> Tensor:
+    """
+    The same where the device alone knows how many items are valid. As many losses are taken as may be kept at most;
+    those that are not kept count nothing.
+    """
+    losses, valid = losses.flatten(), valid.flatten()
+    count, most = valid.sum(), losses.numel()
+    if select != "none":
+        count, most = num_kept(keep, count), num_kept(keep, most)
+    chosen = top_mask(losses, count, valid, select=select, generator=generator)
+    kept = places(chosen, most)
+    is_kept = chosen[kept]
+    return (take_kept(losses, kept, backward).where(is_kept, 0) / is_kept.sum().clamp(min=1)).sum()
+
+
+def _nan_if(condition: Tensor, like: Tensor) -> Tensor:
+    """A factor: NaN if the condition is met, else 1."""
+    return torch.ones_like(like, requires_grad=False).masked_fill(condition, torch.nan)
 
 
 def trimmed_linear_cross_entropy(
@@ -153,7 +201,8 @@ def trimmed_linear_cross_entropy(
             more than once.
 
     Raises:
-        `ValueError`: If an argument is out of its range, shapes do not match, or a loss is not finite.
+        `ValueError`: If an argument is out of its range, shapes do not match, or a loss is not finite. On a GPU the
+            result is NaN then, see [`trimmed_mean`]; the host waits once, for the number of targets.
     """
     check_choice("select", select, SELECT_CHOICES)
     _check_keep(keep)
@@ -162,14 +211,21 @@ def trimmed_linear_cross_entropy(
             f"Expected hidden [..., H], weight [V, H] and target [...]; got {list(hidden.shape)}, "
             f"{list(weight.shape)} and {list(target.shape)}."
         )
-    head = LMHead(weight, keep_all=keep == 1 or select == "none")
-    logits = LazyLogits(hidden.flatten(0, -2), weight, bias, head=head)
     target = target.flatten()
+    valid, is_free = target != ignore_index, waiting.reads_freely(hidden.device)
+    num_valid = waiting.Later(valid.sum())
+    head = LMHead(weight, keep == 1 or select == "none", None if is_free else num_valid)
+    logits = LazyLogits(hidden.flatten(0, -2), weight, bias, head=head)
     losses = logits.score(target, ignore_index=ignore_index, label_smoothing=label_smoothing)
-    valid = target != ignore_index
-    if not (finite := losses.isfinite()).all():
-        raise ValueError(f"{int((~finite).sum())} of {losses.numel()} losses are NaN or infinite: see trimmed_mean.")
-    kept = select_items(losses, keep, valid=valid, select=select, generator=generator)
-    if not kept.numel():
+    not_finite, factor = ~losses.isfinite(), losses.new_ones(())
+    if not is_free:
+        factor = _nan_if(not_finite.any(), factor)
+    elif count := int(not_finite.sum()):
+        raise ValueError(f"{count} of {losses.numel()} losses are NaN or infinite: see trimmed_mean.")
+    n = int(num_valid.read())
+    count = n if select == "none" else num_kept(keep, n)
+    if not count:
         return hidden.sum() * 0
-    return logits.attach(losses[kept].mean(), lambda grad: Kept(kept, grad / kept.numel()))
+    chosen = top_mask(losses, count, valid, select=select, generator=generator)
+    kept = places(chosen, None if is_free else count)
+    return logits.attach(losses[kept].mean() * factor, lambda grad: Kept(kept, grad * factor / count))

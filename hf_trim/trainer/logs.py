@@ -40,7 +40,7 @@ class TrimmingLogs:
             kept = num_kept / num_valid
             keep = kept if batch.config.is_adaptive else torch.full_like(kept, batch.keep)
             values = torch.cat([torch.stack([keep, kept]), batch.logged[2:], torch.ones_like(batch.logged[:1])])
-            self._trimmed = self._trimmed + values.where(num_valid > 0, 0)
+            self._trimmed = self._trimmed + values.where((num_valid > 0) & values.isfinite().all(), 0)
 
     def add_untrimmed(self) -> None:
         """Add a mini-batch of which everything is kept."""
@@ -54,8 +54,10 @@ class TrimmingLogs:
             loss (`torch.Tensor`): The scalar loss of a training step, before it is trimmed.
             step (`int`): Number of optimizer steps so far.
         """
-        self._loss = self._loss + loss.detach()
         self._first_step = step if self._first_step is None else self._first_step
+        # As there, an average in the place of one that is not finite.
+        average = self._loss / (1 + step - self._first_step)
+        self._loss = self._loss + loss.detach().where(loss.detach().isfinite(), average)
 
     def take(self, accelerator: Accelerator, device: torch.device, step: int) -> dict[str, float]:
         """

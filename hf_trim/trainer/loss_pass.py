@@ -115,6 +115,9 @@ class LossPass:
             # A `compute_loss` may take the labels out of its inputs.
             result = self._run(inputs if self.score_of is None else copy.copy(inputs), *args, **kwargs)
         self._select(result, inputs)
+        if isinstance(self.batch.overflows, Tensor):  # no gradient is finite: as without trimming, the step is skipped
+            loss = loss_of(result)
+            return with_loss(result, loss * torch.ones_like(loss).masked_fill(self.batch.overflows > 0, torch.nan))
         # Not even a gradient of zero may go into a model with activations that are not finite.
         return with_loss(result, zero_of(self.model)) if self.batch.has_no_graph else result
 
@@ -274,6 +277,8 @@ class LossPass:
             # In a replay, the first pass has compared it; in the second, it has the value of all samples.
             if self._known_divisor and (self.kept is not None or not waiting.reads_freely(loss.device)):
                 return loss
+            if batch.checks.skips_nonfinite and not returned.isfinite():
+                return loss  # there will be no step
             if abs(loss.item() - returned.item()) <= 1e-3 + 0.01 * abs(returned.item()):
                 self._known_divisor[:] = [has_divisor]
                 return loss

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from hf_trim.backward import waiting
 from hf_trim.backward._torch_internals import is_transforming
 from hf_trim.backward.eager.sparse import row_gradient
 from hf_trim.trainer.kept import Kept
@@ -131,7 +132,7 @@ class LossCall:
         scores = scores.to(self.losses)
         scores = scores[:, None].expand_as(self.losses) if scores.dim() == 1 else scores
         message = "trim_score returned {count} scores that are NaN or infinite: items cannot be ranked."
-        checks.refuse((~scores.isfinite() & self.labelled).sum(), message)
+        checks.refuse((~scores.isfinite() & self.labelled & self.finite).sum(), message)
         self.scores, self._mass = scores.where(self.labelled, 0), None
 
     def mass(self) -> Tensor:
@@ -364,6 +365,8 @@ class LossCalls(TorchFunctionMode):
                 return self._record(func, arguments)
         elif func is F.linear and self.head is not None and self.head.computes(*args, **kwargs):
             return LazyLogits(*args, **kwargs, head=self.head)
+        elif func is torch.arange:
+            return waiting.mark_range(args, kwargs)
         return func(*args, **kwargs)
 
     def _is_over_the_batch(self, func: Callable, prediction: Tensor) -> bool:

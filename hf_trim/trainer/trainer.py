@@ -146,7 +146,10 @@ class TrimmingMixin(TrimmedLossMixin, PushMixin):
             return training_step(*args, **kwargs)
         self._number += 1
         self._batches, self._difference, self._has_loss = [], 0.0, False
-        self._checks.begin_batch(self.state.global_step + 1, is_first=self._per_sample is None)
+        has_scaler = self.accelerator.scaler is not None or self.accelerator.mixed_precision == "fp16"
+        self._checks.begin_batch(
+            self.state.global_step + 1, self._per_sample is None, has_scaler and trim.trim_nonfinite == "error"
+        )
         self._training_inputs = (*args, *kwargs.values())
         try:
             with strict(trim.trim_strict), checked(trim.trim_check):

@@ -268,7 +268,7 @@ class TrimmedLossMixin(TrainerBase):
         if isinstance(labels, Tensor) and not labels.is_floating_point():
             is_empty = (labels == IGNORE_INDEX).all()
             loss, is_finite = loss.where(is_finite | ~is_empty, 0), is_finite | is_empty
-        self._checks.refuse(~is_finite, f"The loss of this mini-batch is NaN or infinite. {NONFINITE_ADVICE}")
+        self._checks.refuse(~is_finite, f"The loss of this mini-batch is NaN or infinite. {NONFINITE_ADVICE}", True)
         return with_loss(result, loss)
 
     def _chunked_head(

@@ -85,6 +85,13 @@ def build(config, attention="sdpa", head=None):
 
 
 def batch(model):
+    """Inputs and labels, on the model's device."""
+    inputs, labels = host_batch(model)
+    device = next(model.parameters()).device
+    return {name: value.to(device) for name, value in inputs.items()}, labels.to(device)
+
+
+def host_batch(model):
     generator = torch.Generator().manual_seed(1)
     labels = torch.randint(0, 3, (BATCH,), generator=generator)
     config = getattr(model, "config", None)
@@ -118,7 +125,7 @@ def gradients(model, take, losses_of=classification_losses, autocast=None):
     inputs, labels = batch(model)
     model.zero_grad()
     torch.manual_seed(2)
-    with torch.autocast("cpu", autocast, enabled=autocast is not None):
+    with torch.autocast(labels.device.type, autocast, enabled=autocast is not None):
         losses = losses_of(model, inputs, labels)
     take(losses).mean().backward()
     parameters = [p for p in model.parameters() if p.requires_grad]

@@ -17,6 +17,7 @@ from hf_trim.backward.eager.rows import Rows
 from hf_trim.backward.eager.sparse import take_rows_sparse
 from hf_trim.backward.eager.tensor import densify
 from hf_trim.backward.settings import reset_fallbacks
+from hf_trim.backward.waiting import mark_range
 
 
 KEPT = torch.tensor([1, 4])  # of six rows
@@ -230,6 +231,10 @@ CASES = {
     "slice": lambda n, x: x[:, 1:, ::2],
     "fancy_columns": lambda n, x: x[:, torch.tensor([0, 1, 0])],
     "last_token": lambda n, x: x[torch.arange(x.shape[0]), numbers(x, x.shape[1], x.shape[0])],
+    "last_token_of_known_rows": lambda n, x: x[
+        mark_range((x.shape[0],), {}), numbers(x, x.shape[1], x.shape[0])
+    ],
+    "range_that_was_changed": lambda n, x: x[mark_range((x.shape[0],), {}).sub_(x.shape[0] - 1).neg_(), 0],
     "shuffled": lambda n, x: x[torch.arange(x.shape[0]).flip(0), 0] + x[:, 1],
     "rows_of_others": lambda n, x: x[numbers(x, x.shape[0], x.shape[0])].sin() * x,
     "rows_of_others_selected": lambda n, x: x.index_select(0, numbers(x, x.shape[0], x.shape[0])).sin() * x,

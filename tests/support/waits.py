@@ -6,11 +6,13 @@ whose size depends on values (boolean masks, `nonzero`, `unique`), comparisons o
 memory to the device. hf_trim takes the ways that it takes on a GPU while this counts. For example, with samples and
 accumulation 1, plain `Trainer` waits twice in a step, for whether the loss is finite: `{"is_nonzero": 2}`.
 
-`python -m tests.support.waits` prints where each kind of training waits, beside plain `Trainer`.
+`python -m tests.support.waits` prints where each kind of training waits, beside plain `Trainer`. With `device="cuda"`
+torch itself tells on a GPU what makes the host wait, e.g. `{"synchronization": 2}`.
 """
 
 import sys
 import traceback
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +31,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_trim import TrimmingArguments, TrimmingTrainer
 from hf_trim.backward import waiting
+from hf_trim.bench.checks import SYNCHRONIZES
 from hf_trim.trainer import lm_head
 from tests.support.heads import HEADS, make
 from tests.support.helpers import digits, tiny_vit
@@ -69,6 +72,23 @@ class Waits(Counter):
             self[name, place] += 1
 
 
+class CudaWaits(Waits):
+    """The same on a GPU."""
+
+    @property
+    def is_on(self) -> bool:
+        return torch.cuda.get_sync_debug_mode() > 0
+
+    @is_on.setter
+    def is_on(self, value: bool) -> None:
+        torch.cuda.set_sync_debug_mode("warn" if value else "default")
+
+    def showwarning(self, message, *_: object) -> None:
+        """In the place of `warnings.showwarning`."""
+        if SYNCHRONIZES in str(message):
+            self.add("synchronization")
+
+
 class _Dispatched(TorchDispatchMode):
     def __init__(self, waits: Waits):
         super().__init__()
@@ -82,6 +102,8 @@ class _Dispatched(TorchDispatchMode):
             isinstance(x, Tensor) and x.dtype in (torch.bool, torch.uint8) for x in args[1] if x is not None
         ):
             self.waits.add(f"{name} by a mask")
+        if any(kind.__torch_dispatch__ is not Tensor.__torch_dispatch__ for kind in types):
+            return NotImplemented  # what such tensors do is counted, too: called from here, it would not be
         return func(*args, **(kwargs or {}))
 
 
@@ -104,8 +126,17 @@ class _Called(TorchFunctionMode):
 
 
 @contextmanager
-def counted_waits() -> Iterator[Waits]:
+def counted_waits(device: str = "cpu") -> Iterator[Waits]:
     """Counts in this context, in which hf_trim does as on a GPU."""
+    if device == "cuda":
+        waits = CudaWaits()
+        with warnings.catch_warnings(), mock.patch.object(warnings, "showwarning", waits.showwarning):
+            warnings.simplefilter("always")
+            try:
+                yield waits
+            finally:
+                waits.is_on = False
+        return
     waits = Waits()
     with mock.patch.object(waiting, "reads_freely", lambda device: False), _Called(waits), _Dispatched(waits):
         yield waits
@@ -136,7 +167,7 @@ def waits_of(trainer: Trainer) -> Waits:
     Returns:
         [`Waits`]: The operations of these steps.
     """
-    with counted_waits() as waits:
+    with counted_waits(trainer.args.device.type) as waits:
         trainer.add_callback(_Window(waits))
         trainer.train()
     return waits
@@ -153,6 +184,7 @@ KINDS = {
     "random": ("vit", {**KEEP_HALF, "trim_select": "random", "trim_backward": "dense"}),
     "the hardest left out": ("vit", {**KEEP_HALF, "trim_skip_hardest": 0.2, "trim_backward": "dense"}),
     "start and end of an answer": ("question-answering", {**KEEP_HALF, "trim_backward": "sparse"}),
+    "one token of each text": ("decoder-classification", {**KEEP_HALF, "trim_backward": "sparse"}),
     "tokens, whole logits": ("llama", {**KEEP_HALF, "trim_backward": "dense"}),
     "tokens, chunked head": ("llama", KEEP_HALF),
     "tokens, chunked head, p = 1": ("llama", {}),
@@ -165,9 +197,13 @@ KINDS = {
     "compiled, dense": ("vit", {**KEEP_HALF, **COMPILED, "trim_backward": "dense"}),
     "compiled, sparse": ("vit", {**KEEP_HALF, **COMPILED, "trim_backward": "sparse"}),
 }
+# Waits of a mini-batch beside those of plain Trainer: there the losses decide how many rows the backward pass has.
+EXPECTED = {"adaptive, samples, sparse": 1, "adaptive, tokens, chunked head": 1, "NaN dropped": 1}
 
 
-def waits_of_kind(name: str, output_dir: str, accumulation: int = 1, is_trimmed: bool = True) -> Waits:
+def waits_of_kind(
+    name: str, output_dir: str, accumulation: int = 1, is_trimmed: bool = True, device: str = "cpu"
+) -> Waits:
     """
     The waits of a kind of training in two optimizer steps of its first epoch.
 
@@ -176,6 +212,7 @@ def waits_of_kind(name: str, output_dir: str, accumulation: int = 1, is_trimmed:
         output_dir (`str`): A folder.
         accumulation (`int`, *optional*, defaults to 1): Mini-batches of an optimizer step.
         is_trimmed (`bool`, *optional*, defaults to `True`): Whether it is trimmed; or plain `Trainer`'s training.
+        device (`str`, *optional*, defaults to `"cpu"`): Where.
 
     Returns:
         [`Waits`]: The operations of these steps.
@@ -186,7 +223,7 @@ def waits_of_kind(name: str, output_dir: str, accumulation: int = 1, is_trimmed:
         arguments = {}
     kind, options = (TrimmingTrainer, TrimmingArguments) if is_trimmed else (Trainer, TrainingArguments)
     options = options(
-        output_dir, per_device_train_batch_size=4, logging_steps=10**6, save_strategy="no", use_cpu=True,
+        output_dir, per_device_train_batch_size=4, logging_steps=10**6, save_strategy="no", use_cpu=device == "cpu",
         disable_tqdm=True, report_to="none", remove_unused_columns=False, gradient_accumulation_steps=accumulation,
         **arguments,
     )  # fmt: skip

@@ -11,17 +11,16 @@ import torch
 from accelerate import Accelerator, PartialState
 from transformers import TrainerCallback
 
+from hf_trim import trimmed_linear_cross_entropy, trimmed_mean
 from hf_trim.backward import waiting
 from hf_trim.trainer import lm_head, process_group
 from hf_trim.trainer.selection import num_kept, places, top_mask, without_hardest
 from tests.support.heads import HEADS, make
 from tests.support.helpers import InOrder, digits, tiny_vit, train, weights
-from tests.support.waits import KINDS, counted_waits, waits_of_kind
+from tests.support.waits import EXPECTED, KINDS, counted_waits, waits_of_kind
 from tests.trainer.test_batch import poisoned
 
 
-# Waits of a mini-batch beside those of plain Trainer: there the losses decide how many rows the backward pass has.
-EXPECTED = {"adaptive, samples, sparse": 1, "adaptive, tokens, chunked head": 1, "NaN dropped": 1}
 EXTENDED = {  # which have no other code than the rest
     "random", "the hardest left out", "samples, dense", "tokens, whole logits", "compiled, dense",
     "start and end of an answer", "tokens, chunked head, p = 1",
@@ -209,6 +208,61 @@ def test_the_number_of_kept_items_is_the_same_on_the_device():
     numbers = torch.arange(4097)
     for keep in [*torch.arange(1, 41).double().div(40).tolist(), 1 / 3, 0.3 + 1e-16, 0.123, 1e-4]:
         assert num_kept(keep, numbers).tolist() == [num_kept(keep, n) for n in range(4097)]
+
+
+def of_both(function, *leaves):
+    """Compares what a function returns, and its gradients, as on a GPU and as on the CPU; returns the waits there."""
+    results = []
+    for on_gpu in (True, False):
+        with counted_waits() as waits, mock.patch.object(waiting, "reads_freely", lambda device: not on_gpu):  # noqa: B023
+            waits.is_on = True
+            torch.manual_seed(0)
+            value = function()
+            results.append((value, *torch.autograd.grad(value, leaves)))
+        if on_gpu:
+            found = waits
+    for ours, cpus in zip(*results, strict=True):
+        torch.testing.assert_close(ours, cpus, equal_nan=True)
+    return found
+
+
+@pytest.mark.parametrize("backward", ["dense", "sparse"])
+@pytest.mark.parametrize("select", ["hardest", "random", "none"])
+@pytest.mark.parametrize("num_valid", [None, 0, 1, 7, 12])
+def test_trimmed_mean_does_not_wait(num_valid, select, backward):
+    x = torch.rand(12, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    valid = None if num_valid is None else (torch.arange(12).flip(0) < num_valid).view(3, 4)
+
+    def loss():
+        losses = x.sin().view(3, 4)
+        if num_valid:
+            losses = losses.masked_fill(~valid, torch.inf)
+        return trimmed_mean(losses, 0.4, valid=valid, select=select, backward=backward)
+
+    assert not of_both(loss, x)
+
+
+def test_trimmed_mean_of_losses_that_are_not_finite_is_nan(on_gpu):
+    losses = torch.tensor([1.0, torch.inf, 3.0], requires_grad=True)
+    for backward in ("dense", "sparse"):
+        loss = trimmed_mean(losses * 1, keep=0.7, backward=backward)
+        assert loss.isnan() and torch.autograd.grad(loss, losses)[0].isnan().any()
+    assert trimmed_mean(losses, keep=0.5, valid=losses.detach().isfinite()) == 3
+    assert trimmed_mean(losses, keep=0.5, nonfinite="drop") == 3
+    hidden = torch.tensor([[1.0], [torch.inf]], requires_grad=True)
+    loss = trimmed_linear_cross_entropy(hidden, torch.ones(2, 1), torch.tensor([0, 1]), keep=0.5)
+    assert loss.isnan() and torch.autograd.grad(loss, hidden)[0].isnan().any()
+
+
+@pytest.mark.parametrize("select", ["hardest", "random", "none"])
+@pytest.mark.parametrize("num_valid", [0, 1, 7, 12])
+def test_the_chunked_head_waits_for_the_number_of_targets_alone(num_valid, select):
+    generator = torch.Generator().manual_seed(1)
+    hidden, weight = (torch.randn(n, 4, generator=generator).requires_grad_() for n in (12, 9))
+    target = torch.randint(9, (12,), generator=generator).where(torch.arange(12) < num_valid, -100)
+    leaves = (hidden, weight) if num_valid else (hidden,)
+    # That number is read by `Later`, and not counted.
+    assert not of_both(lambda: trimmed_linear_cross_entropy(hidden, weight, target, 0.4, select=select), *leaves)
 
 
 def test_the_choice_waits_for_nothing(on_gpu):

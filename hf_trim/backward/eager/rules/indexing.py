@@ -12,6 +12,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from hf_trim.backward import waiting
 from hf_trim.backward.eager.rows import Rows
 from hf_trim.backward.eager.rules.derived import derived_rule
 from hf_trim.backward.eager.rules.operands import is_zeros, require_row_sparse
@@ -61,7 +62,7 @@ def index_add(func, x, dim, index, source, **kwargs):
     return add_entries(x, source, dim, index, lambda out, i: func(out, dim, i, source.payload, **kwargs))
 
 
-def add_entries(x, grad, dim, index, add) -> Tensor:
+def add_entries(x, grad, dim, index, add, is_known=False) -> Tensor:
     """
     What was kept of a gradient, added to some entries of a tensor: a table, or zeros that may have rows. These are
     then those of the batch, or the entries themselves.
@@ -72,11 +73,19 @@ def add_entries(x, grad, dim, index, add) -> Tensor:
         dim (`int`): The dimension of `x` that has the entries.
         index (`torch.Tensor`): The entries that get something.
         add (`Callable`): Adds it to a tensor, given it and the places of these entries in it.
+        is_known (`bool`, *optional*, defaults to `False`): Whether these entries are known to be the kept rows.
     """
     if not isinstance(x, RowSparseTensor):
         return add(x, index)
     size, index = list(x.shape), index % x.shape[dim]
-    require(x.row_dim == dim % x.ndim and not x.payload.any(), "it adds to a gradient")
+    require(x.row_dim == dim % x.ndim, "it adds to a gradient")
+    rows, inner = grad.rows.origin or grad.rows, x.row_inner
+    # Are they those of the batch? On a GPU the host waits for this answer alone, unless it knows it.
+    if x.layout_of_rows() == (rows, x.row_dim, 1, inner):
+        places = rows.places(1, inner, index.device)[index]
+        if is_known or bool((places >= 0).all()):
+            return x.like(add(x.payload, places))
+    require(not x.payload.any(), "it adds to a gradient")
     rows, inner = grad.rows.of_entries(index.unique(), size[dim])
     size[dim] = rows.count * inner
     out = add(x.payload.new_zeros(size), rows.places(1, inner, index.device)[index])
@@ -183,4 +192,13 @@ def add_to_entries(func, x, indices, grad):
     dim = grad.row_dim - slices - common
     require(dim < 0 and grad.ndim == x.ndim - len(indices) + common, "rows are not looked up")
     first, *others = (grad.kept_rows_or_broadcast(i, dim) for i in indices)
-    return add_entries(x, grad, slices, first, lambda out, i: func(out, [*front, i, *others], grad.payload, True))
+    # x[arange(B), positions]: the gradient of sample i goes to sample i.
+    is_known = (
+        waiting.is_range(indices[0])
+        and grad.shape[grad.row_dim] == x.shape[slices]
+        and isinstance(x, RowSparseTensor)
+        and grad.layout_of_rows() == x.layout_of_rows()
+    )
+    return add_entries(
+        x, grad, slices, first, lambda out, i: func(out, [*front, i, *others], grad.payload, True), is_known
+    )
