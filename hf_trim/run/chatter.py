@@ -5,6 +5,7 @@ Until it is known that the run starts, it is kept in memory: a failed start leav
 """
 
 import logging
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -54,12 +55,19 @@ class LateLogger(logging.Logger):
                 handler.handle(record)
 
 
+class PlainFormatter(logging.Formatter):
+    """Lines without the colours that libraries have for a terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return re.sub(r"\x1b\[[0-9;]*m", "", super().format(record))
+
+
 class LogFile(logging.FileHandler):
     """A log file that is made at its first line. A full disk must not end the training by its log."""
 
     def __init__(self, path: Path):
         super().__init__(path, encoding="utf-8", delay=True)
-        self.setFormatter(logging.Formatter(FORMAT))
+        self.setFormatter(PlainFormatter(FORMAT))
 
     def emit(self, record: logging.LogRecord) -> None:
         with suppress(OSError):

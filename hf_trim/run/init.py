@@ -43,7 +43,7 @@ COMMENTS = {
     "learning_rate": "the most important setting: try a third and three times of it",
     "trim_keep_start": "p at the start: the whole mini-batch",
     "trim_keep_end": "p at the end: the hardest fifth",
-    "trim_schedule": "adaptive: p follows the losses; epoch or step: it falls from trim_keep_start to trim_keep_end",
+    "trim_schedule": "adaptive: p follows the losses; epoch or step: from trim_keep_start to trim_keep_end",
     "trim_mass": "adaptive: the share of the gradient that is kept; a lower one saves more",
     "trim_skip_hardest": "a share to leave out as suspect, where labels may be wrong",
     "eval_strategy": "test after each epoch",
@@ -53,7 +53,7 @@ COMMENTS = {
 }
 OPTIONAL = {
     "trim_skip_hardest": "0.1  # where labels may be wrong: a share of the hardest to leave out",
-    "early_stopping_patience": "3  # stop after 3 tests without a lower loss on a validation split",
+    "early_stopping_patience": "2  # stop after 2 tests without a lower loss on a validation split",
     "report_to": "tensorboard  # or trackio, wandb, mlflow",
 }
 SCHEDULE = ("trim_keep_start", "trim_keep_end", "trim_schedule", "trim_mass")
@@ -103,6 +103,8 @@ def write_recipe(path: Path, options: list[str]) -> None:
         raise RecipeError(f"{path} exists: choose another name, or delete it.")
     if not path.parent.is_dir():
         raise RecipeError(f"there is no folder {path.parent}: make it, or choose another name.")
+    if not any(option.split("=")[0] == "--dataset" for option in options):
+        raise RecipeError("give --dataset: a CSV or Parquet file, a folder, or a name on the Hub.")
     job = parse(None, options)
     with user_errors():
         raw = read_data(job.data)
@@ -130,7 +132,7 @@ def write_recipe(path: Path, options: list[str]) -> None:
             *(f"# {line}" for line in summary.splitlines()),
             f"#   hf-trim run {path.name} --dry_run              # shows data, model and time, and trains nothing",
             f"#   hf-trim run {path.name}                        # trains it",
-            f"#   hf-trim run {path.name} --compare --seeds 5    # compares it with and without trimming",
+            f"#   hf-trim run {path.name} --compare --seeds 5    # compares it with plain training",
             as_yaml(groups, comments) + "\n".join(optional),
         ]
     )

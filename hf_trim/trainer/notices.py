@@ -50,13 +50,15 @@ class Notices:
             logger.warning("Trimmed batches use the %s backward pass: %s.", mode, reason)
             self.backward = mode
 
-    def tell_batch(self, batch: TrimmedBatch) -> None:
+    def tell_batch(self, batch: TrimmedBatch, batch_size: int) -> None:
         """
         Tell what a mini-batch has shown.
 
         Args:
             batch ([`~hf_trim.trainer.batch.TrimmedBatch`]): The mini-batch, of which a part was kept.
+            batch_size (`int`): Number of samples of a whole one; the last one of an epoch may have fewer.
         """
+        is_whole = batch.batch_size >= batch_size
         if batch.dropped:
             self.say(
                 "%d samples of a mini-batch have losses that are NaN or infinite, and were dropped. Later samples of "
@@ -65,7 +67,7 @@ class Notices:
         if batch.has_unknown_weights:
             self.say("A replay ranks the samples by the plain sum of the losses in the model's forward pass.")
         skip = batch.config.trim_skip_hardest
-        if skip and round(skip * batch.most_items) == 0:
+        if skip and round(skip * batch.most_items) == 0 and is_whole:
             self.say(
                 f"trim_skip_hardest={skip} skips none of the {batch.most_items} items of a mini-batch. Raise it, or "
                 "per_device_train_batch_size."
@@ -75,7 +77,7 @@ class Notices:
                 "Each call of a loss function has a single item to choose from, which is kept whatever p is: nothing "
                 "is trimmed. Compute the losses of all samples in one call, or mark them with hf_trim.mark_losses."
             )
-        elif batch.most_items <= 1:
+        elif batch.most_items <= 1 and is_whole:
             self.say(
                 "A mini-batch has a single item to choose from, which is kept whatever p is: nothing is trimmed. "
                 "Raise per_device_train_batch_size (and lower gradient_accumulation_steps); choose among the "

@@ -329,4 +329,4 @@ class TrimmedLossMixin(TrainerBase):
         if trim.trim_strict and mode != "sparse":
             raise ValueError(f"trim_strict=True, and the backward pass would be {mode}: {reason}. Set it to False.")
         self._notices.tell_backward(mode, reason)
-        self._notices.tell_batch(batch)
+        self._notices.tell_batch(batch, self.args.per_device_train_batch_size)

@@ -81,6 +81,7 @@ def test_chatter_of_libraries_is_in_the_log_file(tmp_path, capfd):
     printed = capfd.readouterr()
     log = (tmp_path / "out" / "run.log").read_text()
     assert "MISSING" in log and "MISSING" not in printed.out + printed.err
+    assert "\x1b[" not in log  # the colours of transformers' report
     assert "Note: Trimmed batches use the" in printed.err and "Trimmed batches use the" in log
 
 

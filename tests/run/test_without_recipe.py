@@ -131,6 +131,7 @@ def test_init_writes_a_recipe_that_runs(reviews, tmp_path, monkeypatch, capsys):
     written = path.read_text()
     assert "# Data: " in written and "3 classes to train on: 1 (16)" in written
     assert max(map(len, written.splitlines()[1:])) < 120
+    assert "# adaptive: p follows the losses; epoch or step: from trim_keep_start to trim_keep_end\n" in written
     _, fields = read_recipe(str(path))
     assert (fields["text_column"], fields["label_column"]) == ("review", "score")
     assert (fields["model_name_or_path"], fields["trim_schedule"], fields["trim_mass"]) == ("minilm", "adaptive", 0.95)
@@ -142,7 +143,7 @@ def test_init_writes_a_recipe_that_runs(reviews, tmp_path, monkeypatch, capsys):
     assert (job.name, job.training.output_dir, job.training.learning_rate) == ("my", "runs/my", 5e-5)
     # What is commented out can be taken in.
     path.write_text(written.replace("  # early_stopping_patience", "  early_stopping_patience"))
-    assert parse(str(path), []).run.early_stopping_patience == 3
+    assert parse(str(path), []).run.early_stopping_patience == 2
     assert init.main([str(path), "--dataset", str(reviews), "--label_column", "score"]) == 2
     assert f"{path} exists: choose another name" in capsys.readouterr().err
 
@@ -161,7 +162,7 @@ def test_init_for_pictures_has_a_model_of_their_size(tmp_path, capsys):
     ("arguments", "message"),
     [
         (["my.txt", "--dataset", "digits"], "needs the ending .yaml, and is 'my.txt'"),
-        (["my.yaml"], "give --dataset and a model"),
+        (["my.yaml"], "give --dataset: a CSV or Parquet file"),
         (["my.yaml", "--dataset", "digit"], "Did you mean 'digits'?"),
         (["--dataset", "digits"], "the file comes first, and '--dataset' is none"),
         (["no/such/my.yaml", "--dataset", "digits"], "there is no folder no/such"),

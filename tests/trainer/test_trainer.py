@@ -113,6 +113,11 @@ def test_accumulating_single_samples_trims_nothing_and_says_so(tmp_path, caplog)
     assert caplog.text.count("A mini-batch has a single item to choose from") == 1
 
 
+def test_a_last_mini_batch_of_one_sample_is_no_reason_for_advice(tmp_path, caplog):
+    train(tiny_vit(), digits(9), tmp_path, trim_keep_start=0.5, per_device_train_batch_size=4, trim_skip_hardest=0.2)
+    assert "single item" not in caplog.text and "skips none" not in caplog.text
+
+
 @pytest.mark.parametrize("select", ["hardest", "random"])
 def test_a_replay_chooses_among_accumulated_single_samples(select, tmp_path, caplog):
     arguments = {"trim_keep_start": 0.5, "trim_keep_end": 0.3, "trim_select": select}
