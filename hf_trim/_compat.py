@@ -67,6 +67,7 @@ NEEDED = (
     Need("transformers.trainer_utils", "has_length", ("dataset",), "trim_memory"),
     Need("transformers.trainer_utils", "unwrap_peft_model", ("model",), "finding a model's head"),
     # Overridden by TrimmingMixin.
+    Need(TRAINER, "train", (), "knowing methods that were replaced since the trainer was made"),
     Need(TRAINER, "training_step", ("model", "inputs", "num_items_in_batch"), "trim_strict, trim_check and the logs"),
     Need(
         TRAINER, "get_batch_samples", ("epoch_iterator", "num_batches", "device"), "knowing the mini-batches of a step"

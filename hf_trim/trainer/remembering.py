@@ -33,6 +33,10 @@ else:
 
 MOST_STEPS = 500  # of which losses wait on the device, where nothing is logged
 LEAVE_OUT = "or set trim_memory=False."
+UNKNOWN_LOADER = (
+    "trim_memory cannot tell which samples the data loader of {} yields: let get_train_dataloader return a torch "
+    f"DataLoader of self.train_dataset itself, in mini-batches, {LEAVE_OUT}"
+)
 
 
 class RememberingMixin(TrainerBase):
@@ -128,11 +132,7 @@ class RememberingMixin(TrainerBase):
         if type(loader) is DataLoader and any(loader.dataset is x for x in known):  # it was not prepared
             add_indices(loader)
         if not isinstance(getattr(loader, "dataset", None), IndexedDataset) or loader.batch_sampler is None:
-            raise ValueError(
-                f"trim_memory cannot tell which samples the data loader of {type(self).__name__} yields: let "
-                "get_train_dataloader return a torch DataLoader of self.train_dataset itself, in mini-batches, "
-                f"{LEAVE_OUT}"
-            )
+            raise ValueError(UNKNOWN_LOADER.format(type(self).__name__))
         self._memory, self._read_step = SampleMemory(size, self._planned_epochs(loader)), self.state.global_step
         return loader
 
@@ -154,7 +154,9 @@ class RememberingMixin(TrainerBase):
         if self._memory is None or batch.seen is None or self._is_remembered or not self._step_indices:
             return
         indices, values = self._step_indices[number], batch.seen.values()
-        if indices is None or values is None:
+        if indices is None:
+            raise ValueError(UNKNOWN_LOADER.format(type(self).__name__))
+        if values is None:
             return
         if values.shape[1] != len(indices):
             message = UNKNOWN.format(size=len(indices)).format(count=values.shape[1])

@@ -90,6 +90,11 @@ class TrimmingMixin(TrimmedLossMixin, PushMixin):
             if not (isinstance(method, partial) and method.func == ours):
                 setattr(self, name, partial(ours, method))
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train, as [`~transformers.Trainer`] does, with the arguments of its method."""
+        self._stand_around()  # methods may have been replaced since the trainer was made
+        return super().train(*args, **kwargs)
+
     def _current_settings(self) -> TrimmingConfig:
         """The same, checked if they have changed."""
         trim = self.trim

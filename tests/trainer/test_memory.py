@@ -88,21 +88,24 @@ IMAGES = {
     "a data loader of the user's": {"trainer_cls": OwnLoader},
     "no dictionaries": {"trainer_cls": Pairs, "collator": as_pairs},
     "plain training": {"trim_select": "none"},
+    "compiled": {"torch_compile": True, "torch_compile_backend": "aot_eager"},
     "adaptive": {"trim_schedule": "adaptive", "trim_mass": 0.5},
     "replay": {"trim_backward": "replay"},
     "another score": {"trainer_kwargs": {"trim_score": lambda outputs, inputs, losses: -losses}},
     "smoothed": {"label_smoothing_factor": 0.1, "trim_keep_end": 1.0},
 }
+MARKS = dict.fromkeys(("compiled", "adaptive", "another score"), pytest.mark.extended)
 
 
-@pytest.mark.parametrize("case", IMAGES)
+@pytest.mark.parametrize("case", [pytest.param(case, marks=MARKS.get(case, [])) for case in IMAGES])
 def test_each_loss_belongs_to_its_sample(case, tmp_path):
     arguments = dict(IMAGES[case])
     rows = digits(ROWS)
     given = arguments.pop("rows", list)(rows)
     trainer, table = remember(tiny_vit(), given, tmp_path, **arguments)
     if case == "smoothed":
-        logits = [tiny_vit().eval()(row["pixel_values"][None]).logits for row in rows]
+        model = tiny_vit().eval().requires_grad_(False)
+        logits = [model(row["pixel_values"][None]).logits for row in rows]
         targets = [torch.tensor([row["labels"]]) for row in rows]
         cross_entropy = torch.nn.functional.cross_entropy
         losses = [float(cross_entropy(*pair, label_smoothing=0.1)) for pair in zip(logits, targets, strict=True)]
@@ -217,7 +220,7 @@ def test_bytes_of_a_sample():
     assert sum(np.dtype(kind).itemsize for kind in COLUMNS.values()) == 34
 
 
-@pytest.mark.parametrize("step", [4, 8])  # in the middle of an epoch of 6 steps, and of the next
+@pytest.mark.parametrize("step", [4, pytest.param(8, marks=pytest.mark.extended)])  # in the midst of epochs of 6
 def test_resuming_gives_the_same_table(step, tmp_path):
     arguments = {
         "num_train_epochs": 3, "save_strategy": "steps", "save_steps": 4, "trim_memory": True, "logging_steps": 3,
@@ -359,6 +362,14 @@ def test_texts_joined_to_one_are_refused(tmp_path):
     ]
     with pytest.raises(ValueError, match="trim_memory needs to know which loss belongs to which sample"):
         remember(make("llama"), rows, tmp_path, collator=DataCollatorWithFlattening())
+
+
+def test_a_data_loader_that_is_replaced_later(tmp_path):
+    args = TrimmingArguments(str(tmp_path), max_steps=1, use_cpu=True, report_to="none", trim_memory=True)
+    trainer = TrimmingTrainer(tiny_vit(), args, train_dataset=digits(8))
+    trainer.get_train_dataloader = lambda: DataLoader(digits(8), 8, collate_fn=default_data_collator)
+    with pytest.raises(ValueError, match="which samples the data loader of TrimmingTrainer yields"):
+        trainer.train()
 
 
 def test_questions_that_have_no_answer(tmp_path):
