@@ -23,7 +23,6 @@ from hf_trim.trainer.batch import TrimmedBatch
 from hf_trim.trainer.indices import IndexedDataset, add_indices, take_indices
 from hf_trim.trainer.memory import SampleMemory
 from hf_trim.trainer.process_group import host_columns
-from hf_trim.trainer.sample_losses import UNKNOWN
 
 
 if TYPE_CHECKING:
@@ -159,8 +158,11 @@ class RememberingMixin(TrainerBase):
         if values is None:
             return
         if values.shape[1] != len(indices):
-            message = UNKNOWN.format(size=len(indices)).format(count=values.shape[1])
-            raise ValueError(message)
+            raise ValueError(
+                f"trim_memory needs the samples of a mini-batch one by one, and its loss is over {values.shape[1]} "
+                f"rows where the data loader gave {len(indices)} samples: leave out what joins, splits or drops them "
+                f"(packing, padding_free, a collator or training_step of your own), {LEAVE_OUT}"
+            )
         self._is_remembered = True  # a second `compute_loss` for the same mini-batch is not
         self._unread.append((self.state.global_step, int(self.state.epoch or 0), indices, values))
 

@@ -10,15 +10,14 @@ import torch
 from torch import Tensor
 
 from hf_trim.trainer.late_checks import LateChecks
-from hf_trim.trainer.losses import LossCall
+from hf_trim.trainer.losses import IGNORE_INDEX, LossCall
 from hf_trim.trainer.ranking import check_samples
 
 
-ADVICE = "or set trim_memory=False."
 UNKNOWN = (
     "trim_memory needs to know which loss belongs to which sample, and this mini-batch has {{count}} losses for "
     "{size} samples: give labels of the shape [B, T] as 'labels', let the loss have one value per sample "
-    f"(hf_trim.mark_losses of losses [B]), {ADVICE}"
+    "(hf_trim.mark_losses of losses [B]), or set trim_memory=False."
 )
 
 
@@ -73,9 +72,17 @@ class SampleLosses:
         is_per_token = labels is not None and labels.dim() > 1 and not labels.is_floating_point()
         if rows != self.batch_size or length > 1 and not is_per_token:
             raise ValueError(message.format(count=call.losses.numel()))
-        # One loss for each sample may be of the only token with a label that it has, in an order of their own.
-        if is_per_token and (length > 1 or target is not None and not target.is_floating_point()):
+        if labels is None or not is_per_token:
+            return
+        if length > 1:
             check_samples(call, labels, self.batch_size, self.checks, message)
+        elif target is not None and not target.is_floating_point():
+            # B losses may be those of B tokens with a label, which the model has taken out of all.
+            labelled = labels.to(call.losses.device).ne(IGNORE_INDEX)
+            for tokens in (labelled, labelled[..., 1:]):
+                of_samples = tokens.flatten(1).sum(1)
+                is_wrong = (of_samples.sum() == self.batch_size) & (of_samples != 1).any()
+                self.checks.refuse(is_wrong.long() * self.batch_size, message)
 
     def leave_out(self) -> None:
         """Nothing of the mini-batch is kept: others of the optimizer step are (`step_choice.py`)."""

@@ -1,9 +1,6 @@
 """The memory of losses: each loss belongs to its sample, whatever brings the samples to the model."""
 
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -141,6 +138,7 @@ TEXTS = {
     "llama": {"trim_keep_start": 0.5, "trim_keep_end": 0.5},  # tokens
     "masked-lm": {"trim_unit": "sample", "gradient_accumulation_steps": 2},
     "question-answering": {"trim_select": "none"},
+    "pretraining": {"trim_select": "none"},  # two losses, each a mean over its own items
 }
 
 
@@ -152,6 +150,7 @@ def test_losses_of_texts_are_means_over_their_tokens(head, tmp_path):
     else:
         model, rows = make(head), HEADS[head][1]()[:ROWS]
     losses = own_losses(model, rows)
+    losses = [loss / 2 for loss in losses] if head == "pretraining" else losses  # the sum, and the mean
     _, table = remember(model, rows, tmp_path, **TEXTS[head])
     assert_right(table, losses)
     if head == "llama":  # half of the tokens of a mini-batch
@@ -244,50 +243,6 @@ def test_resuming_gives_the_same_table(step, tmp_path):
             train(tiny_vit(), digits(ROWS), tmp_path, resume=str(checkpoint), **arguments)
 
 
-# ---- several processes --------------------------------------------------------------------------------------------
-
-
-def remember_in_processes(folder: Path):
-    """What `run_forks` runs in each of two processes."""
-    rows, tables = digits(ROWS), []
-    losses = own_losses(tiny_vit(), rows)
-    for number, arguments in enumerate(
-        (
-            {},  # 43 samples: the last mini-batches are filled up with the first samples
-            {"accelerator_config": {"even_batches": False}},
-            {"accelerator_config": {"split_batches": True}},
-        )
-    ):
-        trainer, table = remember(tiny_vit(), rows, folder, **arguments)
-        np.testing.assert_allclose(table["last_loss"], losses, rtol=1e-4)
-        assert table["seen"].sum() == {0: 2 * 48, 1: 2 * ROWS, 2: 2 * 48}[number], table["seen"].sum()
-        assert table["seen"].min() == 2
-        kept = torch.tensor(table["kept"].sum())
-        assert 0 < kept < table["seen"].sum()
-        tables.append(trainer.accelerator.gather(torch.tensor(table["kept"])[None]))
-        assert torch.equal(*tables[-1])  # the same in both
-    often, seldom = (
-        train(tiny_vit(), rows, folder, trim_memory=True, logging_steps=steps).trim_memory for steps in (1, 100)
-    )
-    for name, column in often.columns.items():
-        assert column.tobytes() == seldom.columns[name].tobytes(), name
-    with pytest.raises(ValueError, match="dispatch_batches"):
-        remember(tiny_vit(), rows, folder, accelerator_config={"dispatch_batches": True})
-
-
-def test_processes_have_the_same_table(tmp_path):
-    # Not forked from here: other tests may have started threads of autograd, which no fork survives.
-    program = f"""if True:
-        import hf_trim
-        from pathlib import Path
-        from {__name__} import remember_in_processes
-        from tests.support.forks import run_forks
-        run_forks(remember_in_processes, Path({str(tmp_path)!r}), processes=2)
-    """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-5000:]
-
-
 # ---- what is refused ----------------------------------------------------------------------------------------------
 
 
@@ -338,7 +293,11 @@ REFUSED = {
     "a stream": (Stream, {"max_steps": 2}, "needs a training data set with a length and samples by index, and Stream"),
     "another data set": (lambda: digits(16), {"trainer_cls": Shuffled}, "which samples the data loader of Shuffled"),
     "a loss by hand": (lambda: digits(16), {"trainer_cls": Scaled}, "trim_memory=False"),
-    "parts of mini-batches": (lambda: digits(16), {"trainer_cls": Halves}, "has 4 losses for 8 samples"),
+    "parts of mini-batches": (
+        lambda: digits(16),
+        {"trainer_cls": Halves},
+        "over 4 rows where the data loader gave 8 samples",
+    ),
     "an unknown order": (lambda: digits(16), {"trainer_cls": Chosen}, "has 16 losses for 8 samples"),
     "a collator that sorts": (lambda: digit_texts(16), {"collator": by_length}, "in the order in which the collator"),
 }
@@ -360,8 +319,27 @@ def test_texts_joined_to_one_are_refused(tmp_path):
         {name: row[name][: int(row["attention_mask"].sum())].tolist() for name in ("input_ids", "labels")}
         for row in HEADS["llama"][1]()[:16]
     ]
-    with pytest.raises(ValueError, match="trim_memory needs to know which loss belongs to which sample"):
+    with pytest.raises(ValueError, match="over 1 rows where the data loader gave 8 samples"):
         remember(make("llama"), rows, tmp_path, collator=DataCollatorWithFlattening())
+
+
+class Tokens(TrimmingTrainer):
+    """Takes the loss over the tokens with a label alone."""
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        has_label = inputs["labels"] != -100
+        logits = model(inputs["input_ids"], inputs["attention_mask"]).logits
+        return torch.nn.functional.cross_entropy(logits[has_label], inputs["labels"][has_label])
+
+
+@pytest.mark.parametrize("count", [8, 16])
+def test_as_many_tokens_as_samples_are_not_taken_for_these(count, tmp_path):
+    rows = HEADS["masked-lm"][1]()[:8]
+    for number, row in enumerate(rows):  # the first texts have two labels (or four), the last ones none
+        row["labels"] = torch.full_like(row["labels"], -100)
+        row["labels"][: count // 4] = 3 if number < 4 else -100
+    with pytest.raises(ValueError, match=f"this mini-batch has {count} losses for 8 samples"):
+        remember(make("masked-lm"), rows, tmp_path, trainer_cls=Tokens)
 
 
 def test_a_data_loader_that_is_replaced_later(tmp_path):
