@@ -46,8 +46,7 @@ class RunArguments:
         lr_gamma (`float`): That factor.
         early_stopping_patience (`int`, *optional*): Stop after this number of tests in a row without a better metric
             on the validation split, and take the best model.
-        show_samples (`bool`): With `trim_memory`: show texts or pictures of the hardest samples in
-            `hard_samples.html`; they go to the Hub with it.
+        show_samples (`bool`): With `trim_memory`: show texts or pictures in `hard_samples.html`, on the Hub as well.
         license (`str`, *optional*): The license in the model card.
         overwrite (`bool`): Train anew, in the place of what earlier runs left in `output_dir`.
         push_only (`bool`): Push what is in `output_dir` to the Hub, without training.
@@ -80,8 +79,7 @@ class RunArguments:
         },
     )
     show_samples: bool = field(
-        default=False,
-        metadata={"help": "With trim_memory: show texts or pictures of the hardest samples in hard_samples.html."},
+        default=False, metadata={"help": "With trim_memory: show texts or pictures in hard_samples.html."}
     )
     license: str | None = field(default=None, metadata={"help": "The license in the model card. Default: none."})
     overwrite: bool = field(
