@@ -15,7 +15,7 @@ try:
     from huggingface_hub.errors import HfHubHTTPError
     from transformers.modelcard import TASK_MAPPING, extract_hyperparameters_from_trainer
     from transformers.trainer_pt_utils import find_batch_size, safe_globals
-    from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, unwrap_peft_model
+    from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length, unwrap_peft_model
 except ImportError as error:
     packages = ", ".join(f"{name} {version(name)}" for name in ("transformers", "accelerate", "huggingface_hub"))
     raise ImportError(f"This version of hf_trim does not work with {packages}: {error}.") from error
@@ -26,6 +26,7 @@ __all__ = [
     "extract_hyperparameters_from_trainer",
     "find_batch_size",
     "gather",
+    "has_length",
     "safe_globals",
     "unwrap_peft_model",
 ]
@@ -63,8 +64,10 @@ NEEDED = (
     Need("transformers.trainer_pt_utils", "find_batch_size", ("tensors",), "counting the samples of a batch"),
     Need("transformers.trainer_pt_utils", "safe_globals", (), "checking a checkpoint before it is loaded"),
     Need("transformers.trainer_utils", "PREFIX_CHECKPOINT_DIR", None, "finding the newest checkpoint"),
+    Need("transformers.trainer_utils", "has_length", ("dataset",), "trim_memory"),
     Need("transformers.trainer_utils", "unwrap_peft_model", ("model",), "finding a model's head"),
     # Overridden by TrimmingMixin.
+    Need(TRAINER, "train", (), "knowing methods that were replaced since the trainer was made"),
     Need(TRAINER, "training_step", ("model", "inputs", "num_items_in_batch"), "trim_strict, trim_check and the logs"),
     Need(
         TRAINER, "get_batch_samples", ("epoch_iterator", "num_batches", "device"), "knowing the mini-batches of a step"
@@ -74,6 +77,9 @@ NEEDED = (
     Need(TRAINER, "_save_checkpoint", ("model", "trial"), "saving what later steps depend on"),
     Need(TRAINER, "_load_from_checkpoint", ("resume_from_checkpoint", "model"), "loading converted weights"),
     Need(TRAINER, "_load_best_model", (), "loading converted weights"),
+    Need(TRAINER, "_load_optimizer_and_scheduler", ("checkpoint",), "trim_memory: reading it from a checkpoint"),
+    Need(TRAINER, "_run_epoch", (), "trim_memory: reading losses at the end of an epoch"),
+    Need(TRAINER, "get_train_dataloader", (), "trim_memory: knowing the indices of samples"),
     Need(TRAINER, "_load_callback_state", (), "keeping what later steps depend on"),
     Need(TRAINER, "_set_signature_columns_if_needed", (), "keeping the column reference_loss for trim_score"),
     # Overridden by RecipeTrainer.
@@ -89,6 +95,8 @@ NEEDED = (
     Need(TRAINER, "_finish_current_push", (), "reporting pushes that failed"),
     # Called.
     Need(TRAINER, "save_model", ("_internal_call",), "saving a model before it is pushed"),
+    Need(TRAINER, "_remove_unused_columns", ("dataset",), "trim_memory: knowing the data set of a data loader"),
+    Need(TRAINER, "set_initial_training_values", ("args", "dataloader"), "trim_memory: the number of epochs"),
     Need(TRAINER, "get_cp_size", (), "refusing context parallelism"),
     Need(TRAINER, "get_sp_size", (), "refusing sequence parallelism"),
     Need("transformers.PreTrainedModel", "_from_config", ("config",), "the benchmark's models"),

@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -30,16 +32,31 @@ def write_json(path: Path, content) -> None:
         path (`Path`): The file. Its folder is created.
         content: The content.
     """
+    if isinstance(content, list):  # one element a line
+        text = "[\n" + ",\n".join(json.dumps(element, sort_keys=True) for element in content) + "\n]\n"
+    else:
+        text = json.dumps(content, indent=2, sort_keys=True) + "\n"
+    with replaced(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """
+    Write a file anew: in this context a part is written, which then takes its name. A reader always sees the old
+    content or the new, even after a crash.
+
+    Args:
+        path (`Path`): The file. Its folder is created.
+
+    Yields:
+        `Path`: The part to write.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    with open(part, "w", encoding="utf-8") as file:
-        if isinstance(content, list):  # one element a line
-            file.write("[\n" + ",\n".join(json.dumps(element, sort_keys=True) for element in content) + "\n]\n")
-        else:
-            file.write(json.dumps(content, indent=2, sort_keys=True) + "\n")
-        # On disk before it takes the name: after a power failure the name must not lead to an empty file.
-        file.flush()
-        os.fsync(file.fileno())
+    yield part
+    with open(part, "rb+") as file:
+        os.fsync(file.fileno())  # on disk before it takes the name: else a power failure may leave an empty file
     os.replace(part, path)
 
 

@@ -1,9 +1,11 @@
-"""Axes of plots: linear with plain numbers, and logarithmic only where the values span decades."""
+"""Axes of plots: linear with plain numbers, and logarithmic only where the values span decades; and their files."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 
@@ -25,3 +27,16 @@ def scale_values(axes: Axes) -> None:
         axes.yaxis.set_minor_formatter(NullFormatter())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.6g}"))
     axes.grid(alpha=0.3, which="both")
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """
+    Write a plot as a PNG file.
+
+    Args:
+        figure (`matplotlib.figure.Figure`): The plot.
+        path (`Path`): The file. Its folder is created.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # No version of matplotlib in the file: the same numbers give the same bytes.
+    figure.savefig(path, dpi=150, metadata={"Software": None})

@@ -7,7 +7,7 @@ source → splits → columns → class numbers → parts held out → subsets �
 from typing import Any, NamedTuple
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, Image
 
 from hf_trim.data.arguments import DataArguments
 from hf_trim.data.columns import Columns, find_columns
@@ -19,6 +19,9 @@ from hf_trim.data.sources import load_splits
 from hf_trim.data.splits import fractions_to_hold_out, hold_out, pick_splits, take_subset
 from hf_trim.data.summary import first_rows, summarize
 from hf_trim.data.texts import prepare_texts
+
+
+ROW = "hf_trim_row"  # a column of the training split: the number of its row as it was read
 
 
 class RawData(NamedTuple):
@@ -55,6 +58,8 @@ def read_data(args: DataArguments) -> RawData:
     if args.task != "causal-lm":
         assert columns.label is not None  # classes have a column
         splits = encode_labels(columns.label, splits)
+    # Samples are drawn and held out: these numbers tell where each comes from.
+    splits["train"] = splits["train"].add_column(ROW, range(len(splits["train"])))
     held_out = list(fractions_to_hold_out(args, splits))
     return RawData(hold_out(args, splits), columns, held_out)
 
@@ -89,6 +94,14 @@ def load_data(args: DataArguments, processing_class: Any = None, device: torch.d
             data = prepare_images(args, splits, columns.inputs, processing_class, device)
         else:
             data = prepare_texts(args, splits, columns.inputs, processing_class)
+        data.inputs, data.rows = _shown_inputs(splits["train"], columns), splits["train"][ROW]
     data.summary = summarize(args.dataset, splits, columns, held_out, data)
     data.examples = first_rows(splits["train"], columns)
     return data
+
+
+def _shown_inputs(train: Dataset, columns: Columns) -> Dataset:
+    """Texts or pictures alone."""
+    inputs = train.select_columns(columns.inputs)
+    is_undecoded = columns.kind == "image" and not isinstance(inputs.features[columns.inputs], Image)
+    return inputs.cast_column(columns.inputs, Image()) if is_undecoded else inputs

@@ -1,6 +1,6 @@
 """What comes out: the splits, and what `Trainer`, the model and the saved folder need to know of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,6 +41,11 @@ class Data:
             A few lines: the columns, and how many rows and classes there are.
         examples (`list[tuple[str, str]]`, *optional*):
             The first rows of the training split, as they are shown to a reader: input and class.
+        inputs (`datasets.Dataset`, *optional*):
+            The training split's texts or pictures as they were read, in its one column; `None` for a language model.
+        rows (`list[int]`, *optional*):
+            For each sample of the training split its row in the split as it was read, from 0 on; `None` for a language
+            model.
     """
 
     kind: str
@@ -55,6 +60,21 @@ class Data:
     validation_dataset: Dataset | DeviceImages | None = None
     summary: str = ""
     examples: list[tuple[str, str]] = field(default_factory=list)
+    inputs: Dataset | None = None
+    rows: Sequence[int] | None = None
+
+    def show(self, index: int) -> Any:
+        """
+        Args:
+            index (`int`): A sample of the training split.
+
+        Returns:
+            `str` or `PIL.Image.Image`: Its text or its picture, as it was read.
+        """
+        if self.inputs is None:  # a block of tokens
+            return self.processing_class.decode(self.train_dataset[index]["input_ids"])
+        (value,) = self.inputs[index].values()
+        return value
 
     @property
     def eval_dataset(self) -> Dataset | DeviceImages:

@@ -200,7 +200,8 @@ def render_card(summary: dict, repo: str | None, folder: Path | None = None) -> 
     fractions = [(log["epoch"], round(log["keep_fraction"], 3)) for log in history if "keep_fraction" in log]
     seconds, evaluation = summary["train_seconds"], "with" if summary["includes_evaluation"] else "without"
     source = str(folder) if repo is None else repo
-    has_plot = {name: folder is not None and (folder / name).is_file() for name in ("curves.png", "comparison.png")}
+    names = ("curves.png", "comparison.png", "data_map.png", "hard_samples.html", "trim_memory.parquet")
+    files = {name: name if folder is not None and (folder / name).is_file() else "" for name in names}
     versions_used = ", ".join(f"{name} {number}" for name, number in summary["versions"].items())
     return ModelCard.from_template(
         _metadata(summary),
@@ -221,13 +222,16 @@ def render_card(summary: dict, repo: str | None, folder: Path | None = None) -> 
         if summary["library"] == "timm"
         else "",
         schedule=_schedule(summary),
-        plot="curves.png" if has_plot["curves.png"] else "",
+        plot=files["curves.png"],
         fractions=fractions[:: max(1, len(fractions) // 10)],  # in a table: about ten rows
         clock=""
         if seconds is None
         else f"It took {seconds:.1f} s ({evaluation} evaluation) on {summary['hardware']}.",
         hyperparameters=summary["hyperparameters"],
-        comparison_plot="comparison.png" if has_plot["comparison.png"] else "",
+        comparison_plot=files["comparison.png"],
+        sample_page=files["hard_samples.html"],
+        sample_table=files["trim_memory.parquet"],
+        data_map=files["data_map.png"],
         command=summary["command"],
         reproduction=f"Seed {summary['seed']}; {versions_used}; {summary['hardware']}.",
         recipe=summary["recipe"],

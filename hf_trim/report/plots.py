@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from hf_trim.plotting import scale_values
+from hf_trim.plotting import save_figure, scale_values
 from hf_trim.report.summary import ARMS, TITLES
 from hf_trim.run.records import UNITS, metric_name, test_score
 
@@ -48,9 +48,7 @@ def plot(records: list[dict], path: Path, title: str) -> None:
     seconds.set_visible(bool(seconds.lines))  # older records do not say how long each epoch took
     _plot_differences(seeds, runs_of)
     seeds.set(xlabel="seed", ylabel=f"{TITLES[metric]}, difference to plain")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # No version of matplotlib in the file: the same records give the same bytes.
-    figure.savefig(path, dpi=150, metadata={"Software": None})
+    save_figure(figure, path)
 
 
 def _plot_curves(epochs: Axes, seconds: Axes, runs: list[dict], key: str, arm: str) -> None:

@@ -25,9 +25,10 @@ RESULTS = ("all_results.json", "checkpoint-*", "records/*.json", *(f"{arm}-seed*
 # All that a run writes, but for logs of trackers.
 WRITTEN = (
     "*_results.json", "checkpoint-*", "records", *(f"{arm}-seed*" for arm in ARMS), "settings.json", "run.json",
-    "run.log", "trainer_state.json", "training_args.*", "curves.png", "comparison.png", "README.md", "config.json",
-    "generation_config.json", "model*.safetensors", "model.safetensors.index.json", "preprocessor_config.json",
-    "tokenizer*.json", "special_tokens_map.json", "vocab.*", "merges.txt",
+    "run.log", "trainer_state.json", "training_args.*", "trim_memory.parquet", "hard_samples.html", "data_map.png",
+    "curves.png", "comparison.png", "README.md", "config.json", "generation_config.json", "model*.safetensors",
+    "model.safetensors.index.json", "preprocessor_config.json", "tokenizer*.json", "special_tokens_map.json",
+    "vocab.*", "merges.txt",
 )  # fmt: skip
 # What the model in a folder has beside the settings; the runs of a comparison differ in it.
 MODEL_SETTINGS = ("seed", "trim_select", "arm")

@@ -46,6 +46,7 @@ class RunArguments:
         lr_gamma (`float`): That factor.
         early_stopping_patience (`int`, *optional*): Stop after this number of tests in a row without a better metric
             on the validation split, and take the best model.
+        show_samples (`bool`): With `trim_memory`: show texts or pictures in `hard_samples.html`, on the Hub as well.
         license (`str`, *optional*): The license in the model card.
         overwrite (`bool`): Train anew, in the place of what earlier runs left in `output_dir`.
         push_only (`bool`): Push what is in `output_dir` to the Hub, without training.
@@ -76,6 +77,9 @@ class RunArguments:
             "help": "Stop after this number of tests in a row without a better metric_for_best_model (by default the "
             "loss) on the validation split, and take the best model."
         },
+    )
+    show_samples: bool = field(
+        default=False, metadata={"help": "With trim_memory: show texts or pictures in hard_samples.html."}
     )
     license: str | None = field(default=None, metadata={"help": "The license in the model card. Default: none."})
     overwrite: bool = field(
@@ -324,6 +328,8 @@ def parse(recipe: str | None, command_line: list[str]) -> Job:
     if unknown:
         choices = [option for action in parser._actions for option in action.option_strings]
         raise RecipeError(f"unknown argument '{unknown[0]}'.{closest(unknown[0].split('=')[0], choices)}")
+    if run.show_samples and not training.trim_memory:
+        raise RecipeError("--show_samples has no effect without --trim_memory: add that, or leave --show_samples out.")
     if run.overwrite and run.push_only:
         raise RecipeError("--overwrite deletes what --push_only would push: leave one of them out.")
     if run.overwrite and training.resume_from_checkpoint is not None:

@@ -12,6 +12,7 @@ from hf_trim.messages import wrap
 from hf_trim.run.chatter import write_chatter_to
 from hf_trim.run.clock import samples_per_second, train_seconds
 from hf_trim.run.folder import arm_of, claim_folder, clear_folder
+from hf_trim.run.memory_files import write_memory
 from hf_trim.run.metrics import describe_classes
 from hf_trim.run.progress import describe_checkpoint
 from hf_trim.run.recipe import Job, RecipeError, user_errors
@@ -124,6 +125,8 @@ def save_run(job: Job, data: Data, trainer: RecipeTrainer, metrics: dict, tested
     save_arguments(trainer.args, folder)
     summary = {**summarize(job, data, trainer, tested), "arm": arm}
     plot_curves(summary, folder / "curves.png")
+    if job.training.trim_memory:
+        write_memory(job, data, trainer.trim_memory, folder)
     write_json(folder / "run.json", summary)
     write_card(folder)
     # Written last, because this file marks the training as finished.

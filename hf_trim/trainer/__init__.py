@@ -9,17 +9,21 @@ The trainer: batch → per-item losses → keep decision → trimmed backward �
   calls of a mini-batch), `step_choice.py` (mini-batches of one sample), `process_group.py` (several processes).
 - 4. trimmed backward: `hf_trim/backward`.
 - 5. logs: `logs.py`.
+- After it, with `trim_memory`: `indices.py` (which samples a mini-batch has), `sample_losses.py` (what it shows of
+  them), `memory.py` (the table), `remembering.py` (the trainer's part).
 """
 
 from hf_trim.trainer.arguments import TrimmingArguments, TrimmingConfig
 from hf_trim.trainer.functional import trimmed_linear_cross_entropy, trimmed_mean
 from hf_trim.trainer.losses import mark_losses
+from hf_trim.trainer.memory import SampleMemory
 from hf_trim.trainer.schedule import linear_fraction
 from hf_trim.trainer.selection import select_items
 from hf_trim.trainer.trainer import TrimmingMixin, TrimmingTrainer
 
 
 __all__ = [
+    "SampleMemory",
     "TrimmingArguments",
     "TrimmingConfig",
     "TrimmingMixin",

@@ -65,6 +65,11 @@ class TrimmingConfig:
         trim_scope (`str`, *optional*, defaults to `"local"`):
             Among which items the hardest are chosen: those of each device's micro-batch (`"local"`), or those of the
             micro-batches of all devices together (`"global"`), as one device with the whole mini-batch would choose.
+        trim_memory (`bool`, *optional*, defaults to `False`):
+            Whether to remember the losses of each training sample, and how often it was kept: `trainer.trim_memory` is
+            the table, `trainer.hard_examples(10)` the hardest samples. It takes 34 to 40 bytes a sample of the host's
+            memory (in each process), is part of the checkpoints, and changes nothing in the training; plain training
+            can be remembered, too (`trim_select="none"`). Counts from the start of the next training.
     """
 
     trim_keep_start: float = field(
@@ -132,6 +137,10 @@ class TrimmingConfig:
             "devices' together (global).",
             "choices": SCOPE_CHOICES,
         },
+    )
+    trim_memory: bool = field(
+        default=False,
+        metadata={"help": "Remember the losses of each training sample, and how often it was kept."},
     )
 
     def __post_init__(self) -> None:

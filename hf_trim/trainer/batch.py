@@ -31,6 +31,8 @@ from hf_trim.trainer.ranking import (
     total_weight,
     unknown_samples,
 )
+from hf_trim.trainer.sample_losses import SampleLosses
+from hf_trim.trainer.second_pass import adopt
 from hf_trim.trainer.selection import num_carrying, num_kept, places, top_mask, without_hardest
 
 
@@ -75,13 +77,15 @@ class TrimmedBatch:
         self.has_unknown_weights = False  # whether a replay adds up several losses of the model as they are
         self.logged: Tensor | None = None  # `[5]`: numbers of kept and of valid items, threshold, kept mass, mass
         self.masses: list[Tensor] = []  # of each group of items: `[2]`, the mass of one's own and their number
+        # What is seen of each sample, if it is to be remembered.
+        self.seen = SampleLosses(self.batch_size, self.labels, self.checks) if self.config.trim_memory else None
         self._values: list[Tensor] = []  # what the calls returned, until the choice is made
         self._joined: list[int] = []  # of each choice together with other processes, how many numbers of an item
 
     @property
     def keeps_all(self) -> bool:
         """Whether nothing is left out."""
-        return self.keep == 1 and not self.config.is_adaptive
+        return self.keep == 1 and not (self.config.is_adaptive and self.config.trims)
 
     @property
     def counts_all(self) -> bool:
@@ -105,6 +109,8 @@ class TrimmedBatch:
             `torch.Tensor` or `None`: The same if it can be the loss: if there is no NaN, which may mean that there is
             no label. Where the host would wait to see it, [`LossCall`] and [`select`] find what is wrong.
         """
+        if not self.config.trims:  # remembered as it is
+            return plain
         can_wait = self.config.trim_nonfinite == "drop" or self.checks.is_first
         if not (can_wait or waiting.reads_freely(plain.device)):
             return plain
@@ -121,7 +127,7 @@ class TrimmedBatch:
             `torch.Tensor`: What it returns to the caller.
         """
         if self.scored is not None:
-            self._adopt(call, self.scored)
+            adopt(call, self.scored)
         value = call.value(self.is_scoring)
         self.calls.append(call)
         self._values.append(value)
@@ -168,6 +174,7 @@ class TrimmedBatch:
         scored, self.calls, self.is_scoring = self.calls, [], False
         if not self.per_sample or self.samples is None:
             self.logged, self.masses, self.dropped = None, [], 0  # all is done again
+            self.seen = SampleLosses(self.batch_size, self.labels, self.checks) if self.seen is not None else None
             return None
         self.scored = scored
         # Without a valid item the first sample is run, so that there is a graph.
@@ -193,29 +200,6 @@ class TrimmedBatch:
         """In the second pass of a replay: a call without a graph, which the first pass could not tell from others."""
         if self.scored and self.is_in_model:
             del self.scored[0]
-
-    @staticmethod
-    def _adopt(call: LossCall, calls: list[LossCall]) -> None:
-        """In the second pass of a replay: what the first one has chosen of the same call."""
-        while calls and (calls[0].kind, calls[0].reduction) != (call.kind, call.reduction):
-            del calls[0]
-        if not calls:
-            raise ValueError(
-                "compute_loss calls other loss functions when it is run a second time, or over other classes (as "
-                "where samples are compared with each other): set trim_backward='sparse'."
-            )
-        scored = calls.pop(0)
-        if scored.kept is None:  # the loss does not depend on it
-            call.kept = Kept(torch.zeros(0, dtype=torch.long), torch.zeros(()))
-            call.is_unknown = True
-            return
-        elements = scored.kept.elements
-        if call.losses.numel() != scored.losses.numel():  # the model has run the kept samples alone
-            if call.reduction == "none":
-                raise ValueError("mark_losses in a model's forward pass cannot go with trim_backward='replay'.")
-            count = call.losses.numel() if elements.numel() else 0
-            elements, call.full = torch.arange(count, device=elements.device), scored.full
-        call.kept = Kept(elements, scored.kept.factor)
 
     def rank_by(self, score: Callable[[Tensor], Tensor]) -> None:
         """
@@ -301,6 +285,8 @@ class TrimmedBatch:
         kept: list[tuple[LossCall, Kept]] = []
         for track, part in zip(tracks, own.split([len(x.scores) for x in ranked]), strict=True):
             kept += self._kept(track, part, most)
+            if self.seen is not None:
+                self.seen.add(track, part)
         processes = 1 if self.process_group is None else self.process_group.size
         # Pieces of one loss have one number; other calls over the same items have one each.
         sums = zip(counts.expand(len(kept)), divisors.sum(0).expand(len(kept)), strict=True)
@@ -325,7 +311,7 @@ class TrimmedBatch:
             )
         items = items_of(track, is_per_sample)
         num_nonfinite, total = (~items.finite).sum(), items.finite.numel()
-        if self.config.trim_nonfinite == "error":
+        if self.config.trim_nonfinite == "error" and self.config.trims:
             what = (
                 f"{{count}} of {total} losses of this mini-batch are NaN or infinite, and ranking them means nothing."
             )
@@ -333,7 +319,7 @@ class TrimmedBatch:
             if self.checks.skips_nonfinite:
                 self.overflows = self.overflows + num_nonfinite
                 return items._replace(scores=items.scores.where(items.finite, torch.inf))
-        elif int(num_nonfinite):
+        elif self.config.trims and int(num_nonfinite):
             if len(call.losses) != self.batch_size:
                 raise ValueError(unknown_samples(self.batch_size).format(count=total))
             finite = items.finite.view(self.batch_size, -1).all(1)

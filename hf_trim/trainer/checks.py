@@ -25,7 +25,7 @@ def check_liger_kernel(args: TrainingArguments, trim: TrimmingConfig) -> None:
     Raises:
         `ValueError`: If the loss would be replaced by a fused one.
     """
-    if not (args.use_liger_kernel and trim.trims):
+    if not (args.use_liger_kernel and (trim.trims or trim.trim_memory)):
         return
     config = args.liger_kernel_config or {}
     if any(config.get(name, True) for name in ("fused_linear_cross_entropy", "cross_entropy")):
@@ -38,7 +38,7 @@ def check_liger_kernel(args: TrainingArguments, trim: TrimmingConfig) -> None:
 
 def check_settings(args: TrainingArguments, trim: TrimmingConfig, devices_per_sample: int, model: nn.Module) -> None:
     """
-    Check the settings, and refuse what would trim wrongly. Nothing is refused where nothing is trimmed.
+    Check the settings, and refuse what would trim wrongly. Nothing is refused where nothing is trimmed or remembered.
 
     Args:
         args ([`~transformers.TrainingArguments`]): The training arguments.
@@ -50,10 +50,11 @@ def check_settings(args: TrainingArguments, trim: TrimmingConfig, devices_per_sa
         `ValueError`: If a field has a wrong value, or does not go with the others.
     """
     trim.check()
-    if not trim.trims:
+    if not (trim.trims or trim.trim_memory):
         return
     check_parallelism(args, trim, devices_per_sample)
-    check_cuda_graphs(args, trim, model)
+    if trim.trims:
+        check_cuda_graphs(args, trim, model)
     config: Any = getattr(model, "config", None)
     is_regression = getattr(config, "problem_type", None) == "regression" or getattr(config, "num_labels", 2) == 1
     if args.label_smoothing_factor and is_regression:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_trim.trainer.losses import IGNORE_INDEX, MARK_LOSSES, LossCall, intercepting_batch, mark_losses
+from hf_trim.trainer.predictions import predicts
 
 
 def mean_of_user_losses(returned: Any, labels: Any) -> Tensor:
@@ -140,7 +141,8 @@ class SmoothedLoss:
             with torch.no_grad():
                 losses = F.cross_entropy(**arguments, reduction="none")
             counts = arguments["target"] != IGNORE_INDEX
-            return batch.add(LossCall(losses, counts, "mean", batch.batch_size, plain=plain))
+            predict = predicts(arguments["input"], arguments["target"])
+            return batch.add(LossCall(losses, counts, "mean", batch.batch_size, plain=plain, predict=predict))
         if num_items_in_batch is None:
             return F.cross_entropy(**arguments)
         return F.cross_entropy(**arguments, reduction="sum") / torch.as_tensor(

@@ -27,6 +27,7 @@ from hf_trim.backward.eager.sparse import row_gradient
 from hf_trim.trainer.kept import Kept
 from hf_trim.trainer.late_checks import LateChecks
 from hf_trim.trainer.lm_head import LazyLogits, LMHead
+from hf_trim.trainer.predictions import predicts
 
 
 if TYPE_CHECKING:
@@ -61,6 +62,8 @@ class LossCall:
         scores (`torch.Tensor`, *optional*): `[n]`, what items are ranked by, if not by their losses.
         mass (`Callable`, *optional*): Returns the `[n]` gradient mass of the items; without, it is their scores.
         plain (`torch.Tensor`, *optional*): The function's own result, if everything is kept.
+        predict (`Callable`, *optional*): Where there is one class for each item: returns the probability of its label,
+            the predicted class and the label, each `[n]`.
     """
 
     def __init__(
@@ -78,6 +81,7 @@ class LossCall:
         scores: Tensor | None = None,
         mass: Callable[[], Tensor] | None = None,
         plain: Tensor | None = None,
+        predict: Callable[[], tuple[Tensor, Tensor, Tensor]] | None = None,
     ):
         # One row for each sample, if there are as many losses for each: [B·T] tokens are [B, T].
         rows = batch_size if losses.numel() % batch_size == 0 else losses.numel()
@@ -87,7 +91,7 @@ class LossCall:
         self.counts = counts.detach().reshape(shape).to(self.losses)
         self.scores = self.losses.detach() if scores is None else scores.detach().reshape(shape).to(self.losses)
         self.reduction, self.scale, self.kind, self.target = reduction, scale, kind, target
-        self.ignore_index, self.logits = ignore_index, logits
+        self.ignore_index, self.logits, self.predict = ignore_index, logits, predict
         # How many losses can have a label, as far as the host knows.
         self.most_labels = losses.numel() if logits is None else logits.most_labels
         self._mass = mass
@@ -249,6 +253,7 @@ def _class_losses(func: Callable, arguments: dict[str, Any], reduction: str) -> 
     return {
         "losses": losses, "counts": counts, "reduction": reduction, "ignore_index": ignore_index, "target": target,
         "kind": (func, classes), "logits": logits if is_lazy else None, "mass": mass,
+        "predict": None if "linear_weight" in arguments else predicts(logits, target),
     }  # fmt: skip
 
 

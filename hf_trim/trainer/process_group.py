@@ -43,6 +43,28 @@ def host_numbers(number: int, accelerator: Accelerator) -> list[int]:
     return numbers.tolist()
 
 
+def host_columns(own: Tensor, accelerator: Accelerator) -> Tensor:
+    """
+    Collect numbers of all processes, in the memory of their hosts.
+
+    Args:
+        own (`torch.Tensor`): `[r, n]` numbers of this process, on the CPU; n may differ between the processes.
+        accelerator (`accelerate.Accelerator`): Knows the processes.
+
+    Returns:
+        `torch.Tensor`: `[r, n of all]`, process by process.
+    """
+    sizes = host_numbers(own.shape[1], accelerator)
+    padded = torch.nn.functional.pad(own, (0, max(sizes) - own.shape[1]))
+    if not (dist.is_available() and dist.is_initialized()):
+        gathered = accelerator.gather(padded[None].to(accelerator.device)).cpu()
+    else:
+        group = None if dist.get_backend() == "gloo" else _host_group(dist.group.WORLD)
+        gathered = padded.new_empty(len(sizes), *padded.shape)
+        dist.all_gather_into_tensor(gathered, padded[None].contiguous(), group=group)
+    return torch.cat([part[:, :size] for part, size in zip(gathered, sizes, strict=True)], 1)
+
+
 @dataclass
 class ProcessGroup:
     """

@@ -123,7 +123,9 @@ def items_of(track: Track, is_per_sample: bool) -> Items:
     return Items(scores.sum(0), mass.sum(0), valid.any(0), finite.all(0), counts.t())
 
 
-def check_samples(call: LossCall, labels: Tensor | None, batch_size: int, checks: LateChecks) -> None:
+def check_samples(
+    call: LossCall, labels: Tensor | None, batch_size: int, checks: LateChecks, message: str | None = None
+) -> None:
     """
     Check that each sample has as many losses as labels. Some models leave out what has no label, so that losses are
     not in the places of their labels.
@@ -133,6 +135,7 @@ def check_samples(call: LossCall, labels: Tensor | None, batch_size: int, checks
         labels (`torch.Tensor`, *optional*): `[B, ...]` labels.
         batch_size (`int`): Number B of samples.
         checks ([`~hf_trim.trainer.late_checks.LateChecks`]): Raises the error.
+        message (`str`, *optional*): What is said then, with a place `{count}` for the number of losses.
     """
     if labels is None or labels.dim() < 2 or call.ignore_index is None:
         return
@@ -145,7 +148,7 @@ def check_samples(call: LossCall, labels: Tensor | None, batch_size: int, checks
         rows = call.target.reshape(call.losses.shape)
         for expected in (labels, labels[..., 1:]):
             is_wrong = is_wrong | (_are_equal(turned, expected) & ~_are_equal(rows, expected))
-    checks.refuse(torch.where(is_wrong, num_losses.sum(), 0), unknown_samples(batch_size))
+    checks.refuse(torch.where(is_wrong, num_losses.sum(), 0), message or unknown_samples(batch_size))
 
 
 def _are_equal(a: Tensor, b: Tensor) -> Tensor:

@@ -36,6 +36,8 @@ def choose_in_step(passes: list[LossPass]) -> None:
     for loss_pass, kept in zip(passes, is_kept.tolist(), strict=True):
         batch, loss_pass.is_left_out = loss_pass.batch, not kept
         batch.most_items = len(batches)
+        if batch.seen is not None and not kept:
+            batch.seen.leave_out()
         for call in batch.scored or ():
             if call.kept is not None:
                 call.kept = call.kept._replace(factor=call.kept.factor * ratio.to(call.kept.factor))

@@ -12,7 +12,7 @@ Where to find each step, e.g. of B = 8 samples of which p = 0.25 are kept:
 5. logs: [`TrimmingMixin.log`] (`logs.py`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, cast
 
@@ -32,6 +32,7 @@ from hf_trim.trainer.loss_functions import SmoothedLoss, UserLoss
 from hf_trim.trainer.loss_pass import REFERENCE_COLUMN
 from hf_trim.trainer.losses import NO_PART
 from hf_trim.trainer.process_group import host_numbers
+from hf_trim.trainer.remembering import MOST_STEPS
 from hf_trim.trainer.timing import is_timed
 from hf_trim.trainer.trimmed_loss import TrimmedLossMixin
 
@@ -74,14 +75,25 @@ class TrimmingMixin(TrimmedLossMixin, PushMixin):
         self._difference: Tensor | float = 0.0  # of the trimmed loss from that of all items, in this training step
         self._is_loss_known = False  # whether what the loss is made of was looked at
         self._training_inputs: Any = None  # of the training step under way
+        self._is_saving = False  # whether a checkpoint is being written
         reset_fallbacks()
 
     def _stand_around(self) -> None:
         """Subclasses and users may give methods that do not call `super()`, so ours stand around them."""
-        for name, ours in (("training_step", self._run_training_step), ("compute_loss", self._compute_trimmed_loss)):
+        for name, ours in (
+            ("training_step", self._run_training_step),
+            ("compute_loss", self._compute_trimmed_loss),
+            ("get_batch_samples", self._collect_batch_samples),
+            ("get_train_dataloader", self._load_with_indices),
+        ):
             method = getattr(self, name)
             if not (isinstance(method, partial) and method.func == ours):
                 setattr(self, name, partial(ours, method))
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train, as [`~transformers.Trainer`] does, with the arguments of its method."""
+        self._stand_around()  # methods may have been replaced since the trainer was made
+        return super().train(*args, **kwargs)
 
     def _current_settings(self) -> TrimmingConfig:
         """The same, checked if they have changed."""
@@ -110,11 +122,23 @@ class TrimmingMixin(TrimmedLossMixin, PushMixin):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         self._checks.read()  # nothing is saved of a training that is broken
         super().save_model(output_dir, _internal_call)
+        if self._is_saving and self._memory is not None and self.args.should_save:
+            self._memory.save(cast(str, output_dir))  # before the trainer's state, which marks a whole checkpoint
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._masses.save(self.state)
         self._timing.save(self.state)
-        super()._save_checkpoint(model, trial)
+        self._read_losses()
+        self._is_saving = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._is_saving = False
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self._memory is not None and checkpoint is not None:
+            self._memory.load(checkpoint)
 
     def _load_callback_state(self) -> None:
         # What is kept there for the next steps belongs to no callback, and would be reported as ignored.
@@ -130,9 +154,19 @@ class TrimmingMixin(TrimmedLossMixin, PushMixin):
 
     # ---- a training step ------------------------------------------------------------------------------------------
 
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        super()._run_epoch(*args, **kwargs)
+        self._read_losses()
+
+    def _collect_batch_samples(
+        self, get_batch_samples: Callable[..., tuple[list, Any]], epoch_iterator: Iterator, *args: Any, **kwargs: Any
+    ) -> tuple[list, Any]:
+        """Stands around `get_batch_samples`: notes the mini-batches of the step, and which samples they have."""
         self._stand_around()
-        self._step_inputs, num_items_in_batch = super().get_batch_samples(*args, **kwargs)
+        if self.state.global_step >= self._read_step + MOST_STEPS:
+            self._read_losses()
+        batches = self._without_indices(epoch_iterator)
+        self._step_inputs, num_items_in_batch = get_batch_samples(batches, *args, **kwargs)
         self._number, self._scored = -1, {}
         self._num_batches = len(self._step_inputs)
         if self._process_group(self.trim, self.keep_fraction) is not None:
@@ -142,10 +176,11 @@ class TrimmingMixin(TrimmedLossMixin, PushMixin):
     def _run_training_step(self, training_step: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """Stands around `training_step`: the trimmed loss in the place of that of all items."""
         trim = self._current_settings()
-        if not trim.trims or self._batches is not None:
+        remembers = trim.trim_memory and self._memory is not None
+        if not (trim.trims or remembers) or self._batches is not None:
             return training_step(*args, **kwargs)
         self._number += 1
-        self._batches, self._difference, self._has_loss = [], 0.0, False
+        self._batches, self._difference, self._has_loss, self._is_remembered = [], 0.0, False, False
         has_scaler = self.accelerator.scaler is not None or self.accelerator.mixed_precision == "fp16"
         self._checks.begin_batch(
             self.state.global_step + 1, self._per_sample is None, has_scaler and trim.trim_nonfinite == "error"
@@ -158,7 +193,7 @@ class TrimmingMixin(TrimmedLossMixin, PushMixin):
             if not self._has_loss:
                 raise ValueError(
                     f"The training_step of {type(self).__name__} does not call self.compute_loss, which is where the "
-                    "loss is trimmed: let it do so, or set trim_select='none'."
+                    "loss is trimmed: let it do so, or set trim_select='none' and trim_memory=False."
                 )
             if self._batches and not any(call.used for batch in self._batches for call in batch.calls):
                 if not any(batch.has_no_graph for batch in self._batches):
@@ -171,6 +206,8 @@ class TrimmingMixin(TrimmedLossMixin, PushMixin):
 
     def _end_training_step(self, trim: TrimmingConfig, batches: list[TrimmedBatch]) -> None:
         """Note in the trainer's state what later steps depend on."""
+        if not trim.trims:
+            return
         if trim.is_adaptive:
             for batch in batches:
                 self._masses.add(batch)
@@ -197,7 +234,7 @@ class TrimmingMixin(TrimmedLossMixin, PushMixin):
             backward(loss, **kwargs)
         for scale in scales[:1]:
             self._difference = self._difference + sum(call.difference for call in calls) / scale
-            if calls and not self._is_loss_known:  # in the first mini-batch
+            if calls and not self._is_loss_known and self.trim.trims:  # in the first mini-batch
                 self._is_loss_known, whole = True, float(loss.detach())
                 self._notices.tell_rest(whole, whole - float(sum(call.weighted for call in calls) / scale))
 
@@ -212,6 +249,8 @@ class TrimmingMixin(TrimmedLossMixin, PushMixin):
             start_time (`float`, *optional*): The start of training.
         """
         self._checks.read()
+        if "loss" in logs and self.is_in_train:
+            self._read_losses()
         if "loss" in logs and not self.trim.trims:
             logs.update({"keep_fraction": 1.0, "kept_fraction": 1.0, "full_loss": logs["loss"]})
         elif "loss" in logs:

@@ -10,7 +10,7 @@ import copy
 import random
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,18 +34,13 @@ from hf_trim.trainer.mass_history import MassHistory
 from hf_trim.trainer.notices import Notices
 from hf_trim.trainer.process_group import ProcessGroup, host_numbers
 from hf_trim.trainer.ranking import NONFINITE_ADVICE
+from hf_trim.trainer.remembering import RememberingMixin
 from hf_trim.trainer.schedule import keep_fraction, schedule_unit
 from hf_trim.trainer.step_choice import choose_in_step
 from hf_trim.trainer.timing import BackwardTiming, is_timed
 
 
-if TYPE_CHECKING:
-    TrainerBase = Trainer
-else:
-    TrainerBase = object  # the trainer is named beside the mixin, and comes after it
-
-
-class TrimmedLossMixin(TrainerBase):
+class TrimmedLossMixin(RememberingMixin):
     """The part of [`~hf_trim.trainer.trainer.TrimmingMixin`] that computes the loss of a mini-batch."""
 
     def __init__(
@@ -148,12 +143,14 @@ class TrimmedLossMixin(TrainerBase):
         is_training = torch.is_grad_enabled() and (self.is_in_train or self._batches is not None)
         model_inputs = inputs if self._score is None else without_reference(inputs)
         labels = self._labels(inputs)
-        if not (trim.trims and is_training) or self._batch is not None:
+        remembers = trim.trim_memory and self._memory is not None
+        if not ((trim.trims or remembers) and is_training) or self._batch is not None:
             return compute_loss(model, model_inputs, *args, **kwargs)
         self._has_loss = True
         keep, inner = self.keep_fraction, self._inner_model()
-        head = self._chunked_head(trim, inner, keep, labels)
-        is_simple = keep == 1 and self._per_sample is not None  # the first mini-batch has shown what the loss is over
+        head = self._chunked_head(trim, inner, keep, labels) if trim.trims else None
+        # The first mini-batch has shown what the loss is over.
+        is_simple = keep == 1 and self._per_sample is not None and not remembers
         compiled = [] if is_simple and head is None else compiled_modules(model)
         if head is not None and is_compiled_whole(inner, compiled):
             head = None
@@ -186,8 +183,8 @@ class TrimmedLossMixin(TrainerBase):
         if not batch.calls:
             raise ValueError(
                 f"{type(self).__name__} found nothing to rank: no loss function of torch took a mean or a sum while "
-                f"the loss of {type(inner).__name__} was computed. {MARK_LOSSES} trim_select='none' trains without "
-                "trimming."
+                f"the loss of {type(inner).__name__} was computed. {MARK_LOSSES} trim_select='none' and "
+                "trim_memory=False train without trimming."
             )
         self._note(trim, batch, choose(assumed if batch.per_sample is None else batch.per_sample))
         if batch.process_group is not None and self._number + 1 == len(self._step_inputs):
@@ -319,6 +316,7 @@ class TrimmedLossMixin(TrainerBase):
         """What the mini-batch has shown: log each choice once, and what the user should know."""
         if self._batches is not None:
             self._batches.append(batch)
+            self._remember(batch, self._number)
         self._trimming_logs.add(batch)
         if self._per_sample is None:
             self._is_bounded = batch.is_bounded_by_labels

@@ -5,11 +5,12 @@ import os
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from tests.support.forks import run_forks
 from tests.support.heads import COUNTING, HEADS, is_believed_to_count, make
-from tests.support.helpers import InOrder, InOrderAndLarger, train, weights
+from tests.support.helpers import InOrder, InOrderAndLarger, digits, tiny_vit, train, weights
 
 
 TRAININGS = {
@@ -93,7 +94,33 @@ def write(folder: Path, name: str, losses: list, parameters: torch.Tensor):
         (folder / f"{name}.json").write_text(json.dumps(losses))
 
 
+# Of the memory of losses: samples, arguments. A learning rate of 0 gives a sample the same loss whenever it is seen.
+STILL = {"learning_rate": 0.0}
+REMEMBERED = {
+    "filled up": {**STILL},
+    "the last one with less": {**STILL, "accelerator_config": {"even_batches": False}},
+    "shared mini-batches": {**STILL, "accelerator_config": {"split_batches": True}},
+    "read often": {"logging_steps": 1},
+    "read once": {"logging_steps": 100},
+}
+REMEMBERED_ROWS = 43  # the last mini-batches are filled up with the first samples, if at all
+
+
+def remember_all(folder: Path):
+    """Each process writes the table that it has."""
+    rows, rank = digits(REMEMBERED_ROWS), os.environ["RANK"]
+    for case, arguments in REMEMBERED.items():
+        trainer = train(tiny_vit(), rows, folder, trim_memory=True, **arguments)
+        np.savez(folder / f"{case}-{rank}.npz", **trainer.trim_memory.to_dict())
+    try:
+        train(tiny_vit(), rows, folder, trim_memory=True, accelerator_config={"dispatch_batches": True})
+    except ValueError as error:
+        (folder / f"refused-{rank}.txt").write_text(str(error))
+
+
 def train_all(folder: Path, processes: int):
+    if processes == 2:
+        remember_all(folder)
     for head in TRAININGS if processes == 2 else ():
         for keep in (0.3, 1.0):
             write(folder, f"{head}-{keep}", *run(head, folder, processes, keep))

@@ -42,6 +42,7 @@ READS = {
     "equal", "is_nonzero", "repeat_interleave", "bincount",
 }  # fmt: skip
 INDEXES = {"index", "index_put", "index_put_", "_unsafe_index", "_index_put_impl_"}
+FREE = ("hf_trim/backward/waiting.py", "hf_trim/trainer/indices.py")  # the latter reads what is on no device yet
 READERS = {Tensor.tolist, Tensor.numpy, Tensor.cpu}
 FACTORIES = {
     torch.zeros, torch.ones, torch.full, torch.empty, torch.arange, torch.rand, torch.randn, torch.randperm,
@@ -67,8 +68,8 @@ class Waits(Counter):
     mini_batches = 0
 
     def add(self, name: str) -> None:
-        """Count an operation, unless what it reads was asked for early (`waiting.Later`)."""
-        if self.is_on and not (place := _place()).startswith("hf_trim/backward/waiting.py"):
+        """Count an operation, unless what it reads was asked for early (`waiting.Later`) or is the host's own."""
+        if self.is_on and not (place := _place()).startswith(FREE):
             self[name, place] += 1
 
 
@@ -194,6 +195,9 @@ KINDS = {
     "adaptive, samples, sparse": ("vit", {**ADAPTIVE, "trim_backward": "sparse"}),
     "NaN dropped": ("vit", {**KEEP_HALF, "trim_nonfinite": "drop", "trim_backward": "dense"}),
     "among all processes": ("llama", {**KEEP_HALF, "trim_scope": "global", "trim_backward": "dense"}),
+    "samples, remembered": ("vit", {**KEEP_HALF, "trim_backward": "dense", "trim_memory": True}),
+    "samples, nothing trimmed, remembered": ("vit", {"trim_select": "none", "trim_memory": True}),
+    "tokens, chunked head, remembered": ("llama", {**KEEP_HALF, "trim_memory": True}),
     "compiled, dense": ("vit", {**KEEP_HALF, **COMPILED, "trim_backward": "dense"}),
     "compiled, sparse": ("vit", {**KEEP_HALF, **COMPILED, "trim_backward": "sparse"}),
 }
