@@ -60,7 +60,8 @@ def _plot_curves(epochs: Axes, seconds: Axes, runs: list[dict], key: str, arm: s
     values = [[curve[epoch] for curve in curves] for epoch in shared]
     label = f"{arm} ({len(runs)} run{'s' if len(runs) > 1 else ''})"
     means = [statistics.mean(v) for v in values]
-    epochs.plot(shared, means, color=COLORS[arm], label=label)
+    marker = "o" if len(shared) == 1 else None  # a line of one point is not seen
+    epochs.plot(shared, means, color=COLORS[arm], label=label, marker=marker)
     epochs.fill_between(shared, list(map(min, values)), list(map(max, values)), color=COLORS[arm], alpha=0.15, lw=0)
     clocks = [
         {entry["epoch"]: entry["train_seconds"] for entry in run["history"] if "train_seconds" in entry}
@@ -68,7 +69,7 @@ def _plot_curves(epochs: Axes, seconds: Axes, runs: list[dict], key: str, arm: s
     ]
     if all(epoch in clock for clock in clocks for epoch in shared):
         times = [statistics.mean(clock[epoch] for clock in clocks) for epoch in shared]
-        seconds.plot(times, means, color=COLORS[arm])
+        seconds.plot(times, means, color=COLORS[arm], marker=marker)
 
 
 def _plot_fractions(epochs: Axes, trimmed: list[dict]) -> None:

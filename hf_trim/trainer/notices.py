@@ -22,7 +22,7 @@ class Notices:
     """Warnings in the log, each of them once."""
 
     def __init__(self):
-        self.backward: str | None = None  # the backward pass that was told last
+        self.backward: str | None = None  # the last one of a trimmed mini-batch
         self.eval_name = "eval"  # what the evaluations are of, if the user knows them by another name
         self._said: set[str] = set()
 
@@ -46,9 +46,10 @@ class Notices:
             mode (`str`): `"dense"`, `"sparse"` or `"replay"`.
             reason (`str`): Why; a pass that was asked for is not mentioned.
         """
-        if mode != self.backward and reason != "asked for":
-            logger.warning("Trimmed batches use the %s backward pass: %s.", mode, reason)
+        if mode != self.backward:
             self.backward = mode
+            if reason != "asked for":
+                logger.warning("Trimmed batches use the %s backward pass: %s.", mode, reason)
 
     def tell_batch(self, batch: TrimmedBatch, batch_size: int) -> None:
         """

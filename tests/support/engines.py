@@ -84,7 +84,7 @@ def train_all(folder: Path):
             facts = {
                 "losses": trainer.losses,
                 "engine": engine_of(trainer),
-                "warned": [*map(list, trainer._notices.choices)],
+                "warned": trainer._notices.backward,
             }
             (folder / case / "facts.json").write_text(json.dumps(facts))
 
