@@ -355,4 +355,4 @@ if __name__ == "__main__":
     reasons.update(TAPES.counts)
     print(f"{args.count} programs as dense, {on_rows} of them on the kept rows alone")
     for reason, count in reasons.most_common():
-        print(f"{count} graphs refused: {reason}")
+        print(f"{count} {'tapes' if args.taped else 'graphs refused'}: {reason}")
