@@ -19,7 +19,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch  # noqa: E402
 
 import hf_trim  # noqa: E402, F401
-from tests.support.quick import use_no_clock  # noqa: E402
+from tests.support.quick import build_when_asked_to, use_no_clock  # noqa: E402
 
 
 # Two things that take a fifth of the time of a tiny training: accelerate reads the metadata of packages again and
@@ -30,6 +30,7 @@ for backend in (torch.cuda, torch.xpu):
         backend.manual_seed_all = lambda seed: None
 
 use_no_clock()
+build_when_asked_to()
 
 # The last module to end decides how long two workers take: those that start processes or compile come first.
 SLOW = ("compare", "engines", "faults", "distributed", "bench", "compiled", "compiled_models", "compiled_trainer",

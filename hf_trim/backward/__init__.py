@@ -12,7 +12,7 @@ from hf_trim.backward.eager.rows import NotRowwiseError
 from hf_trim.backward.eager.sparse import take_rows_sparse
 from hf_trim.backward.eager.zero_rows import skip_zero_rows
 from hf_trim.backward.registry import implements
-from hf_trim.backward.settings import checked, fallback_report, reset_fallbacks, strict
+from hf_trim.backward.settings import checked, fallback_report, reset_fallbacks, strict, taped
 
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "strict",
     "take_kept",
     "take_rows_sparse",
+    "taped",
 ]
 
 

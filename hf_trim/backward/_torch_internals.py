@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, contextmanager
 from contextvars import Context
 from copy import deepcopy
 from functools import cache, partial
-from operator import attrgetter
+from operator import attrgetter, methodcaller
 from types import MethodType
 from typing import Any, cast
 
@@ -22,10 +22,15 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules._functions import BackwardHookFunction
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.utils import checkpoint as torch_checkpoint
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import _get_current_dispatch_mode as current_dispatch_mode
 from torch.utils._pytree import tree_iter, tree_map, tree_map_only
 
 
-__all__ = ["BackwardHookFunction", "BatchNorm", "StorageWeakRef", "tree_iter", "tree_map", "tree_map_only"]
+__all__ = [
+    "BackwardHookFunction", "BatchNorm", "StorageWeakRef", "TorchDispatchMode", "current_dispatch_mode", "tree_iter",
+    "tree_map", "tree_map_only",
+]  # fmt: skip
 
 # ---- ops ----------------------------------------------------------------------------------------------------------
 
@@ -49,9 +54,10 @@ def is_mutable(op: OpOverload) -> bool:
     return op._schema.is_mutable
 
 
-def argument_names(op: OpOverload) -> list[str]:
-    """The names of an op's arguments, in their order."""
-    return [argument.name for argument in op._schema.arguments]
+@cache
+def op_arguments(op: OpOverload) -> list[tuple[str, bool]]:
+    """The name of each argument of an op, and whether the op changes it."""
+    return [(x.name, x.alias_info is not None and x.alias_info.is_write) for x in op._schema.arguments]
 
 
 def return_types(op: OpOverload) -> list[str]:
@@ -61,8 +67,8 @@ def return_types(op: OpOverload) -> list[str]:
 
 def written_arguments(op: OpOverload, args: tuple, kwargs: dict) -> list:
     """The arguments of a call that an op changes: tensors, and lists of them."""
-    written = [(i, x.name) for i, x in enumerate(op._schema.arguments) if x.alias_info and x.alias_info.is_write]
-    return [args[i] if i < len(args) else kwargs.get(name) for i, name in written]
+    names = enumerate(op_arguments(op))
+    return [args[i] if i < len(args) else kwargs.get(name) for i, (name, is_written) in names if is_written]
 
 
 @cache
@@ -106,7 +112,6 @@ def tensors_sharing_memory(x: Tensor) -> int:
 
 
 version_of = attrgetter("_version")  # how often the memory of a tensor was written to
-
 # ---- autograd's graph ---------------------------------------------------------------------------------------------
 
 _SAVED = "_raw_saved_"
@@ -116,6 +121,10 @@ _saved_names: dict[type, list[str]] = {}
 def current_backward_pass() -> int:
     """The number of the backward pass under way; −1 outside of one."""
     return torch._C._current_graph_task_id()
+
+
+current_node = torch._C._current_autograd_node  # the one whose backward runs in this thread; `None` outside of one
+sequence_number = methodcaller("_sequence_nr")  # of a node: its place in the order of the forward pass
 
 
 def context_of_backward() -> Context | None:

@@ -19,18 +19,22 @@ from hf_trim.backward._torch_internals import context_of_backward
 @dataclass(frozen=True)
 class Settings:
     """
-    Switches of the row-sparse backward pass, changed through [`strict`] and [`checked`], and what it counted.
+    Switches of the row-sparse backward pass, changed through [`strict`], [`checked`] and [`taped`], and what it
+    counted.
 
     Args:
         strict (`bool`, *optional*, defaults to `False`): Whether an op without a rule is an error.
         check_compiled (`bool`, *optional*, defaults to `True`):
             Whether a compiled graph's first gradients on the kept rows are compared with dense ones.
+        tape (`bool`, *optional*, defaults to `False`):
+            Whether a backward pass that repeats itself is recorded, and then run from C++.
         fallbacks (`Counter`, *optional*): Op or autograd node → how often it ran dense for want of a rule.
         refused_graphs (`Counter`, *optional*): Reason → how often a compiled graph ran on the whole batch for it.
     """
 
     strict: bool = False
     check_compiled: bool = True
+    tape: bool = False
     fallbacks: Counter = field(default_factory=Counter)
     refused_graphs: Counter = field(default_factory=Counter)
 
@@ -102,6 +106,19 @@ def checked(enabled: bool = True) -> Iterator[None]:
         enabled (`bool`, *optional*, defaults to `True`): Whether they are, as they are by default.
     """
     with _changed(check_compiled=enabled):
+        yield
+
+
+@contextmanager
+def taped(enabled: bool = True) -> Iterator[None]:
+    """
+    Within this context, a row-sparse backward pass that repeats itself is recorded, and then run from C++: the host
+    has less to do, and the gradients are the same. It needs a C++ compiler; without one, all is as before.
+
+    Args:
+        enabled (`bool`, *optional*, defaults to `True`): Whether it is.
+    """
+    with _changed(tape=enabled):
         yield
 
 

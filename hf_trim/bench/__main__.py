@@ -13,6 +13,7 @@ from accelerate import PartialState
 from transformers import HfArgumentParser
 
 from hf_trim.backward._torch_internals import reset_compiler
+from hf_trim.backward.tape.extension import EXTENSION
 from hf_trim.bench.arguments import TOKEN_MODELS, BenchArguments
 from hf_trim.bench.checks import check_steps
 from hf_trim.bench.models import build_model, make_batch
@@ -105,6 +106,7 @@ def main(argv: list[str] | None = None) -> int:
         (args,) = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     except ValueError as error:
         parser.error(str(error))
+    EXTENSION.get(wait=True)
     settings = {name: value for name, value in asdict(args).items() if name != "output"}
     results: dict = {}
     content = {"arguments": settings, "hardware": hardware(), "versions": versions(), "models": results}

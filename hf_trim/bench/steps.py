@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from hf_trim.backward.compiled.backend import mark_batch_dynamic
 from hf_trim.backward.replay import rows_of
+from hf_trim.backward.settings import taped
 from hf_trim.bench.models import LMHeadOnly
 from hf_trim.trainer.functional import trimmed_linear_cross_entropy, trimmed_mean
 
@@ -114,7 +115,8 @@ class Steps:
             losses_of = partial(self.losses, compiled=kind.is_compiled)
             if kind.backward == "replay":
                 return trimmed_mean(losses_of, kind.keep, backward="replay", model=self.model)
-            return trimmed_mean(losses_of(), kind.keep, backward=kind.backward)
+            with taped():
+                return trimmed_mean(losses_of(), kind.keep, backward=kind.backward)
 
 
 class TokenSteps(Steps):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from hf_trim.backward._torch_internals import around
-from hf_trim.backward.settings import checked, fallback_report, reset_fallbacks, strict
+from hf_trim.backward.settings import checked, fallback_report, reset_fallbacks, strict, taped
 from hf_trim.hub.push import PushMixin
 from hf_trim.trainer.arguments import TrimmingConfig
 from hf_trim.trainer.batch import TrimmedBatch
@@ -187,7 +187,7 @@ class TrimmingMixin(TrimmedLossMixin, PushMixin):
         )
         self._training_inputs = (*args, *kwargs.values())
         try:
-            with strict(trim.trim_strict), checked(trim.trim_check):
+            with strict(trim.trim_strict), checked(trim.trim_check), taped():
                 with around(self.accelerator, "backward", self._watch_backward):
                     loss = training_step(*args, **kwargs)
             if not self._has_loss:

@@ -38,6 +38,7 @@ NAMES = {
     "torch._C._functorch.is_legacy_batchedtensor": "telling batched gradients",
     "torch._C._get_obj_in_tls": "settings in autograd's threads",
     "torch._C._is_key_in_tls": "settings in autograd's threads",
+    "torch._C._current_autograd_node": "recording a tape",
     "torch._C._current_graph_task_id": "telling backward passes apart",
     "torch._C._disabled_torch_function_impl": "RowTensor",
     "torch._C._dispatch_has_kernel_for_dispatch_key": "taking composite ops apart",
@@ -53,6 +54,8 @@ NAMES = {
     "torch.multiprocessing.reductions.StorageWeakRef": "sharing slices of one tensor",
     "torch.nn.modules._functions.BackwardHookFunction": "hooks of modules",
     "torch.nn.modules.batchnorm._BatchNorm": "finding modules that mix samples",
+    "torch.utils._python_dispatch.TorchDispatchMode": "recording a tape",
+    "torch.utils._python_dispatch._get_current_dispatch_mode": "leaving the ops to who watches them",
     "torch.utils._pytree.tree_iter": "finding tensors among an op's arguments",
     "torch.utils._pytree.tree_map_only": "making an op's arguments dense",
     "torch.utils.checkpoint._CheckpointFrame": "recomputation of kept rows",
@@ -77,7 +80,7 @@ def test_what_is_read_of_ops():
         assert internals.op_name(aten.sum.dim_IntList) == "sum"
     with needed("torch._ops.OpOverload._schema", "the default rules"):
         assert internals.is_mutable(aten.add_.Tensor) and not internals.is_mutable(aten.add.Tensor)
-        assert internals.argument_names(aten.mm.default) == ["self", "mat2"]
+        assert internals.op_arguments(aten.mul_.Tensor) == [("self", True), ("other", False)]
         assert internals.return_types(aten.mm.default) == ["Tensor"]
         assert internals.return_types(aten.native_layer_norm.default) == ["Tensor"] * 3
     with needed("Argument.alias_info of torch._ops.OpOverload._schema", "in-place ops"):

@@ -1,6 +1,6 @@
 """
 Random small programs, which keep rows apart or mix them in many ways, and their gradients on the kept rows beside the
-dense ones: `python -m tests.support.programs --count 20000`, or `--compiled --count 400`.
+dense ones: `python -m tests.support.programs --count 20000`, or `--compiled --count 400`, or `--taped --count 2000`.
 
 e.g. `difference([F.linear, ROW_BY_ROW["softmax"]], HEADS["mean"], seed=0)`: x is [B, T, WIDTH], then two ops, the mean
 over T, and losses [B], of which a random part is kept.
@@ -19,7 +19,8 @@ from torch import nn
 
 from hf_trim.backward.compiled.backend import keep_backward_graphs
 from hf_trim.backward.eager.sparse import take_rows_sparse
-from hf_trim.backward.settings import checked, fallback_report, refused_graphs, reset_fallbacks
+from hf_trim.backward.settings import checked, fallback_report, refused_graphs, reset_fallbacks, taped
+from hf_trim.backward.tape.tapes import TAPES
 from tests.support.compiled import DECOMPOSED
 
 
@@ -305,6 +306,31 @@ def difference(ops: list, head, seed: int, compiled: bool = False) -> float:
     return max(differences)
 
 
+def taped_difference(ops: list, head, seed: int) -> float:
+    """The same over six steps with a tape. Each has other numbers, and other kept rows."""
+    torch.manual_seed(seed)
+    batch, tokens = random.Random(seed).choice(SIZES)
+    program, num_kept = Program(ops, head), random.Random(seed).randint(1, batch - 1)
+    differences = []
+    with patch("hf_trim.backward.eager.saved.MIN_ELEMENTS", 0), taped():
+        for step in range(6):
+            torch.manual_seed(1000 * seed + step)
+            x, labels = torch.randn(batch, tokens, WIDTH, dtype=torch.double), torch.randint(WIDTH, (batch,))
+            kept = torch.randperm(batch)[:num_kept]
+            grads = []
+            for take in (lambda losses, kept: losses[kept], partial(take_rows_sparse, dense_above=1.0)):
+                torch.manual_seed(step)
+                losses = program(x.requires_grad_(), labels)
+                x.grad = None
+                program.zero_grad()
+                take(losses, kept).mean().backward()
+                grads.append([p.grad for p in (x, *program.parameters())])
+            assert [a is None for a in grads[0]] == [b is None for b in grads[1]]
+            dense, sparse = (torch.cat([x.flatten() for x in way if x is not None]) for way in grads)
+            differences.append(float((sparse - dense).norm() / dense.norm().clamp(min=1e-3)))
+    return max(differences)
+
+
 def draw_program(seed: int) -> tuple:
     """One to three ops and a head."""
     draw = random.Random(seed)
@@ -315,15 +341,18 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--compiled", action="store_true")
+    parser.add_argument("--taped", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     logging.disable(logging.WARNING)  # reasons are counted
     on_rows, reasons = 0, Counter()
     for seed in range(args.seed, args.seed + args.count):
-        error = difference(*draw_program(seed), seed, args.compiled)
+        program = draw_program(seed)
+        error = taped_difference(*program, seed) if args.taped else difference(*program, seed, args.compiled)
         assert error < 1e-10, (seed, error)
         on_rows += not fallback_report()
         reasons.update(refused_graphs())
+    reasons.update(TAPES.counts)
     print(f"{args.count} programs as dense, {on_rows} of them on the kept rows alone")
     for reason, count in reasons.most_common():
-        print(f"{count} graphs refused: {reason}")
+        print(f"{count} {'tapes' if args.taped else 'graphs refused'}: {reason}")

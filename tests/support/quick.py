@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from hf_trim.backward.tape.extension import Extension
 from hf_trim.run.clock import samples_per_second
 from hf_trim.trainer import timing
 
@@ -9,6 +10,12 @@ from hf_trim.trainer import timing
 def use_no_clock():
     """`trim_backward="auto"` takes the sparse backward pass where it may: tiny models would be faster without it."""
     timing.TRIAL_STEPS = 0
+
+
+def build_when_asked_to():
+    """The library of the tape is not built beside the tests, but where one waits for it: it takes half a minute."""
+    build = Extension._build_it
+    Extension._build_it = lambda self, wait: build(self, wait) if wait else None
 
 
 def measure_input_briefly():

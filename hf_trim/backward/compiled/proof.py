@@ -39,10 +39,10 @@ from torch import SymBool, SymFloat, SymInt, Tensor, fx
 
 from hf_trim.backward._torch_internals import (
     OpOverload,
-    argument_names,
     is_mutable,
     is_torch_op,
     is_traced,
+    op_arguments,
     op_name,
     size_expression,
     traced_value,
@@ -315,7 +315,7 @@ class Propagation:
             return self._result_without_rows(rule, args, kwargs, shapes, name)
         require(rule is not None, "it has no rule")
         if rule is not pointwise:  # which looks itself: its result may be zero whatever the numbers are
-            arguments = (*zip(argument_names(op), args, strict=False), *kwargs.items())
+            arguments = (*zip((name for name, _ in op_arguments(op)), args, strict=False), *kwargs.items())
             self.check_no_batch_size([x for argument, x in arguments if argument not in _SIZES])
         result = rule(self, name, shapes, *args, **kwargs)
         if any(value.is_row_index for value in values) and name not in INDEXING:

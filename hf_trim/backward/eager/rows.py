@@ -13,6 +13,7 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 
 from hf_trim.backward import waiting
 from hf_trim.backward._torch_internals import StorageWeakRef, negative_view, version_of
@@ -47,19 +48,23 @@ class Rows:
     Args:
         index (`torch.Tensor`): `[k]` different row numbers in any order, int64: payloads have the rows in this order.
         batch (`int`): Number of rows B, kept or not.
+        may_be_run (`bool`, *optional*, defaults to `True`): Whether neighbours are looked for. A tape holds for any
+            kept rows, and so for none in particular.
     """
 
     needs_all_rows = False  # whether a checkpointed function could not be recomputed for these rows alone
     starts_dense = False  # whether the first gradients are ordinary ones
     backward_pass: int | None = None  # the number of the one under way with them
+    source: tuple[Node, int] | None = None  # the node and its output that the first gradient is for, until it is there
     origin: "Rows | None" = None  # those of the batch, if these are entries chosen from them
 
-    def __init__(self, index: Tensor, batch: int):
+    def __init__(self, index: Tensor, batch: int, may_be_run: bool = True):
         self.index, self.batch, self.count = index, batch, index.numel()
         # A run of neighbours is a view, not a copy, but only in front: kernels take it for granted that what they
         # saved (means, say) has no gaps. On a GPU, to read its ends would make the host wait.
         is_run = (
-            waiting.reads_freely(index.device)
+            may_be_run
+            and waiting.reads_freely(index.device)
             and int(index[-1]) - int(index[0]) == self.count - 1
             and bool((index.diff() == 1).all())
         )

@@ -8,6 +8,7 @@ shape `[4]` with that payload. Behind a linear layer it is `[4, C]` with the pay
 
 import re
 from collections.abc import Collection, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ from hf_trim.backward.eager.rows import Rows
 from hf_trim.backward.eager.saved import COMPUTE_WITH_SAVED, keep_rows_of_saved
 from hf_trim.backward.eager.tensor import RowSparseTensor, RowTensor, densify
 from hf_trim.backward.settings import current_settings
+from hf_trim.backward.tape.tapes import TAPES
 
 
 DENSE_ABOVE = 0.8  # kept share above which slicing costs about what it saves
@@ -106,12 +108,15 @@ def prepare_rows(tensors: Sequence[Tensor], kept: Tensor, batch: int, dense_abov
     nodes = [tensor.grad_fn for tensor in tensors]
     if not 0 < kept.numel() <= dense_above * batch or None in nodes or _needs_ordinary_tensors(*tensors):
         return None
-    rows = Rows(kept, batch)
-    prepare_graph(nodes, rows)
+    rows = Rows(kept, batch, may_be_run=not current_settings().tape)
+    if current_settings().tape and len(tensors) == 1 and nodes[0] is not None:
+        rows.source = nodes[0], tensors[0].output_nr  # prepared in the backward pass, unless that runs from a tape
+    else:
+        prepare_graph(nodes, rows)
     return rows
 
 
-def row_gradient(payload: Tensor, rows: Rows, inner: int = 1) -> Tensor:
+def row_gradient(payload: Tensor, rows: Rows, inner: int = 1) -> Tensor | None:
     """
     A gradient that is zero for all rows but the kept ones.
 
@@ -121,9 +126,17 @@ def row_gradient(payload: Tensor, rows: Rows, inner: int = 1) -> Tensor:
         inner (`int`, *optional*, defaults to 1): Number of entries of a row, e.g. T tokens.
 
     Returns:
-        `torch.Tensor`: Of shape `[B·inner, ...]`; row-sparse unless something needs an ordinary tensor.
+        `torch.Tensor`: Of shape `[B·inner, ...]`; row-sparse unless something needs an ordinary tensor. `None` where a
+        tape hands out the gradients of the leaves.
     """
-    if rows.starts_dense or needs_ordinary_gradients(payload):
+    needs_ordinary = needs_ordinary_gradients(payload)
+    if rows.source is not None and not needs_ordinary:
+        source, rows.source = rows.source, None
+        prepare, start = partial(prepare_graph, [source[0]], rows), partial(row_gradient, payload, rows, inner)
+        if TAPES.run(source, payload, rows, inner, prepare, start):
+            return None
+        prepare()
+    if rows.starts_dense or needs_ordinary:
         dense = payload.new_zeros(rows.batch, inner, *payload.shape[1:])
         values = payload.reshape(rows.count, inner, *payload.shape[1:])
         return dense.index_add(0, rows.index_on(dense.device), values).reshape(rows.batch * inner, *payload.shape[1:])

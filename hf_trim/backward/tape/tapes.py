@@ -1,0 +1,207 @@
+"""
+Which graphs have a tape.
+
+A graph that is met for the second time is recorded: the engine runs inside the backward pass under way, and each op is
+written down. The third time the engine and the tape both run, and are compared. From the fourth time on the tape runs
+alone. e.g. a training with batches of one shape: step 2 records, step 3 compares, all others run from C++.
+
+The gradient that the graph gets is undefined, which costs autograd next to nothing: it walks through the nodes, frees
+what they saved, and computes nothing. The nodes in front of the leaves hand out what the tape computed. So hooks of
+leaves, DDP's among them, run as usual, and when they are due.
+"""
+
+import logging
+import math
+from collections import Counter, OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
+
+from hf_trim.backward._torch_internals import current_dispatch_mode
+from hf_trim.backward.compiled.comparison import tolerance
+from hf_trim.backward.eager.rows import Rows
+from hf_trim.backward.settings import current_settings
+from hf_trim.backward.tape.extension import EXTENSION
+from hf_trim.backward.tape.recorder import NoTapeError, Recorder
+
+
+logger = logging.getLogger(__name__)
+
+TAPE_STEPS = 3  # backward passes of a graph before its tape runs alone
+MOST_TAPES = 64  # texts of several lengths have one each
+MOST_SEEN = 1024  # graphs that were met
+MOST_MISSES = 4  # after which a tape is given up
+# Two runs of the same ops differ by the order in which threads of a GPU add up: relative to all gradients.
+_NOISE = 1e-6
+
+
+class _Tape:
+    """What is known of a graph: its program, unless it has none, and whether that was compared with the engine."""
+
+    def __init__(self) -> None:
+        self.program: Any = None
+        self.is_compared = False
+        self.misses = 0  # how often in a row it did not hold for the numbers of a step
+
+
+def _metadata(x: Tensor) -> tuple:
+    return x.shape, x.stride(), x.dtype, x.device, x.is_conj(), x.is_neg()
+
+
+def _state_of_torch(device: torch.device) -> tuple:
+    """What else decides which ops a formula of autograd runs."""
+    kinds = {"cpu", device.type}
+    autocast = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in sorted(kinds)]
+    return *autocast, torch.are_deterministic_algorithms_enabled()
+
+
+class Tapes:
+    """The tapes of this process."""
+
+    def __init__(self) -> None:
+        self.counts: Counter = Counter()  # what was done: `"recorded"`, `"compared"`, `"ran"`, or why there is no tape
+        self._seen: OrderedDict[int, None] = OrderedDict()
+        self._tapes: OrderedDict[Any, _Tape] = OrderedDict()
+
+    def run(
+        self,
+        source: tuple[Node, int],
+        payload: Tensor,
+        rows: Rows,
+        inner: int,
+        prepare: Callable[[], None],
+        start: Callable[[], Tensor | None],
+    ) -> bool:
+        """
+        Run the backward pass under way from a tape, if there is one.
+
+        Args:
+            source (`tuple`): The node that the gradient is for, and which of its outputs.
+            payload (`torch.Tensor`): `[k·inner, ...]` gradients of the kept rows.
+            rows ([`~hf_trim.backward.eager.rows.Rows`]): The kept rows.
+            inner (`int`): Number of entries of a row.
+            prepare (`Callable`): Prepares the graph for the engine.
+            start (`Callable`): Returns the row-sparse gradient, which the engine starts with.
+
+        Returns:
+            `bool`: Whether the leaves get their gradients, with an undefined gradient for the node; if not, the engine
+            has to run.
+        """
+        library = EXTENSION.get() if current_dispatch_mode() is None else None
+        if library is None:
+            return False
+        graph = library.walk(*source)
+        if isinstance(graph, str):
+            self.counts[graph] += 1
+            return False
+        inputs = [payload, rows.index]
+        sizes = rows.batch, inner, *map(_metadata, inputs)
+        key = library.key(graph), sizes, _state_of_torch(payload.device)
+        tape = self._tapes.get(key)
+        if tape is None and not self._was_seen(hash(key)):
+            return False
+        if tape is not None:
+            self._tapes.move_to_end(key)
+            if tape.program is None:
+                return False
+            if tape.is_compared:
+                is_run = library.attach(tape.program, graph, inputs)
+                self._note(tape, "ran" if is_run else "")
+                return is_run
+        prepare()
+        return self._learn(key, tape, library, graph, source, inputs, start)
+
+    def _note(self, tape: _Tape, use: str) -> None:
+        """Count the use of a tape, or that it does not hold for this step: tokens go to other experts, say."""
+        self.counts[use or "other numbers"] += 1
+        tape.misses = 0 if use else tape.misses + 1
+        if tape.misses == MOST_MISSES:
+            tape.program = None
+
+    def _was_seen(self, number: int) -> bool:
+        was_seen = number in self._seen
+        self._seen[number] = None
+        self._seen.move_to_end(number)
+        if len(self._seen) > MOST_SEEN:
+            self._seen.popitem(last=False)
+        return was_seen
+
+    def _learn(self, key, tape: _Tape | None, library, graph, source, inputs, start) -> bool:
+        """Run the engine inside this backward pass, to record a tape or to compare it."""
+        leaves, saved = library.leaves(graph), library.saved(graph)
+        settings = current_settings()
+        num_fallbacks = settings.fallbacks.total()
+        recorder = Recorder(inputs, saved) if tape is None else None
+        try:
+            if recorder is None:
+                gradients = self._engine(source, leaves, start)
+            else:
+                with recorder:
+                    gradients = self._engine(source, leaves, start)
+        except Exception as error:  # too little memory, say, or `strict`: the engine will do the same, or manage
+            self._keep(key, _Tape())
+            self.counts[f"{type(error).__name__} in the recording"] += 1
+            return False
+        if recorder is not None:
+            ran_dense = settings.fallbacks.total() > num_fallbacks
+            self._keep(key, self._recorded(recorder, gradients, library, graph, ran_dense))
+        elif tape is not None:
+            self._compare(tape, gradients, library.run(tape.program, graph, inputs))
+        # The gradients are there: a program without ops hands them out.
+        results = [(-1 if x is None else i, 0) for i, x in enumerate(gradients)]
+        library.attach(library.program([], len(leaves), len(leaves), 0, [], results), graph, gradients)
+        return True
+
+    @staticmethod
+    def _engine(
+        source: tuple[Node, int], leaves: list[Tensor], start: Callable[[], Tensor | None]
+    ) -> list[Tensor | None]:
+        outputs, gradient = [GradientEdge(*source)], start()
+        return list(torch.autograd.grad(outputs, leaves, [gradient], retain_graph=True, allow_unused=True))
+
+    def _keep(self, key: Any, tape: _Tape) -> None:
+        self._tapes[key] = tape
+        if len(self._tapes) > MOST_TAPES:
+            self._tapes.popitem(last=False)
+
+    def _recorded(self, recorder: Recorder, gradients: list, library: Any, graph: Any, ran_dense: bool) -> _Tape:
+        tape = _Tape()
+        try:
+            if ran_dense:
+                raise NoTapeError("an op ran dense")
+            tape.program = recorder.program(gradients, library.producers(graph), library)
+            self.counts["recorded"] += 1
+        except NoTapeError as reason:
+            self.counts[str(reason)] += 1
+        return tape
+
+    def _compare(self, tape: _Tape, engine: list, gradients: list | None) -> None:
+        if gradients is None:
+            self._note(tape, "")
+            return
+        norms = [0.0 if x is None else float(torch.linalg.vector_norm(x.float())) for x in engine]
+        whole = math.hypot(*norms)
+        if not math.isfinite(whole) or not whole:
+            return  # nothing can be said
+        allowed = tolerance(engine)
+        for norm, a, b in zip(norms, engine, gradients, strict=True):
+            if (a is None) != (b is None):
+                error = math.inf
+            else:
+                error = 0.0 if a is None else float(torch.linalg.vector_norm(a.float() - b.float()))
+            if not error <= max(allowed * norm, _NOISE * whole):
+                tape.program = None
+                self.counts["another gradient"] += 1
+                logger.error(
+                    f"A recorded backward pass differs from the row-sparse one by {error / whole:.1e} of the norm of "
+                    "all gradients. It will not be used, and the gradients of this step are right. Please report this."
+                )
+                return
+        tape.is_compared = True
+        self._note(tape, "compared")
+
+
+TAPES = Tapes()
