@@ -3,6 +3,7 @@ Where a tape runs and where the engine does: hooks, kinds of backward passes, me
 """
 
 import logging
+import os
 import subprocess
 import sys
 import weakref
@@ -13,6 +14,7 @@ from torch import nn
 
 from hf_trim.backward import fallback_report, strict, take_rows_sparse, taped
 from hf_trim.backward.tape import extension, recorder, tapes
+from tests.support.quick import BUILD
 from tests.support.taped import STEPS, C, Net, inputs, kept_in, run
 
 
@@ -364,10 +366,23 @@ def test_library_that_cannot_be_had(kind, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(extension, "_FOLDER", tmp_path)
     monkeypatch.setattr(extension, "library_path", lambda: library)
     own = extension.Extension()
-    with caplog.at_level(logging.WARNING, "hf_trim"):
+    with caplog.at_level(logging.INFO, "hf_trim"):
         assert own.get(wait=True) is None and own.get() is None
     (said,) = caplog.messages
     assert "Training goes on without it" in said and str(library) in said
+
+
+def test_library_is_built_by_one_process(tmp_path, monkeypatch):
+    (tmp_path / "build.py").write_text("import sys\nopen(sys.argv[1] + '.begun', 'w')")
+    monkeypatch.setattr(extension, "_FOLDER", tmp_path)
+    monkeypatch.setattr(extension, "library_path", lambda: tmp_path / "library.so")
+    monkeypatch.setattr(extension.Extension, "_build_it", BUILD)
+    first, second = extension.Extension(), extension.Extension()
+    assert first.get() is None and second.get() is None
+    assert first._build is not None and second._build is None
+    assert first._build.wait() == 0 and (tmp_path / "library.so.begun").exists()
+    os.utime(tmp_path / "library.building", (0, 0))  # that process was killed long ago
+    assert second.get() is None and second._build is not None and second._build.wait() == 0
 
 
 @pytest.mark.extended

@@ -7,6 +7,9 @@ from hf_trim.run.clock import samples_per_second
 from hf_trim.trainer import timing
 
 
+BUILD = Extension._build_it
+
+
 def use_no_clock():
     """`trim_backward="auto"` takes the sparse backward pass where it may: tiny models would be faster without it."""
     timing.TRIAL_STEPS = 0
@@ -14,8 +17,7 @@ def use_no_clock():
 
 def build_when_asked_to():
     """The library of the tape is not built beside the tests, but where one waits for it: it takes half a minute."""
-    build = Extension._build_it
-    Extension._build_it = lambda self, wait: build(self, wait) if wait else None
+    Extension._build_it = lambda self, wait: BUILD(self, wait) if wait else None
 
 
 def measure_input_briefly():

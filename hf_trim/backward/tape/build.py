@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 
 from torch.utils.cpp_extension import load
@@ -21,7 +22,9 @@ def main(target: Path) -> None:
         target (`Path`): Where the library is put; it is there as a whole or not at all.
     """
     os.nice(10)  # the training goes first
-    with tempfile.TemporaryDirectory() as folder:
+    with ExitStack() as at_end:
+        at_end.callback(target.with_suffix(".building").unlink, missing_ok=True)  # which says that this one builds
+        folder = at_end.enter_context(tempfile.TemporaryDirectory())
         # The flags are made for speed of compiling: the work is done in torch's own kernels.
         load(NAME, [str(Path(__file__).with_name("tape.cpp"))], build_directory=folder, extra_cflags=["-O1"])
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -13,6 +13,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from functools import cache
 from importlib.machinery import ExtensionFileLoader
 from pathlib import Path
@@ -25,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 _FOLDER = Path(__file__).parent
 _NAME = "hf_trim_tape"
+_LONGEST_BUILD = 900  # seconds
 
 
 @cache
@@ -70,10 +72,11 @@ class Extension:
         return self._module
 
     def _build_it(self, wait: bool) -> None:
-        # One process of a machine is enough: the others find what it builds.
-        if self._build is None and (wait or os.environ.get("LOCAL_RANK", "0") == "0"):
+        if self._build is None and (wait or not self._is_being_built()):
             command, quiet = [sys.executable, str(_FOLDER / "build.py"), str(library_path())], subprocess.DEVNULL
             try:
+                library_path().parent.mkdir(parents=True, exist_ok=True)
+                library_path().with_suffix(".building").touch()
                 self._build = subprocess.Popen(
                     command, stdin=quiet, stdout=quiet, stderr=quiet, start_new_session=True
                 )
@@ -81,6 +84,14 @@ class Extension:
                 self._give_up(f"could not be built ({error})")
         if wait and self._build is not None:
             self._build.wait()
+
+    @staticmethod
+    def _is_being_built() -> bool:
+        """Whether another process builds it: one of a machine is enough. (Or has been killed, if that is long ago.)"""
+        try:
+            return time.time() - library_path().with_suffix(".building").stat().st_mtime < _LONGEST_BUILD
+        except OSError:
+            return False
 
     def _import(self) -> None:
         try:
@@ -94,10 +105,11 @@ class Extension:
 
     def _give_up(self, reason: str) -> None:
         self._is_given_up = True
-        logger.warning(
+        logger.log(
+            logging.WARNING if torch.cuda.is_available() else logging.INFO,  # the CPU hardly gains
             f"The library that runs recorded backward passes {reason}: "
             f"`python {_FOLDER / 'build.py'} {library_path()}` says more. Training goes on without it: gradients are "
-            "the same, and small models on a GPU take longer."
+            "the same, and small models on a GPU take longer.",
         )
 
 
