@@ -113,8 +113,8 @@ def _check_classes(args: DataArguments, split: Dataset, use: str, fraction: floa
     num_classes = int((counts > 0).sum())
     if rare or not num_classes <= count <= len(split) - num_classes:
         reason = (
-            f"the class {rare[0]!r} has one sample, as {len(rare)} of {num_classes} classes. Leave such samples out, or "
-            "name the column of the classes with label_column"
+            f"the class {rare[0]!r} has one sample, as {len(rare)} of {num_classes} classes. Leave such samples out, "
+            "or name the column of the classes with label_column"
             if rare
             else f"{count} {use} samples of {len(split)} ({use}_fraction {fraction}) leave no room for {num_classes} "
             "classes on both sides"

@@ -22,9 +22,10 @@ class Notices:
     """Warnings in the log, each of them once."""
 
     def __init__(self):
-        self.backward: str | None = None  # the last one of a trimmed mini-batch
+        self.backward: str | None = None  # the backward pass that was told last
         self.eval_name = "eval"  # what the evaluations are of, if the user knows them by another name
         self._said: set[str] = set()
+        self._most_samples = 0  # of the mini-batches so far
 
     def say(self, message: str, *values: object) -> None:
         """
@@ -46,20 +47,21 @@ class Notices:
             mode (`str`): `"dense"`, `"sparse"` or `"replay"`.
             reason (`str`): Why; a pass that was asked for is not mentioned.
         """
-        if mode != self.backward:
+        if mode != self.backward and reason != "asked for":
+            logger.warning("Trimmed batches use the %s backward pass: %s.", mode, reason)
             self.backward = mode
-            if reason != "asked for":
-                logger.warning("Trimmed batches use the %s backward pass: %s.", mode, reason)
 
-    def tell_batch(self, batch: TrimmedBatch, batch_size: int) -> None:
+    def tell_batch(self, batch: TrimmedBatch) -> None:
         """
         Tell what a mini-batch has shown.
 
         Args:
-            batch ([`~hf_trim.trainer.batch.TrimmedBatch`]): The mini-batch, of which a part was kept.
-            batch_size (`int`): Number of samples of a whole one; the last one of an epoch may have fewer.
+            batch ([`~hf_trim.trainer.batch.TrimmedBatch`]): The mini-batch.
         """
-        is_whole = batch.batch_size >= batch_size
+        self._most_samples = max(self._most_samples, batch.batch_size)
+        if batch.keeps_all:
+            return
+        is_whole = batch.batch_size == self._most_samples  # the last one of an epoch may have fewer
         if batch.dropped:
             self.say(
                 "%d samples of a mini-batch have losses that are NaN or infinite, and were dropped. Later samples of "

@@ -321,10 +321,11 @@ class TrimmedLossMixin(RememberingMixin):
         if self._per_sample is None:
             self._is_bounded = batch.is_bounded_by_labels
         self._per_sample = batch.per_sample
-        if batch.keeps_all:
-            return
-        mode, reason = choice
-        if trim.trim_strict and mode != "sparse":
-            raise ValueError(f"trim_strict=True, and the backward pass would be {mode}: {reason}. Set it to False.")
-        self._notices.tell_backward(mode, reason)
-        self._notices.tell_batch(batch, self.args.per_device_train_batch_size)
+        if not batch.keeps_all:
+            mode, reason = choice
+            if trim.trim_strict and mode != "sparse":
+                raise ValueError(
+                    f"trim_strict=True, and the backward pass would be {mode}: {reason}. Set it to False."
+                )
+            self._notices.tell_backward(mode, reason)
+        self._notices.tell_batch(batch)

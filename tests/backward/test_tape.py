@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hf_trim.backward import take_rows_sparse, taped
+from hf_trim.backward import take_rows_sparse, taped, waiting
 from hf_trim.backward.tape import tapes
 from tests.support import models
 from tests.support.programs import HEADS, OPS, draw_program, taped_difference
@@ -271,3 +271,145 @@ def test_gradients_are_not_copied(counts):
             loss.backward()
         sizes.append(sum(event.count for event in profiler.key_averages() if event.key == "aten::clone"))
     assert counts["ran"] == 2 and sizes[-1] <= sizes[0]
+
+
+# ---- what only looks the same -------------------------------------------------------------------------------------
+
+MANY = 8  # steps; from step 4 on something is another one
+
+
+@pytest.mark.parametrize("names", [("sin_", "cos_"), ("exp_", "sigmoid_"), ("relu_", "abs_")], ids=" → ".join)
+def test_another_op_writes_to_a_view(names, counts):
+    net = Net()
+
+    def losses(step):
+        hidden = net.hidden(inputs(step)).clone()
+        getattr(hidden[..., 0], names[step >= 4])()
+        return net.second(hidden).pow(2).mean((1, 2))
+
+    run(losses, net.parameters(), MANY)
+    assert counts["recorded"] == 2
+
+
+def test_a_function_in_python_writes_to_a_view(counts):
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, factor):
+            ctx.factor = factor
+            ctx.mark_dirty(x)
+            return x.mul_(factor)
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * ctx.factor, None
+
+    net = Net()
+
+    def losses(step):
+        hidden = net.hidden(inputs(step)).clone()
+        Double.apply(hidden[..., :2], 2.0 if step < 4 else 5.0)
+        return net.second(hidden).pow(2).mean((1, 2))
+
+    run(losses, net.parameters(), MANY)
+    assert not counts["recorded"]
+
+
+def test_two_storages_of_one_memory(counts):
+    net = Net()
+
+    def losses(step):
+        a, b = (torch.randn(B, T, C, generator=torch.Generator().manual_seed(seed)) for seed in (step, step + 100))
+        x, y = a, torch.from_numpy((a if step < 4 else b).numpy())
+        return net(net.hidden(inputs(step)) * x + net.first(inputs(step)) * y)
+
+    run(losses, net.parameters(), MANY)
+
+
+def test_kept_rows_that_the_forward_pass_has_used(counts):
+    net, table = Net(), nn.Embedding(10, C)
+    kept = [kept_in(step) for step in range(MANY)]
+
+    for step in range(MANY):
+        grads = []
+        for take in (torch.Tensor.__getitem__, take_rows_sparse):
+            net.zero_grad()
+            table.zero_grad()
+            torch.manual_seed(step)
+            words = kept[step] if step < 4 else torch.tensor([7, 8])
+            with taped():
+                take(net(net.hidden(inputs(step)) + table(words).sum(0)), kept[step]).sum().backward()
+            grads.append([p.grad for p in (*net.parameters(), *table.parameters())])
+        torch.testing.assert_close(*grads)
+    assert counts["ran"]
+
+
+def test_a_gradient_that_the_forward_pass_has_used(counts):
+    net = Net()
+    for step in range(MANY):
+        grads = []
+        for take in (torch.Tensor.__getitem__, take_rows_sparse):
+            net.zero_grad()
+            torch.manual_seed(step)
+            weights = torch.tensor([1.5, 2.5 + step])
+            scale = weights if step < 4 else torch.tensor([0.3, 0.7])
+            hidden = net.hidden(inputs(step))
+            hidden = torch.cat([hidden[..., :2] * scale, hidden[..., 2:]], -1)
+            with taped():
+                take(net.second(hidden).pow(2).mean((1, 2)), kept_in(step)).backward(weights)
+            grads.append([p.grad for p in net.parameters()])
+        torch.testing.assert_close(*grads)
+    assert counts["ran"]
+
+
+def test_an_index_that_was_known_to_be_a_range(counts):
+    net = Net()
+
+    def losses(step):
+        rows = waiting.mark_range((B,), {}) if step < 4 else torch.arange(B).roll(1)
+        return net.second(net.hidden(inputs(step))[rows, torch.full((B,), step % T)]).pow(2).mean(1)
+
+    run(losses, net.parameters(), MANY)
+
+
+def test_a_parameter_that_becomes_another_dtype_after_the_forward_pass(counts):
+    net = Net()
+
+    def backward(loss):
+        net.second.bias.data = net.second.bias.data.double()  # the backward pass does not read it
+        loss.backward()
+        net.second.bias.data = net.second.bias.data.float()
+
+    run(lambda step: net(inputs(step)), net.parameters(), MANY, backward)
+
+
+def test_a_backward_pass_that_fails_is_run_again(counts):
+    """What a tape has put on the graph counts for its own backward pass alone."""
+
+    class FailsOnce:
+        has_failed = False
+
+        def __call__(self, grad):
+            if not self.has_failed:
+                self.has_failed = True
+                raise KeyError("once")
+
+    for step in range(MANY):
+        a, b = nn.Parameter(torch.zeros(C)), nn.Parameter(torch.ones(C))
+        losses = (inputs(step) + a).sum((1, 2)) + 0  # nothing is saved: the graph can be used again
+        other = (b * 1).view(-1)
+        if step >= 4:
+            other.register_hook(FailsOnce())  # after the tape was attached, before it has run
+        with taped():
+            loss = take_rows_sparse(losses, kept_in(step)).sum() + other.sum()
+            if step >= 4:
+                with pytest.raises(KeyError):
+                    loss.backward()
+            loss.backward()
+        torch.testing.assert_close(a.grad, torch.full((C,), 2.0 * T))
+    assert counts["ran"]
+
+
+def test_a_tape_is_compared_again(counts):
+    net = Net()
+    run(lambda step: net(inputs(step)), net.parameters(), steps=40)
+    assert counts["compared"] == 3 and counts["ran"] == 35  # in step 3, and after 16 and 32 runs

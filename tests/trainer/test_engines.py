@@ -62,5 +62,5 @@ def test_an_engine_trains_as_one_process_alone(case, engine, alone):
     start = saved(reference / f"{case}, start")
     assert relative_difference(saved(folder / case) - start, saved(reference / case) - start) < 1e-6
     assert facts["losses"] == pytest.approx(losses[case], rel=1e-5)
-    mode = {"tokens": "dense", "everything": None, "replay": "replay"}.get(case, "sparse")
+    mode = {"tokens": "dense", "everything": None, "replay": None}.get(case, "sparse")  # of what was not asked for
     assert facts["warned"] == mode

@@ -9,6 +9,7 @@
 #include <c10/core/DispatchKeySet.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/accumulate_grad.h>
+#include <torch/csrc/autograd/functions/tensor.h>
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/csrc/dynamo/compiled_autograd.h>
 
@@ -49,6 +50,19 @@ void append(std::string& key, const T& value) {
   key.append(reinterpret_cast<const char*>(&value), sizeof(T));
 }
 
+// Each type has a name at an address of its own.
+inline void append_name(std::string& key, const Node& node) {
+  append(key, typeid(node).name());
+}
+
+// The dtype that a leaf wants its gradient in, where this version of torch has such a thing.
+template <typename Metadata>
+auto append_grad_dtype(std::string& key, const Metadata& metadata, int) -> decltype(metadata.grad_dtype(), void()) {
+  append(key, metadata.grad_dtype().value_or(at::ScalarType::Undefined));
+}
+template <typename Metadata>
+void append_grad_dtype(std::string& /*key*/, const Metadata& /*metadata*/, long) {}
+
 // Everything but the numbers in it that ops on a tensor may depend on.
 inline void append_metadata(std::string& key, const Tensor& x) {
   auto* impl = x.unsafeGetTensorImpl();
@@ -86,8 +100,8 @@ struct Aliases {
 
   uint32_t number(const Tensor& x) {
     std::string place;
-    append(place, x.unsafeGetTensorImpl()->storage().unsafeGetStorageImpl());
-    append(place, x.storage_offset());
+    append(place, x.const_data_ptr()); // two storages may be the same memory, of an array of NumPy say
+    append(place, x.device());
     append(place, x.scalar_type());
     for (const auto size : x.sizes()) {
       append(place, size);
@@ -132,7 +146,8 @@ inline void check_task(const std::vector<NodePtr>& nodes) {
   }
 }
 
-inline std::unique_ptr<Graph> walk(const NodePtr& root, uint32_t output_nr) {
+// `inputs` are what the tape is given beside the graph.
+inline std::unique_ptr<Graph> walk(const NodePtr& root, uint32_t output_nr, const std::vector<Tensor>& inputs) {
   auto graph = std::make_unique<Graph>();
   auto& key = graph->key;
   compiled::AutogradCompilerCall compiler(compiled::SizeInput::STATIC);
@@ -151,9 +166,10 @@ inline std::unique_ptr<Graph> walk(const NodePtr& root, uint32_t output_nr) {
     if (node->device() != root->device() || node->stream() != stream) {
       throw Refusal("there are several devices or streams");
     }
-    append(key, typeid(*node).name());
+    append_name(key, *node);
     if (is_leaf(*node)) {
       append_metadata(key, graph->leaves[leaf_numbers.at(node.get())].variable);
+      append_grad_dtype(key, node->input_metadata(0), 0);
       continue;
     }
     if (!is_aten(*node)) {
@@ -161,6 +177,12 @@ inline std::unique_ptr<Graph> walk(const NodePtr& root, uint32_t output_nr) {
     }
     if (!node->pre_hooks().empty() || !node->post_hooks().empty()) {
       throw Refusal("a node has a hook");
+    }
+    if (const auto* write = dynamic_cast<const torch::autograd::CopySlices*>(node.get())) {
+      if (write->fn == nullptr || !is_aten(*write->fn)) { // what has written, whose formula it runs
+        throw Refusal("something else than an ATen op has written to a view");
+      }
+      append_name(key, *write->fn);
     }
     sequence.emplace_back(node->sequence_nr(), i);
     for (size_t output = 0; output < node->num_outputs(); ++output) {
@@ -205,6 +227,9 @@ inline std::unique_ptr<Graph> walk(const NodePtr& root, uint32_t output_nr) {
     append(key, size.value);
   }
   Aliases aliases;
+  for (const auto& x : inputs) {
+    append(key, aliases.number(x));
+  }
   for (const auto& x : compiler.tensor_args.inputs) {
     append_metadata(key, x);
     append(key, aliases.number(x));

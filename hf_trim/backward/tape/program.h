@@ -170,10 +170,14 @@ struct Run {
 // The gradients that a node hands to leaves.
 struct Delivery : torch::autograd::FunctionPostHook {
   std::shared_ptr<Run> run;
+  int task = torch::autograd::get_current_graph_task_id(); // the backward pass; a later one of the graph has its own
   std::vector<std::pair<size_t, size_t>> outputs; // output of the node, number of the leaf
 
   variable_list operator()(const variable_list& computed, const variable_list& /*grads*/) override {
     variable_list out = computed;
+    if (task != torch::autograd::get_current_graph_task_id()) {
+      return out;
+    }
     for (const auto& [output, leaf] : outputs) {
       Tensor grad = run->take(leaf);
       if (out.size() <= output) {

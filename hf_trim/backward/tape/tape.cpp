@@ -210,17 +210,18 @@ Op op_of(PyObject* description) {
 
 PyObject* py_walk(PyObject* /*module*/, PyObject* args) {
   HANDLE_TH_ERRORS
-  PyObject* node = nullptr;
+  PyObject *node = nullptr, *inputs = nullptr;
   int output_nr = 0;
-  if (!PyArg_ParseTuple(args, "Oi", &node, &output_nr)) {
+  if (!PyArg_ParseTuple(args, "OiO!", &node, &output_nr, &PyList_Type, &inputs)) {
     return nullptr;
   }
   try {
     if (!torch::autograd::THPCppFunction_Check(node)) {
       throw Refusal(std::string(Py_TYPE(node)->tp_name) + " is not an ATen op");
     }
-    return pack(walk(reinterpret_cast<torch::autograd::THPCppFunction*>(node)->cdata, output_nr).release(), GRAPH);
-  } catch (const c10::NotImplementedError& error) { // of `compiled_args`
+    const auto& root = reinterpret_cast<torch::autograd::THPCppFunction*>(node)->cdata;
+    return pack(walk(root, output_nr, THPVariable_UnpackList(inputs)).release(), GRAPH);
+  } catch (const c10::Error& error) { // of `compiled_args`
     return PyUnicode_FromString(error.what_without_backtrace());
   } catch (const Refusal& reason) {
     return PyUnicode_FromString(reason.what());
@@ -243,11 +244,12 @@ PyObject* py_saved(PyObject* /*module*/, PyObject* graph) {
 
 PyObject* py_leaves(PyObject* /*module*/, PyObject* graph) {
   HANDLE_TH_ERRORS
-  variable_list variables;
-  for (const auto& leaf : unpack<Graph>(graph, GRAPH)->leaves) {
-    variables.push_back(leaf.variable);
+  const auto& leaves = unpack<Graph>(graph, GRAPH)->leaves;
+  THPObjectPtr out(PyList_New(static_cast<Py_ssize_t>(leaves.size())));
+  for (size_t i = 0; out && i < leaves.size(); ++i) {
+    PyList_SET_ITEM(out.get(), i, torch::autograd::functionToPyObject(leaves[i].node));
   }
-  return THPVariable_WrapList(variables);
+  return out.release();
   END_HANDLE_TH_ERRORS
 }
 
@@ -340,10 +342,10 @@ PyObject* py_attach(PyObject* /*module*/, PyObject* args) {
 }
 
 PyMethodDef METHODS[] = {
-    {"walk", py_walk, METH_VARARGS, "(node, output number) → the graph behind it, or why it has no tape."},
+    {"walk", py_walk, METH_VARARGS, "(node, output number, inputs) → the graph behind it, or why it has no tape."},
     {"key", py_key, METH_O, "All that the backward pass of a graph depends on but its numbers, as bytes."},
     {"saved", py_saved, METH_O, "The saved tensors of a graph."},
-    {"leaves", py_leaves, METH_O, "The leaves of a graph."},
+    {"leaves", py_leaves, METH_O, "The nodes of the leaves of a graph."},
     {"producers", py_producers, METH_O, "For each leaf of a graph the number of the node that hands out its gradient."},
     {"program", py_program, METH_VARARGS, "Makes a program."},
     {"run", py_run, METH_VARARGS, "(program, graph, inputs) → the gradients of the leaves, or None."},

@@ -5,6 +5,8 @@ A graph that is met for the second time is recorded: the engine runs inside the 
 written down. The third time the engine and the tape both run, and are compared. From the fourth time on the tape runs
 alone. e.g. a training with batches of one shape: step 2 records, step 3 compares, all others run from C++.
 
+It is compared again after 16 runs, 32, 64, ...
+
 The gradient that the graph gets is undefined, which costs autograd next to nothing: it walks through the nodes, frees
 what they saved, and computes nothing. The nodes in front of the leaves hand out what the tape computed. So hooks of
 leaves, DDP's among them, run as usual, and when they are due.
@@ -20,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
+from hf_trim.backward import waiting
 from hf_trim.backward._torch_internals import current_dispatch_mode
 from hf_trim.backward.compiled.comparison import tolerance
 from hf_trim.backward.eager.rows import Rows
@@ -44,7 +47,16 @@ class _Tape:
     def __init__(self) -> None:
         self.program: Any = None
         self.is_compared = False
+        self.runs = 0
         self.misses = 0  # how often in a row it did not hold for the numbers of a step
+
+    def is_due(self) -> bool:
+        """Whether it is compared again: after 16 runs, 32, 64, ... So what the key does not see comes out."""
+        return self.runs >= 16 and self.runs & (self.runs - 1) == 0
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.complex64 if x.is_complex() else torch.float32)
 
 
 def _metadata(x: Tensor) -> tuple:
@@ -93,13 +105,15 @@ class Tapes:
         library = EXTENSION.get() if current_dispatch_mode() is None else None
         if library is None:
             return False
-        graph = library.walk(*source)
+        inputs = [payload, rows.index]
+        graph = library.walk(*source, inputs)
         if isinstance(graph, str):
             self.counts[graph] += 1
             return False
-        inputs = [payload, rows.index]
         sizes = rows.batch, inner, *map(_metadata, inputs)
-        key = library.key(graph), sizes, _state_of_torch(payload.device)
+        # What the rule of a lookup knows of an index without reading it.
+        ranges = tuple(i for i, x in enumerate(library.saved(graph)) if waiting.is_range(x))
+        key = library.key(graph), sizes, ranges, _state_of_torch(payload.device)
         tape = self._tapes.get(key)
         if tape is None and not self._was_seen(hash(key)):
             return False
@@ -107,7 +121,7 @@ class Tapes:
             self._tapes.move_to_end(key)
             if tape.program is None:
                 return False
-            if tape.is_compared:
+            if tape.is_compared and not tape.is_due():
                 is_run = library.attach(tape.program, graph, inputs)
                 self._note(tape, "ran" if is_run else "")
                 return is_run
@@ -117,6 +131,7 @@ class Tapes:
     def _note(self, tape: _Tape, use: str) -> None:
         """Count the use of a tape, or that it does not hold for this step: tokens go to other experts, say."""
         self.counts[use or "other numbers"] += 1
+        tape.runs += 1
         tape.misses = 0 if use else tape.misses + 1
         if tape.misses == MOST_MISSES:
             tape.program = None
@@ -157,10 +172,11 @@ class Tapes:
 
     @staticmethod
     def _engine(
-        source: tuple[Node, int], leaves: list[Tensor], start: Callable[[], Tensor | None]
+        source: tuple[Node, int], leaves: list[Node], start: Callable[[], Tensor | None]
     ) -> list[Tensor | None]:
         outputs, gradient = [GradientEdge(*source)], start()
-        return list(torch.autograd.grad(outputs, leaves, [gradient], retain_graph=True, allow_unused=True))
+        inputs = [GradientEdge(leaf, 0) for leaf in leaves]  # of this graph: a leaf may have got another node since
+        return list(torch.autograd.grad(outputs, inputs, [gradient], retain_graph=True, allow_unused=True))
 
     def _keep(self, key: Any, tape: _Tape) -> None:
         self._tapes[key] = tape
@@ -182,7 +198,7 @@ class Tapes:
         if gradients is None:
             self._note(tape, "")
             return
-        norms = [0.0 if x is None else float(torch.linalg.vector_norm(x.float())) for x in engine]
+        norms = [0.0 if x is None else float(torch.linalg.vector_norm(_wide(x))) for x in engine]
         whole = math.hypot(*norms)
         if not math.isfinite(whole) or not whole:
             return  # nothing can be said
@@ -191,7 +207,7 @@ class Tapes:
             if (a is None) != (b is None):
                 error = math.inf
             else:
-                error = 0.0 if a is None else float(torch.linalg.vector_norm(a.float() - b.float()))
+                error = 0.0 if a is None else float(torch.linalg.vector_norm(_wide(a) - _wide(b)))
             if not error <= max(allowed * norm, _NOISE * whole):
                 tape.program = None
                 self.counts["another gradient"] += 1
