@@ -325,6 +325,25 @@ def test_two_storages_of_one_memory(counts):
     run(losses, net.parameters(), MANY)
 
 
+@pytest.mark.parametrize("kind", ["transposed", "expanded"])
+def test_views_of_one_memory(kind, counts):
+    """The engine takes the kept rows of a large tensor once for all its views."""
+    weight = nn.Parameter(torch.ones(256, 64))
+
+    def losses(step):
+        x, other = (
+            torch.randn(B, 256, 64, generator=torch.Generator().manual_seed(seed)) for seed in (step, 99 + step)
+        )
+        y = x if step < 4 else other
+        if kind == "transposed":
+            return (x * weight).mean((1, 2)) + (y.transpose(1, 2) * weight.T).mean((1, 2))
+        x, y = x.flatten(1)[..., None], y.flatten(1)[..., None]
+        weights = weight.flatten()[:, None]
+        return (x.expand(-1, -1, 2) * weights).mean((1, 2)) + (y.expand(-1, -1, 3) * weights).mean((1, 2))
+
+    run(losses, [weight], MANY)
+
+
 def test_kept_rows_that_the_forward_pass_has_used(counts):
     net, table = Net(), nn.Embedding(10, C)
     kept = [kept_in(step) for step in range(MANY)]
@@ -413,3 +432,10 @@ def test_a_tape_is_compared_again(counts):
     net = Net()
     run(lambda step: net(inputs(step)), net.parameters(), steps=40)
     assert counts["compared"] == 3 and counts["ran"] == 35  # in step 3, and after 16 and 32 runs
+
+
+def test_more_graphs_in_turn_than_tapes(counts, monkeypatch):
+    monkeypatch.setattr(tapes, "MOST_TAPES", 2)
+    net = Net()
+    run(lambda step: net(inputs(step)[:, : 1 + step % 4]), net.parameters(), steps=40)
+    assert counts["recorded"] < 6 < counts["ran"]  # two of four have one, and it is seldom another two

@@ -94,11 +94,15 @@ inline void append_metadata(std::string& key, const Tensor& x) {
   }
 }
 
-// Tensors that are the same memory in one step must be so in the others: each gets the number of the first of them.
+// Tensors that are the same memory in one step must be so in the others, and so must views of one memory, of which the
+// engine takes a slice once: each gets the numbers of the first of them.
 struct Aliases {
   std::unordered_map<std::string, uint32_t> seen;
 
-  uint32_t number(const Tensor& x) {
+  void append_numbers(std::string& key, const Tensor& x) {
+    std::string memory;
+    append(memory, x.unsafeGetTensorImpl()->storage().unsafeGetStorageImpl());
+    append(key, number(std::move(memory)));
     std::string place;
     append(place, x.const_data_ptr()); // two storages may be the same memory, of an array of NumPy say
     append(place, x.device());
@@ -109,7 +113,11 @@ struct Aliases {
     for (const auto stride : x.strides()) {
       append(place, stride);
     }
-    return seen.try_emplace(std::move(place), static_cast<uint32_t>(seen.size())).first->second;
+    append(key, number(std::move(place)));
+  }
+
+  uint32_t number(std::string&& what) {
+    return seen.try_emplace(std::move(what), static_cast<uint32_t>(seen.size())).first->second;
   }
 };
 
@@ -228,11 +236,11 @@ inline std::unique_ptr<Graph> walk(const NodePtr& root, uint32_t output_nr, cons
   }
   Aliases aliases;
   for (const auto& x : inputs) {
-    append(key, aliases.number(x));
+    aliases.append_numbers(key, x);
   }
   for (const auto& x : compiler.tensor_args.inputs) {
     append_metadata(key, x);
-    append(key, aliases.number(x));
+    aliases.append_numbers(key, x);
   }
   // Autograd runs nodes by their age: which of two gradients is added to the other depends on it.
   std::sort(sequence.begin(), sequence.end());

@@ -115,7 +115,7 @@ class Tapes:
         ranges = tuple(i for i, x in enumerate(library.saved(graph)) if waiting.is_range(x))
         key = library.key(graph), sizes, ranges, _state_of_torch(payload.device)
         tape = self._tapes.get(key)
-        if tape is None and not self._was_seen(hash(key)):
+        if tape is None and not (self._was_seen(hash(key)) and self._may_record()):
             return False
         if tape is not None:
             self._tapes.move_to_end(key)
@@ -135,6 +135,10 @@ class Tapes:
         tape.misses = 0 if use else tape.misses + 1
         if tape.misses == MOST_MISSES:
             tape.program = None
+
+    def _may_record(self) -> bool:
+        """Whether recording pays: not where there are more graphs in turn than tapes, which would be recorded anew."""
+        return self.counts["recorded"] < MOST_TAPES + self.counts["ran"] // 4
 
     def _was_seen(self, number: int) -> bool:
         was_seen = number in self._seen
