@@ -9,6 +9,7 @@ from tests.support.heads import HEADS, make
 from tests.support.helpers import digit_texts, digits, relative_difference, tiny_bert, train, weights
 
 
+@pytest.mark.extended
 def test_a_compiled_model_is_trimmed_by_its_logits(tmp_path):
     """Loss functions inside a compiled graph cannot be met; the model's own is called on its logits."""
     arguments = {"trim_keep_start": 0.75, "trim_keep_end": 0.75, "max_steps": 2, "trim_backward": "dense"}
@@ -57,6 +58,7 @@ class WeightedTrainer(TrimmingTrainer):
 
 @pytest.mark.parametrize("backward", ["auto", pytest.param("replay", marks=pytest.mark.extended)])
 @pytest.mark.parametrize("kind", ["tuples", "loss in the trainer"])
+@pytest.mark.extended
 def test_tuples_and_losses_outside_of_a_compiled_model(kind, backward, tmp_path):
     changes = {"return_dict": False} if kind == "tuples" else {}
     trainer_cls = TrimmingTrainer if kind == "tuples" else WeightedTrainer

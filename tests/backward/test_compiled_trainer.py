@@ -48,6 +48,7 @@ def test_the_trainer_compiles_for_rows(backward, tmp_path, caplog, runs):
     assert relative_difference(weights(compiled), weights(eager)) < 1e-5
 
 
+@pytest.mark.extended
 def test_a_model_that_comes_compiled(tmp_path, runs):
     """As a whole, or regions of it; the length of its texts is the batch size."""
     rows = digit_texts(length=8)

@@ -22,6 +22,7 @@ def test_random_programs():
         assert difference(*draw_program(seed), seed) < 1e-10, seed
 
 
+@pytest.mark.extended
 def test_random_programs_compiled(fresh_compiler):
     """Each is proved or refused, with no check of the result."""
     refused = 0

@@ -66,6 +66,7 @@ def test_compiled_models(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "convnextv2", "swin", "t5", "gpt2-lm", "lm-head"])
+@pytest.mark.extended
 def test_other_models(tmp_path, name):
     output = tmp_path / "bench.json"
     assert main([*TINY, "--models", name, "--keep", "0.5", "--modes", "sparse", "--repeats", "1", "--device", "cpu",

@@ -98,6 +98,7 @@ def without_token(repo):
     return all(TOKEN.encode() not in content for content in repo["files"].values())
 
 
+@pytest.mark.extended
 def test_a_comparison_of_image_models_is_pushed_and_loads_back(hub, session, tmp_path):
     out = tmp_path / "out"
     options = ["--compare", "--seeds", "2", "--num_train_epochs", "2", "--output_dir", out, "--push_to_hub",

@@ -98,6 +98,7 @@ def check_unknown_recipe(errors):
     assert "Traceback" not in errors
 
 
+@pytest.mark.extended
 def test_the_console_script_is_the_module():
     project = (Path(hf_trim.__file__).parents[1] / "pyproject.toml").read_text()
     (entry_point,) = re.findall(r'(?m)^\[project\.scripts\]\nhf-trim = "(.*)"$', project)

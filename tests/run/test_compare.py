@@ -27,6 +27,7 @@ def table_of(folder):
     return [row[:5] for row in rows], curves
 
 
+@pytest.mark.extended
 def test_a_killed_comparison_goes_on_and_gives_the_same_table(recipe, tmp_path, capsys):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     options = [recipe, "--compare", "--seeds", "1", "--arms", "plain", "trimmed", "--output_dir"]
@@ -138,6 +139,7 @@ def test_grids_of_the_package_parse():
     assert len(expand("digits-ablation", [])[1]) == 16
 
 
+@pytest.mark.extended
 def test_language_models_are_compared_by_perplexity(small_gpt2, tmp_path, capsys, no_plots):
     options = [*small_gpt2, "--max_train_samples", "48", "--compare", "--seeds", "1", "--output_dir", tmp_path / "out"]
     options += ["--arms", "plain", "trimmed"]

@@ -151,6 +151,7 @@ def test_an_output_folder_that_cannot_be_written(checkpoints, tmp_path, capsys):
     assert "A file could not be written: [Errno 20] Not a directory" in error and "another --output_dir" in error
 
 
+@pytest.mark.extended
 def test_what_was_finished_before_a_full_disk_stays(checkpoints, tmp_path):
     arguments = [str(checkpoints / "tiny.yaml"), "--compare", "--seeds", "1", "--output_dir", str(tmp_path / "out")]
     arguments += ["--arms", "plain", "trimmed", "random"]

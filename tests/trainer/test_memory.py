@@ -220,6 +220,7 @@ def test_bytes_of_a_sample():
 
 
 @pytest.mark.parametrize("step", [4, pytest.param(8, marks=pytest.mark.extended)])  # in the midst of epochs of 6
+@pytest.mark.extended
 def test_resuming_gives_the_same_table(step, tmp_path):
     arguments = {
         "num_train_epochs": 3, "save_strategy": "steps", "save_steps": 4, "trim_memory": True, "logging_steps": 3,

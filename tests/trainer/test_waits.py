@@ -64,6 +64,7 @@ def count_in_a_process(folder):
         assert process_group.host_numbers(3 + PartialState().process_index, Accelerator(cpu=True)) == [3, 4]
 
 
+@pytest.mark.extended
 def test_several_hosts_do_not_wait_for_their_devices(tmp_path):
     # Not forked from here: other tests may have started threads of autograd, which no fork survives.
     program = f"""if True:
