@@ -72,6 +72,21 @@ def signed(value: float) -> str:
     return f"{value:+.2f}".replace("-", "−")  # a minus sign is as wide as a plus
 
 
+def shorten(text: str, width: int) -> str:
+    """
+    Fit a text into one line.
+
+    Args:
+        text (`str`): The text.
+        width (`int`): Its longest length in characters.
+
+    Returns:
+        `str`: The text with single spaces, cut if it is longer.
+    """
+    text = " ".join(text.split())
+    return text if len(text) <= width else f"{text[: width - 1]}…"
+
+
 def plain(value: object) -> str:
     """
     Write a value as people do.

@@ -79,7 +79,8 @@ def is_range(numbers: Tensor) -> bool:
         `bool`: Whether they are known to be 0, 1, 2, ...: [`mark_range`] has made them, and nothing was written to
         them.
     """
-    return getattr(numbers, "hf_trim_range", None) == version_of(numbers)
+    version = getattr(numbers, "hf_trim_range", None)
+    return version is not None and version == version_of(numbers)
 
 
 class Later:

@@ -77,6 +77,18 @@ def find_columns(args: DataArguments, splits: dict[str, Dataset]) -> Columns:
     return columns
 
 
+def with_pictures(split: Dataset, column: str) -> Dataset:
+    """
+    Args:
+        split (`datasets.Dataset`): A split.
+        column (`str`): Its column of images, which may hold them as bytes or paths.
+
+    Returns:
+        `datasets.Dataset`: The same, with images in it.
+    """
+    return split if isinstance(split.features[column], Image) else split.cast_column(column, Image())
+
+
 def kind_of(feature: Any) -> str:
     """
     Args:

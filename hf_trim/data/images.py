@@ -10,13 +10,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from datasets import Dataset, Image
+from datasets import Dataset
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 from transformers import DefaultDataCollator, PreTrainedTokenizerBase, ViTImageProcessor
 
 from hf_trim.data.arguments import DataArguments
 from hf_trim.data.augment import augment_images, normalize_images
+from hf_trim.data.columns import with_pictures
 from hf_trim.data.device_images import DeviceImages, unwrap_batch
 from hf_trim.data.prepared import Data
 
@@ -71,8 +72,7 @@ def prepare_images(
 
 def _select_columns(split: Dataset, column: str) -> Dataset:
     """The images as `pixel_values`, and `labels`; nothing else."""
-    if not isinstance(split.features[column], Image):
-        split = split.cast_column(column, Image())
+    split = with_pictures(split, column)
     split = split.select_columns([column, "labels"])
     return split.rename_column(column, "pixel_values") if column != "pixel_values" else split
 

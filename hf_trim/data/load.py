@@ -7,10 +7,10 @@ source → splits → columns → class numbers → parts held out → subsets �
 from typing import Any, NamedTuple
 
 import torch
-from datasets import Dataset, Image
+from datasets import Dataset
 
 from hf_trim.data.arguments import DataArguments
-from hf_trim.data.columns import Columns, find_columns
+from hf_trim.data.columns import Columns, find_columns, with_pictures
 from hf_trim.data.images import prepare_images
 from hf_trim.data.labels import add_label_noise, encode_labels
 from hf_trim.data.language import prepare_language
@@ -103,5 +103,4 @@ def load_data(args: DataArguments, processing_class: Any = None, device: torch.d
 def _shown_inputs(train: Dataset, columns: Columns) -> Dataset:
     """Texts or pictures alone."""
     inputs = train.select_columns(columns.inputs)
-    is_undecoded = columns.kind == "image" and not isinstance(inputs.features[columns.inputs], Image)
-    return inputs.cast_column(columns.inputs, Image()) if is_undecoded else inputs
+    return with_pictures(inputs, columns.inputs) if columns.kind == "image" else inputs

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from datasets import Dataset, Value
 
+from hf_trim.messages import shorten
+
 
 SAMPLE = 10_000  # rows that are looked at, spread over the data
 MOST_CLASSES = 100
@@ -69,13 +71,8 @@ def _look(values: list[Any]) -> Look:
     is_whole = all(not isinstance(value, float) or value.is_integer() for value in given)
     words = fmean(len(value.split()) for value in given) if given and isinstance(given[0], str) else 0.0
     return Look(
-        first=_shorten(values[0]),
+        first=shorten("" if values[0] is None else str(values[0]), SHOWN),
         distinct=len(distinct) if is_whole else len(given),  # measurements are no classes
         rows=len(given),
         words=words,
     )
-
-
-def _shorten(value: Any) -> str:
-    text = " ".join(str("" if value is None else value).split())
-    return text if len(text) <= SHOWN else f"{text[: SHOWN - 1]}…"

@@ -1,10 +1,11 @@
 """What a reader should know of the data before a training: how many rows and classes there are, and the first rows."""
 
 import numpy as np
-from datasets import ClassLabel, Dataset, Image
+from datasets import ClassLabel, Dataset
 
-from hf_trim.data.columns import Columns
+from hf_trim.data.columns import Columns, with_pictures
 from hf_trim.data.prepared import Data
+from hf_trim.messages import shorten
 
 
 USES = {"train": "to train on", "validation": "to validate on", "test": "to test on"}
@@ -67,16 +68,15 @@ def first_rows(train: Dataset, columns: Columns, count: int = 3) -> list[tuple[s
     """
     label = train.features.get("labels") if columns.label else None
     head = train.select(_first_of_each_class(train, count) if label is not None else range(min(count, len(train))))
-    if columns.kind == "image" and not isinstance(head.features[columns.inputs], Image):
-        head = head.cast_column(columns.inputs, Image())
+    if columns.kind == "image":
+        head = with_pictures(head, columns.inputs)
     rows = []
     for row in head:
         value = row[columns.inputs]
         if columns.kind == "image":
             text = f"{value.width} × {value.height} pixels, {value.mode}"
         else:
-            text = " ".join((value or "").split())
-            text = text if len(text) <= SHOWN_CHARACTERS else f"{text[: SHOWN_CHARACTERS - 1]}…"
+            text = shorten(value or "", SHOWN_CHARACTERS)
         rows.append((text, label.int2str(row["labels"]) if isinstance(label, ClassLabel) else ""))
     return rows
 

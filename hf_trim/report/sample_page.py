@@ -11,6 +11,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader
 
 from hf_trim.files import replaced
+from hf_trim.messages import shorten
 from hf_trim.trainer.memory import SampleMemory
 
 
@@ -92,8 +93,7 @@ def _class_name(names: list[str], number: int) -> str:
 def _as_shown(sample: Any) -> dict[str, str]:
     """A text, cut, or a small picture within the page."""
     if isinstance(sample, str):
-        text = " ".join(sample.split())
-        return {"text": text if len(text) <= SHOWN_CHARACTERS else f"{text[: SHOWN_CHARACTERS - 1]}…"}
+        return {"text": shorten(sample, SHOWN_CHARACTERS)}
     picture = sample.copy()
     picture.thumbnail((PICTURE_SIZE, PICTURE_SIZE))
     file = io.BytesIO()

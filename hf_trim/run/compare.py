@@ -109,10 +109,7 @@ def finish_run(job: Job, data: Data, arm: str, seed: int, title: str) -> dict:
     history = trainer.state.log_history
     record = make_record(job.name, arm, seed, job.settings, metrics, history, describe_classes(data))
     record.update(samples_per_second(trainer))
-    if (arm, seed) == (
-        model_arm(job),
-        job.training.seed,
-    ):  # the one that is saved
+    if (arm, seed) == (model_arm(job), job.training.seed):  # whose model is saved
         save_run(job, data, trainer, metrics, metrics, arm)
         if trainer.is_world_process_zero():
             claim_folder(job, arm)

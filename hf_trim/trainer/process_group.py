@@ -35,12 +35,7 @@ def host_numbers(number: int, accelerator: Accelerator) -> list[int]:
     Returns:
         `list[int]`: The numbers, process by process.
     """
-    if not (dist.is_available() and dist.is_initialized()):
-        return accelerator.gather(torch.tensor([number], device=accelerator.device)).tolist()
-    group = None if dist.get_backend() == "gloo" else _host_group(dist.group.WORLD)
-    numbers = torch.empty(dist.get_world_size(), dtype=torch.long)
-    dist.all_gather_into_tensor(numbers, torch.tensor([number]), group=group)
-    return numbers.tolist()
+    return _gather_on_hosts(torch.tensor([number]), accelerator).tolist()
 
 
 def host_columns(own: Tensor, accelerator: Accelerator) -> Tensor:
@@ -56,13 +51,18 @@ def host_columns(own: Tensor, accelerator: Accelerator) -> Tensor:
     """
     sizes = host_numbers(own.shape[1], accelerator)
     padded = torch.nn.functional.pad(own, (0, max(sizes) - own.shape[1]))
-    if not (dist.is_available() and dist.is_initialized()):
-        gathered = accelerator.gather(padded[None].to(accelerator.device)).cpu()
-    else:
-        group = None if dist.get_backend() == "gloo" else _host_group(dist.group.WORLD)
-        gathered = padded.new_empty(len(sizes), *padded.shape)
-        dist.all_gather_into_tensor(gathered, padded[None].contiguous(), group=group)
+    gathered = _gather_on_hosts(padded[None].contiguous(), accelerator)
     return torch.cat([part[:, :size] for part, size in zip(gathered, sizes, strict=True)], 1)
+
+
+def _gather_on_hosts(own: Tensor, accelerator: Accelerator) -> Tensor:
+    """`[1, ...]` on the CPU of each process → `[processes, ...]`, without a wait for the devices where that can be."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return accelerator.gather(own.to(accelerator.device)).cpu()
+    group = None if dist.get_backend() == "gloo" else _host_group(dist.group.WORLD)
+    gathered = own.new_empty(dist.get_world_size(), *own.shape[1:])
+    dist.all_gather_into_tensor(gathered, own, group=group)
+    return gathered
 
 
 @dataclass
