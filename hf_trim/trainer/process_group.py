@@ -60,7 +60,7 @@ def _gather_on_hosts(own: Tensor, accelerator: Accelerator) -> Tensor:
     if not (dist.is_available() and dist.is_initialized()):
         return accelerator.gather(own.to(accelerator.device)).cpu()
     group = None if dist.get_backend() == "gloo" else _host_group(dist.group.WORLD)
-    gathered = own.new_empty(dist.get_world_size(), *own.shape[1:])
+    gathered = torch.empty(dist.get_world_size(), *own.shape[1:], dtype=own.dtype)
     dist.all_gather_into_tensor(gathered, own, group=group)
     return gathered
 
