@@ -49,14 +49,15 @@ def describe_result(trimmed, random) -> str:
     Returns:
         `str`: What the differences from the plain arm show; empty if there are none.
     """
-    if trimmed is None or trimmed.difference is None:
+    if trimmed is None or trimmed.to_plain is None:
         return ""
-    metric, change = f"the test {trimmed.metric}", signed(trimmed.difference)
-    if trimmed.interval is None:
-        seeds = "One seed tells" if trimmed.pairs == 1 else f"{trimmed.pairs} seeds tell"
+    difference = trimmed.to_plain
+    metric, change = f"the test {trimmed.metric}", signed(difference.mean)
+    if difference.interval is None:
+        seeds = "One seed tells" if difference.pairs == 1 else f"{difference.pairs} seeds tell"
         sentence = f"{seeds} nothing certain about whether trimming helps: it changed {metric} by {change}"
     else:
-        low, high = trimmed.interval
+        low, high = difference.interval
         interval = f"{change} on average (95 % interval {signed(low)} … {signed(high)})"
         sentence = (
             f"Trimming lowered {metric} here: by {interval}"
@@ -65,6 +66,6 @@ def describe_result(trimmed, random) -> str:
             if low > 0
             else f"Trimming changed {metric} by no more than chance may: by {interval}"
         )
-    if random is None or random.difference is None:
+    if random is None or random.to_plain is None:
         return f"{sentence}."
-    return f"{sentence}. A random subset of the same size changed it by {signed(random.difference)}."
+    return f"{sentence}. A random subset of the same size changed it by {signed(random.to_plain.mean)}."

@@ -5,6 +5,7 @@ Records of runs of one recipe → sentences.
 """
 
 from hf_trim.report.summary import MIN_SEEDS, Summary, summarize
+from hf_trim.report.verdict import verdict
 
 
 def notes(records: list[dict]) -> list[str]:
@@ -16,11 +17,12 @@ def notes(records: list[dict]) -> list[str]:
         `list[str]`: Sentences to stand below their table; warnings begin with "Warning".
     """
     summaries = summarize(records)
-    return [*_note_seeds(summaries), *_note_majority(summaries)]
+    return [*_note_seeds(summaries), *_note_majority(summaries), *_note_verdict(records, summaries)]
 
 
 def _note_seeds(summaries: list[Summary]) -> list[str]:
-    pairs = sorted({summary.pairs for summary in summaries if 0 < summary.pairs < MIN_SEEDS})
+    counts = {summary.to_plain.pairs for summary in summaries if summary.to_plain is not None}
+    pairs = sorted(count for count in counts if count < MIN_SEEDS)
     if not pairs:
         return []
     if pairs == [1]:
@@ -31,6 +33,12 @@ def _note_seeds(summaries: list[Summary]) -> list[str]:
         f"which is no interval. Without any effect all {few} would agree in sign in 1 of {2 ** (few - 1)} "
         f"comparisons: train {MIN_SEEDS} seeds or more."
     ]
+
+
+def _note_verdict(records: list[dict], summaries: list[Summary]) -> list[str]:
+    if not any(summary.to_plain is not None and summary.to_plain.interval for summary in summaries):
+        return []
+    return [f"Verdict: {verdict(records)}."]
 
 
 def _note_majority(summaries: list[Summary]) -> list[str]:

@@ -15,7 +15,7 @@ from hf_trim.run.records import UNITS, metric_name, test_score
 
 
 COLORS = {"plain": "tab:gray", "trimmed": "tab:red", "adaptive": "tab:green", "random": "tab:blue",
-          "random-adaptive": "tab:cyan"}  # fmt: skip
+          "random-adaptive": "tab:cyan", "adaptive-skip": "tab:olive", "short": "black"}  # fmt: skip
 
 
 def plot(records: list[dict], path: Path, title: str) -> None:
@@ -90,7 +90,7 @@ def _plot_fractions(epochs: Axes, trimmed: list[dict]) -> None:
 def _plot_differences(seeds: Axes, runs_of: dict[str, list[dict]]) -> None:
     plain = {run["seed"]: test_score(run) for run in runs_of["plain"]}
     for number, arm in enumerate(ARMS[1:]):
-        shift = 0.1 * number - 0.15  # side by side, so that no point hides another
+        shift = 0.08 * number - 0.2  # side by side, so that no point hides another
         points = [
             (run["seed"] + shift, test_score(run) - plain[run["seed"]]) for run in runs_of[arm] if run["seed"] in plain
         ]

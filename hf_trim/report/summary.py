@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.stats import bootstrap
 
-from hf_trim.run.records import ARMS, UNITS, metric_name, test_score
+from hf_trim.run.records import ARMS, UNITS, cost_of, metric_name, test_score
 
 
 MIN_SEEDS = 5  # with fewer, a bootstrap interval is not more than the range of the differences
@@ -26,6 +26,35 @@ PAPER = {
 }
 
 
+class Difference(NamedTuple):
+    """
+    How an arm differs from another one, seed by seed.
+
+    Args:
+        mean (`float`): Mean of the paired differences of the metric, in percentage points for errors.
+        pairs (`int`): Number of seeds that both arms have.
+        interval (`tuple[float, float]` or `None`): 95 % bootstrap interval of that mean; needs `MIN_SEEDS` pairs.
+        span (`tuple[float, float]` or `None`): Lowest and highest of the differences; needs two pairs.
+        wins (`int`): Number of seeds with a lower value than the other arm's.
+    """
+
+    mean: float
+    pairs: int
+    interval: tuple[float, float] | None
+    span: tuple[float, float] | None
+    wins: int
+
+    @property
+    def is_lower(self) -> bool:
+        """Whether the metric is lower, and so better, beyond chance."""
+        return self.interval is not None and self.interval[1] < 0
+
+    @property
+    def is_higher(self) -> bool:
+        """Whether it is higher beyond chance."""
+        return self.interval is not None and self.interval[0] > 0
+
+
 class Summary(NamedTuple):
     """
     One arm of a comparison.
@@ -36,16 +65,14 @@ class Summary(NamedTuple):
         metric (`str`): `"error"` or `"perplexity"`.
         mean (`float`): Its mean on the test split; of the error, in percent.
         sd (`float` or `None`): Its standard deviation over the seeds; `None` for a single run.
-        difference (`float` or `None`): Mean of the paired differences from the plain arm, seed by seed, in percentage
-            points for errors; `None` for the plain arm.
-        pairs (`int`): Number of seeds that have a plain run as well.
-        interval (`tuple[float, float]` or `None`): 95 % bootstrap interval of that mean; needs `MIN_SEEDS` pairs.
-        span (`tuple[float, float]` or `None`): Lowest and highest of the differences; needs two pairs.
-        wins (`int` or `None`): Number of seeds with a lower value than the plain arm's.
+        to_plain ([`Difference`] or `None`): The difference from the plain arm; `None` for the plain arm.
+        to_short ([`Difference`] or `None`): The difference from shorter plain training.
         kept (`float` or `None`): The fraction p that was kept, on average over the training's logs.
-        seconds (`float` or `None`): Mean seconds of training per run, without evaluation; `None` if a record has none
-            (`null`: other work on the machine disturbed the clock).
-        speedup (`float` or `None`): The plain arm's seconds over this arm's, on the seeds they share.
+        cost (`float` or `None`): Forward and backward passes (a backward one counts twice) over those of plain
+            training, mean of the seeds they share; `None` if the records do not have them.
+        timed (`int`): Number of runs with a time: records have none (`null`) where other work disturbed the clock.
+        seconds (`float` or `None`): Their mean seconds of training, without evaluation.
+        speedup (`float` or `None`): The plain arm's seconds over this arm's, on the timed seeds they share.
         speedup_span (`tuple[float, float]` or `None`): Lowest and highest speed-up of a seed; needs two pairs.
         macro_f1 (`float` or `None`): Mean of the macro-F1, which records of unbalanced classes have.
         majority_error (`float` or `None`): Test error in percent of always the most frequent class; `None` if the
@@ -57,12 +84,11 @@ class Summary(NamedTuple):
     metric: str
     mean: float
     sd: float | None
-    difference: float | None
-    pairs: int
-    interval: tuple[float, float] | None
-    span: tuple[float, float] | None
-    wins: int | None
+    to_plain: Difference | None
+    to_short: Difference | None
     kept: float | None
+    cost: float | None
+    timed: int
     seconds: float | None
     speedup: float | None
     speedup_span: tuple[float, float] | None
@@ -79,42 +105,52 @@ def summarize(records: list[dict]) -> list[Summary]:
         `list[Summary]`: One per arm that has runs, plain first.
     """
     runs_of = {arm: {record["seed"]: record for record in records if record["arm"] == arm} for arm in ARMS}
-    return [_summarize_arm(arm, runs, runs_of["plain"]) for arm, runs in runs_of.items() if runs]
+    return [_summarize_arm(arm, runs, runs_of) for arm, runs in runs_of.items() if runs]
 
 
-def _summarize_arm(arm: str, runs: dict[int, dict], plain: dict[int, dict]) -> Summary:
-    """One arm's runs by seed, compared with the plain ones."""
+def _summarize_arm(arm: str, runs: dict[int, dict], runs_of: dict[str, dict[int, dict]]) -> Summary:
+    """One arm's runs by seed, compared with those of others."""
+    plain = runs_of["plain"]
     scores = [test_score(runs[seed]) for seed in sorted(runs)]
-    # The seed fixes the first weights and the order of the data, so runs are compared seed by seed.
-    shared = sorted(runs.keys() & plain.keys()) if arm != "plain" else []
-    differences = [test_score(runs[seed]) - test_score(plain[seed]) for seed in shared]
     fractions = [log["keep_fraction"] for run in runs.values() for log in run["history"] if "keep_fraction" in log]
-    seconds, speedup, speedups = None, None, []
-    if all(run["train_seconds"] is not None for run in [*runs.values(), *plain.values()]):
-        seconds = statistics.mean(run["train_seconds"] for run in runs.values())
-        if shared:
-            plain_seconds, arm_seconds = (
-                sum(by_seed[seed]["train_seconds"] for seed in shared) for by_seed in (plain, runs)
-            )
-            speedup = plain_seconds / arm_seconds
-            speedups = [plain[seed]["train_seconds"] / runs[seed]["train_seconds"] for seed in shared]
+    costs = {seed: (cost_of(runs[seed]), cost_of(plain[seed])) for seed in sorted(runs.keys() & plain.keys())}
+    ratios = [own / others for own, others in costs.values() if own is not None and others is not None]
+    seconds = {seed: run["train_seconds"] for seed, run in sorted(runs.items()) if run["train_seconds"] is not None}
+    shared = [seed for seed in seconds if seed in plain and plain[seed]["train_seconds"] is not None]
+    speedups = [plain[seed]["train_seconds"] / seconds[seed] for seed in shared] if arm != "plain" else []
+    speedup = None
+    if speedups:
+        speedup = sum(plain[seed]["train_seconds"] for seed in shared) / sum(seconds[seed] for seed in shared)
     return Summary(
         arm=arm,
         runs=len(runs),
         metric=metric_name(next(iter(runs.values()))),
         mean=statistics.mean(scores),
         sd=statistics.stdev(scores) if len(scores) > 1 else None,
-        difference=statistics.mean(differences) if differences else None,
-        pairs=len(shared),
-        interval=paired_interval(differences) if len(shared) >= MIN_SEEDS else None,
-        span=_span(differences),
-        wins=sum(difference < 0 for difference in differences) if differences else None,
+        to_plain=_difference(runs, plain) if arm != "plain" else None,
+        to_short=_difference(runs, runs_of["short"]) if arm != "short" else None,
         kept=statistics.mean(fractions) if fractions else None,
-        seconds=seconds,
+        cost=statistics.mean(ratios) if len(ratios) == len(costs) and ratios else None,
+        timed=len(seconds),
+        seconds=statistics.mean(seconds.values()) if seconds else None,
         speedup=speedup,
         speedup_span=_span(speedups),
         macro_f1=_mean_of("test_macro_f1", runs),
         majority_error=_mean_of("majority_error", runs),
+    )
+
+
+def _difference(runs: dict[int, dict], others: dict[int, dict]) -> Difference | None:
+    # The seed fixes the first weights and the order of the data, so runs are compared seed by seed.
+    differences = [test_score(runs[seed]) - test_score(others[seed]) for seed in sorted(runs.keys() & others.keys())]
+    if not differences:
+        return None
+    return Difference(
+        mean=statistics.mean(differences),
+        pairs=len(differences),
+        interval=paired_interval(differences) if len(differences) >= MIN_SEEDS else None,
+        span=_span(differences),
+        wins=sum(difference < 0 for difference in differences),
     )
 
 

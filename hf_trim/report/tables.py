@@ -5,7 +5,7 @@ Records of runs → [`~hf_trim.report.summary.Summary`] of each arm → head and
 """
 
 from hf_trim.messages import signed
-from hf_trim.report.summary import ARMS, PAPER, TITLES, Summary, summarize
+from hf_trim.report.summary import ARMS, PAPER, TITLES, Difference, Summary, summarize
 from hf_trim.run.records import metric_name
 
 
@@ -21,29 +21,35 @@ def table_rows(records: list[dict]) -> tuple[list[str], list[list[str]]]:
     recipe, metric = records[0].get("recipe", ""), TITLES[metric_name(records[0])]
     summaries = summarize(records)
     has_f1 = any(summary.macro_f1 is not None for summary in summaries)
-    interval = " (95 % interval)" if any(summary.interval for summary in summaries) else ""
-    if not interval and any(summary.span for summary in summaries):
+    has_cost = any(summary.cost is not None for summary in summaries)
+    has_short = any(summary.to_short is not None for summary in summaries)
+    differences = [summary.to_plain for summary in summaries if summary.to_plain is not None]
+    interval = " (95 % interval)" if any(difference.interval for difference in differences) else ""
+    if not interval and any(difference.span for difference in differences):
         interval = " [range]"
     speedup = "speed-up [range]" if any(summary.speedup_span for summary in summaries) else "speed-up"
-    head = ["arm", "runs", metric, *["macro-F1"] * has_f1, f"difference to plain{interval}", "better", "kept",
-            "train time", speedup]  # fmt: skip
+    head = ["arm", "runs", metric, *["macro-F1"] * has_f1, f"difference to plain{interval}", "better",
+            *["to short", "better than short"] * has_short, "kept", *["cost"] * has_cost, "train time",
+            speedup]  # fmt: skip
     rows = []
     for summary in summaries:
         cells = [
             str(summary.runs),
             _format_score(summary),
             *[format_number(summary.macro_f1)] * has_f1,
-            _format_difference(summary),
-            "–" if summary.wins is None else f"{summary.wins} of {summary.pairs}",
+            format_difference(summary.to_plain),
+            _format_wins(summary.to_plain),
+            *[format_difference(summary.to_short), _format_wins(summary.to_short)] * has_short,
             _format_kept(summary),
-            "–" if summary.seconds is None else f"{summary.seconds:.1f} s",
+            *[format_cost(summary)] * has_cost,
+            _format_seconds(summary),
             _format_speedup(summary),
         ]
         rows.append([summary.arm, *cells])
         if recipe in PAPER and summary.arm in ("plain", "trimmed"):  # the paper has no other arms
             plain, trimmed = PAPER[recipe]
             error, change = (plain, "–") if summary.arm == "plain" else (trimmed, signed(trimmed - plain))
-            cells = ["10", f"{error:.2f}", *["–"] * has_f1, change, "–", "–", "–", "–"]
+            cells = ["10", f"{error:.2f}", *["–"] * has_f1, change, *["–"] * (4 + 2 * has_short + has_cost)]
             rows.append([f"{summary.arm} (paper)", *cells])
     return head, rows
 
@@ -59,7 +65,7 @@ def overview_rows(groups: dict[str, list[dict]]) -> tuple[list[str], list[list[s
     """
     metrics = {TITLES[metric_name(records[0])] for records in groups.values()}
     trained = {record["arm"] for records in groups.values() for record in records}
-    arms = [arm for arm in ARMS if arm in trained or "adaptive" not in arm]
+    arms = [arm for arm in ARMS if arm in trained or arm in ("plain", "trimmed", "random")]
     head = ["runs of", "seeds", f"{arms[0]}, {' or '.join(sorted(metrics))}"]
     head += [f"{arm}; kept; difference to plain" for arm in arms[1:]]
     rows = []
@@ -80,7 +86,7 @@ def overview_rows(groups: dict[str, list[dict]]) -> tuple[list[str], list[list[s
 def _format_all(summary: Summary) -> str:
     if summary.arm == "plain":
         return _format_score(summary)
-    return f"{_format_score(summary)}; {_format_kept(summary)}; {_format_difference(summary)}"
+    return f"{_format_score(summary)}; {_format_kept(summary)}; {format_difference(summary.to_plain)}"
 
 
 def brief_rows(groups: dict[str, list[dict]]) -> tuple[list[str], list[list[str]]]:
@@ -108,15 +114,44 @@ def _format_score(summary: Summary) -> str:
     return f"{summary.mean:.2f}" + ("" if summary.sd is None else f" ± {summary.sd:.2f}")
 
 
-def _format_difference(summary: Summary) -> str:
-    """The mean with its interval in round brackets, or of few seeds with their range in square ones."""
-    if summary.difference is None:
+def _format_seconds(summary: Summary) -> str:
+    """The mean, and of how many runs it is if not of all."""
+    if summary.seconds is None:
         return "–"
-    difference = signed(summary.difference)
-    if summary.span is None:
-        return difference
-    low, high = map(signed, summary.interval or summary.span)
-    return f"{difference} ({low} … {high})" if summary.interval else f"{difference} [{low} … {high}]"
+    some = "" if summary.timed == summary.runs else f" ({summary.timed} of {summary.runs} runs)"
+    return f"{summary.seconds:.1f} s{some}"
+
+
+def format_cost(summary: Summary) -> str:
+    """
+    Args:
+        summary ([`Summary`]): An arm.
+
+    Returns:
+        `str`: Its passes in percent of plain training's.
+    """
+    return "–" if summary.cost is None else f"{100 * summary.cost:.0f} %"
+
+
+def format_difference(difference: Difference | None) -> str:
+    """
+    Args:
+        difference ([`Difference`], *optional*): The difference between two arms.
+
+    Returns:
+        `str`: The mean with its interval in round brackets, or of few seeds with their range in square ones.
+    """
+    if difference is None:
+        return "–"
+    if difference.span is None:
+        return signed(difference.mean)
+    low, high = map(signed, difference.interval or difference.span)
+    left, right = "()" if difference.interval else "[]"
+    return f"{signed(difference.mean)} {left}{low} … {high}{right}"
+
+
+def _format_wins(difference: Difference | None) -> str:
+    return "–" if difference is None else f"{difference.wins} of {difference.pairs}"
 
 
 def _format_speedup(summary: Summary) -> str:

@@ -6,14 +6,20 @@ import csv
 import io
 import statistics
 from pathlib import Path
+from typing import Any
 
 from hf_trim.files import write_json
+from hf_trim.report.cost_plot import plot_costs
 from hf_trim.report.notes import notes
 from hf_trim.report.plots import plot
-from hf_trim.report.summary import TITLES, Summary, summarize
+from hf_trim.report.summary import TITLES, Difference, Summary, summarize
 from hf_trim.report.tables import brief_rows, markdown_table, overview_rows, table_rows
 from hf_trim.report.terminal import print_table
+from hf_trim.report.verdict import verdict_rows
 from hf_trim.run.records import metric_name
+
+
+COSTS = "costs.png"
 
 
 def print_report(groups: dict[str, list[dict]]) -> None:
@@ -33,7 +39,8 @@ def print_report(groups: dict[str, list[dict]]) -> None:
 
 def write_report(groups: dict[str, list[dict]], folder: Path) -> None:
     """
-    Write `report.md`, `report.csv`, a plot of each group, and all records in `records.json`.
+    Write `report.md`, `report.csv`, a plot of each group, one of error against cost, and all records
+    (`records.json`).
 
     Args:
         groups (`dict[str, list[dict]]`): What [`~hf_trim.report.group`] returned.
@@ -43,8 +50,14 @@ def write_report(groups: dict[str, list[dict]], folder: Path) -> None:
     sections, sheet = [], io.StringIO()
     if len(groups) > 1:
         sections.append(f"## All\n\n{markdown_table(*overview_rows(groups))}")
-    writer = csv.writer(sheet, lineterminator="\n")
-    writer.writerow(["runs of", *Summary._fields])
+    if plot_costs(groups, folder / COSTS):
+        sections.append(
+            f"## At what cost\n\n![Error against cost]({COSTS})\n\n{markdown_table(*verdict_rows(groups))}"
+        )
+    lines = [_flat(title, summary) for title, records in groups.items() for summary in summarize(records)]
+    writer = csv.DictWriter(sheet, list(lines[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
     for title, records in groups.items():
         # Titles hold blanks and commas, which links in Markdown do not allow.
         name = "".join(c if c.isalnum() or c in "-_." else "_" for c in title)
@@ -52,12 +65,25 @@ def write_report(groups: dict[str, list[dict]], folder: Path) -> None:
         environment, table = "; ".join(_describe_environment(records)), markdown_table(*table_rows(records))
         remarks = "".join(f"\n{note}\n" for note in notes(records))
         sections.append(f"## {title}\n\n{environment}\n\n{table}{remarks}\n![{title}]({name}.png)\n")
-        for summary in summarize(records):
-            values = [" ".join(map(str, v)) if isinstance(v, tuple) else v for v in summary]  # both ends of a range
-            writer.writerow([title, *values])
     (folder / "report.md").write_text("\n".join(sections), encoding="utf-8")
     (folder / "report.csv").write_text(sheet.getvalue(), encoding="utf-8")
     write_json(folder / "records.json", [record for records in groups.values() for record in records])
+
+
+def _flat(title: str, summary: Summary) -> dict[str, Any]:
+    """A line of the CSV file: column → value."""
+    line: dict[str, Any] = {"runs of": title}
+    for name, value in summary._asdict().items():
+        if name in ("to_plain", "to_short"):
+            parts = dict.fromkeys(Difference._fields) if value is None else value._asdict()
+            line |= {f"{name}_{part}": _joined(parts[part]) for part in Difference._fields}
+        else:
+            line[name] = _joined(value)
+    return line
+
+
+def _joined(value: Any) -> Any:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else value  # both ends of a range
 
 
 def _describe_environment(records: list[dict]) -> list[str]:

@@ -7,7 +7,7 @@ The fields that are set → [`check_fields`] → `TrainingArguments` → [`check
 import json
 import math
 import re
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -22,6 +22,7 @@ from transformers.integrations import (
 )
 
 from hf_trim.messages import check_choice, closest
+from hf_trim.trainer.arguments import TrimmingArguments
 
 
 # Fields → what a value must be, as a test and in words.
@@ -56,6 +57,43 @@ STRATEGIES = {"eval_strategy": "no", "save_strategy": "steps"}  # and what they 
 LOWER_IS_BETTER = ("loss", "error", "perplexity")
 METRICS = {"causal-lm": ("loss", "perplexity", "accuracy")}  # of a task
 CLASSIFIER_METRICS = ("loss", "error", "accuracy", "macro_f1")
+
+
+def check_arms(arms: Sequence[str], training: TrimmingArguments, label_noise: float) -> None:
+    """
+    Check that each arm of a comparison is something else than the others.
+
+    Args:
+        arms (`Sequence[str]`): The arms that were asked for.
+        training ([`TrimmingArguments`]): The recipe's arguments.
+        label_noise (`float`): The share of wrong labels.
+
+    Raises:
+        `ValueError`: If one cannot be trained as it is meant.
+    """
+    adaptive = [arm for arm in arms if "adaptive" in arm]
+    if training.is_adaptive and adaptive:
+        raise ValueError(
+            f"p follows the losses in this recipe anyway (trim_schedule=adaptive), and the arm {adaptive[0]} would be "
+            "the same: ask for trimmed, which is the adaptive one here, and for random, which is its control."
+        )
+    if "adaptive-skip" in arms and not label_noise:
+        raise ValueError(
+            "the arm adaptive-skip leaves out as many of the hardest samples as labels are wrong, and no label is: "
+            "give label_noise, or leave the arm out."
+        )
+    if "short" not in arms:
+        return
+    if "plain" not in arms or not {"adaptive", "trimmed"} & set(arms):
+        raise ValueError(
+            "the arm short is plain training at the cost of another arm: ask for plain as well, and for adaptive or "
+            "trimmed, whose cost it takes."
+        )
+    if training.max_steps > 0:
+        raise ValueError(
+            "the arm short has fewer epochs than the others, and max_steps says how long all are trained: give "
+            "num_train_epochs in its place."
+        )
 
 
 def check_fields(fields: Mapping[str, Any]) -> None:

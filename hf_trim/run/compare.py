@@ -4,7 +4,7 @@ import shutil
 import sys
 import time
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from filelock import Timeout
 
@@ -13,47 +13,22 @@ from hf_trim.environment import hardware
 from hf_trim.files import write_json
 from hf_trim.messages import wrap
 from hf_trim.report import find_records, group, notes, plot, print_report, print_table, table_rows, write_report
+from hf_trim.run.arms import Arm, arms_of, cost_arm, make_arm, needed_arms
 from hf_trim.run.clock import samples_per_second
+from hf_trim.run.cost import count_passes
 from hf_trim.run.folder import check_settings, claim_folder, lock_run, nothing_left
 from hf_trim.run.metrics import describe_classes
 from hf_trim.run.progress import describe_time
 from hf_trim.run.recipe import Job, RecipeError, user_errors
-from hf_trim.run.records import ARMS, UNITS, make_record, metric_name, read_record, test_score
+from hf_trim.run.records import UNITS, make_record, metric_name, read_record, test_score
 from hf_trim.run.summary import read_summary
 from hf_trim.run.trackers import keep_logs
 from hf_trim.run.train import clear, save_run, start, write_card
 from hf_trim.run.trainer import load_job_data, make_trainer
-from hf_trim.trainer.arguments import TrimmingConfig
-
-
-# The arguments of each arm that differ from the recipe's.
-CHANGES: dict[str, dict[str, Any]] = {
-    "plain": {"trim_select": "none"},
-    "trimmed": {"trim_select": "hardest"},
-    "adaptive": {
-        "trim_select": "hardest", "trim_schedule": "adaptive", "trim_keep_start": TrimmingConfig.trim_keep_start,
-        "trim_keep_end": TrimmingConfig.trim_keep_end,
-    },
-    "random": {"trim_select": "random"},
-}  # fmt: skip
-CHANGES["random-adaptive"] = {**CHANGES["adaptive"], "trim_select": "random"}
 
 
 # Whose model is saved: the first of these that is trained.
-MODEL_ARMS = ("trimmed", "adaptive", "random", "random-adaptive", "plain")
-
-
-def arms_of(job: Job) -> list[str]:
-    """
-    The arms that a comparison trains.
-
-    Args:
-        job ([`Job`]): The recipe. If p follows the losses in it anyway, there are no other adaptive arms.
-
-    Returns:
-        `list[str]`: Names of arms, plain first.
-    """
-    return [arm for arm in ARMS if arm in job.run.arms and not ("adaptive" in arm and job.training.is_adaptive)]
+MODEL_ARMS = ("trimmed", "adaptive", "adaptive-skip", "random", "random-adaptive", "plain")
 
 
 def model_arm(job: Job) -> str:
@@ -88,33 +63,37 @@ def record_path(job: Job, arm: str, seed: int) -> Path:
     return job.output_dir / "records" / f"{arm}-seed{seed}.json"
 
 
-def finish_run(job: Job, data: Data, arm: str, seed: int, title: str) -> dict:
+def finish_run(job: Job, data: Data, arm: Arm, seed: int, title: str) -> dict:
     """
     Train one run of a comparison, from its last checkpoint if there is one, and write its record.
 
     Args:
         job ([`Job`]): The recipe.
         data ([`Data`]): Its data.
-        arm (`str`): One of `ARMS`.
+        arm ([`Arm`]): What is trained.
         seed (`int`): The seed.
         title (`str`): What the terminal calls it.
 
     Returns:
         `dict`: The record.
     """
-    folder = job.output_dir / f"{arm}-seed{seed}"
-    changes = {**CHANGES[arm], "run_name": f"{job.training.run_name or job.name}-{arm}-seed{seed}"}
-    trainer = make_trainer(job, data, changes, seed, folder, title=title)
+    folder, path = job.output_dir / f"{arm.name}-seed{seed}", record_path(job, arm.name, seed)
+    if arm.same_as is not None:
+        record = {**cast(dict, _read_run(record_path(job, arm.same_as, seed))), "arm": arm.name}
+        if job.training.process_index == 0:
+            write_json(path, record)
+        return record
+    trainer = make_trainer(arm.job, data, arm.changes, seed, folder, title=title)
     _, metrics = start(job, data, trainer, folder)
     history = trainer.state.log_history
-    record = make_record(job.name, arm, seed, job.settings, metrics, history, describe_classes(data))
-    record.update(samples_per_second(trainer))
-    if (arm, seed) == (model_arm(job), job.training.seed):  # whose model is saved
-        save_run(job, data, trainer, metrics, metrics, arm)
+    record = make_record(job.name, arm.name, seed, job.settings, metrics, history, describe_classes(data))
+    record.update(count_passes(trainer, data.kind == "language"), **samples_per_second(trainer))
+    if (arm.name, seed) == (model_arm(job), job.training.seed):  # whose model is saved
+        save_run(job, data, trainer, metrics, metrics, arm.name)
         if trainer.is_world_process_zero():
-            claim_folder(job, arm)
+            claim_folder(job, arm.name)
     if trainer.is_world_process_zero():
-        write_json(record_path(job, arm, seed), record)
+        write_json(path, record)
         write_card(job.output_dir)  # its table has this run
         keep_logs(folder, job.output_dir / "runs" / cast(str, trainer.args.run_name))
         # The record is enough to continue the comparison; the checkpoints of many runs would fill the disk.
@@ -137,18 +116,24 @@ def compare(job: Job, shown: set[str] | None = None) -> None:
     is_finished = all(record_path(job, arm, seed).is_file() for seed, arm in runs)
     data = _clear(job, *runs[0], shown) if job.run.overwrite else None if is_finished else load_job_data(job, shown)
     trained, is_main = [], job.training.process_index == 0
+    records: dict[tuple[str, int], dict | None] = {}
     for number, (seed, arm) in enumerate(runs, start=1):
         label, path = f"[{number}/{len(runs)}] {arm}, seed {seed}", record_path(job, arm, seed)
+        missing = [other for other in needed_arms(job, arm) if records.get((other, seed)) is None]
         try:
             # The processes of one distributed run train each run together.
             with lock_run(path, shared=job.training.world_size > 1):
                 with user_errors():
                     record = _read_run(path)
                 note = "finished before"
+                if record is None and missing:
+                    print(f"{label}: needs {missing[0]}, which another process trains", flush=True)
+                    continue
                 if record is None:
                     data = load_job_data(job, shown) if data is None else data  # a record was moved away
                     begun = time.perf_counter()
-                    record = finish_run(job, data, arm, seed, label)
+                    made = make_arm(job, arm, seed, data, records.get((cost_arm(job), seed)))
+                    record = finish_run(job, data, made, seed, label)
                     trained.append(time.perf_counter() - begun)
                     note = describe_time(trained[-1])
                     left = sum(not record_path(job, arm, seed).exists() for seed, arm in runs[number:])
@@ -157,6 +142,7 @@ def compare(job: Job, shown: set[str] | None = None) -> None:
         except Timeout:
             print(f"{label}: another process trains it", flush=True)
             continue
+        records[arm, seed] = record
         if is_main:
             metric = metric_name(record)
             print(f"{label}: test {metric} {test_score(record):.2f}{UNITS[metric]} ({note})", flush=True)
@@ -167,7 +153,8 @@ def compare(job: Job, shown: set[str] | None = None) -> None:
 def _clear(job: Job, seed: int, arm: str, shown: set[str] | None) -> Data:
     """Empty the output folder if the first run can be made; returns its data."""
     data = load_job_data(job, shown)
-    clear(job, make_trainer(job, data, CHANGES[arm], seed, job.output_dir / f"{arm}-seed{seed}"))
+    first = make_arm(job, arm, seed)
+    clear(job, make_trainer(first.job, data, first.changes, seed, job.output_dir / f"{arm}-seed{seed}"))
     return data
 
 

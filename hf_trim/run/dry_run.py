@@ -15,7 +15,7 @@ import torch
 from transformers import IntervalStrategy
 
 from hf_trim.messages import wrap
-from hf_trim.run.compare import arms_of
+from hf_trim.run.arms import arms_of
 from hf_trim.run.recipe import Job
 from hf_trim.run.trainer import RecipeTrainer, load_job_data, make_trainer
 from hf_trim.trainer.arguments import TrimmingArguments

@@ -16,6 +16,7 @@ from filelock import FileLock, Timeout
 
 from hf_trim.files import write_json
 from hf_trim.messages import plain
+from hf_trim.run.arms import CHANGES
 from hf_trim.run.recipe import Job, RecipeError, default_values
 from hf_trim.run.records import ARMS
 
@@ -189,8 +190,7 @@ def _has_results(folder: Path) -> bool:
 
 
 def _model_settings(job: Job, arm: str) -> dict[str, Any]:
-    select = {"plain": "none", "random": "random", "random-adaptive": "random"}.get(arm, "hardest")
-    return {"seed": job.training.seed, "trim_select": select, "arm": arm}
+    return {"seed": job.training.seed, "trim_select": CHANGES[arm]["trim_select"], "arm": arm}
 
 
 def _as_json(settings: dict) -> dict[str, Any]:

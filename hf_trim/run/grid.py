@@ -4,11 +4,12 @@ import argparse
 import itertools
 import os
 import sys
+from typing import Any
 
 import torch
 
 from hf_trim.messages import plain
-from hf_trim.run.recipe import RecipeError, as_options, read_recipe
+from hf_trim.run.recipe import NOT_SETTINGS, RecipeError, as_options, read_recipe
 
 
 # Environment variables by which torchrun and `accelerate launch` describe the process group.
@@ -37,8 +38,9 @@ def expand(grid: str, command_line: list[str]) -> tuple[str, list[tuple[str, lis
     List the comparisons of a grid.
 
     Args:
-        grid (`str`): Name or path of a grid. `recipes` lists its recipes, `vary` (optional) gives a list of values to
-            each field that varies. All other fields hold for each comparison.
+        grid (`str`): Name or path of a grid. `recipes` lists its recipes: names, or mappings with a name (`recipe`)
+            and fields of this one. `vary` (optional, of all or of one) gives a list of values to each field that
+            varies. All other fields hold for each comparison.
         command_line (`list[str]`): Options for each comparison.
 
     Returns:
@@ -49,22 +51,49 @@ def expand(grid: str, command_line: list[str]) -> tuple[str, list[tuple[str, lis
         [`RecipeError`]: If the grid is not valid.
     """
     name, fields = read_recipe(grid)
-    recipes, vary = fields.pop("recipes"), fields.pop("vary", None) or {}
-    if not isinstance(recipes, list) or not recipes or not all(isinstance(recipe, str) for recipe in recipes):
-        raise RecipeError(f"the grid {name}: 'recipes' must be a list of recipes, and is {recipes!r}.")
-    if not isinstance(vary, dict) or not all(isinstance(values, list) and values for values in vary.values()):
-        raise RecipeError(f"the grid {name}: 'vary' must give each field a list of values, and is {vary!r}.")
+    entries = [_read_entry(name, entry, fields.get("vary")) for entry in _as_entries(name, fields.pop("recipes"))]
+    fields.pop("vary", None)
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--output_dir", "--output-dir", default=f"runs/{name}")
     folder = parser.parse_known_args(command_line)[0].output_dir
-    comparisons = []
-    for recipe in recipes:
+    comparisons: dict[str, tuple[str, list[str]]] = {}
+    for recipe, own, vary in entries:
+        # An entry is told from others of the same recipe by the fields that are not the same in all of them.
+        others = [other for name, other, _ in entries if name == recipe]
+        telling = {field: own[field] for field in own if any(own[field] != other.get(field) for other in others)}
         for values in itertools.product(*vary.values()):
             chosen = {field: value for field, value in zip(vary, values, strict=True) if value is not None}
-            part = "_".join([read_recipe(recipe)[0], *(f"{field}-{plain(value)}" for field, value in chosen.items())])
-            options = as_options({**fields, **chosen}) + command_line + ["--compare"]
-            comparisons.append((recipe, [*options, "--output_dir", f"{folder}/{part}"]))
-    return folder, comparisons
+            shown = {field: value for field, value in {**telling, **chosen}.items() if field not in NOT_SETTINGS}
+            part = "_".join([read_recipe(recipe)[0], *(f"{field}-{plain(value)}" for field, value in shown.items())])
+            if part in comparisons:
+                raise RecipeError(f"the grid {name} has two comparisons {part}: let them differ in a field.")
+            options = as_options({**fields, **own, **chosen}) + command_line + ["--compare"]
+            comparisons[part] = (recipe, [*options, "--output_dir", f"{folder}/{part}"])
+    return folder, list(comparisons.values())
+
+
+def _as_entries(grid: str, recipes: Any) -> list[dict]:
+    """The list of recipes, each as a mapping."""
+    entries = [{"recipe": entry} if isinstance(entry, str) else entry for entry in _as_list(recipes)]
+    if not entries or not all(isinstance(entry, dict) and isinstance(entry.get("recipe"), str) for entry in entries):
+        raise RecipeError(
+            f"the grid {grid}: 'recipes' must be a list of recipes, each a name or a mapping with 'recipe', and is "
+            f"{recipes!r}."
+        )
+    return entries
+
+
+def _as_list(value: Any) -> list:
+    return value if isinstance(value, list) else []
+
+
+def _read_entry(grid: str, entry: dict, vary: Any) -> tuple[str, dict, dict]:
+    """Recipe, its own fields, and those that vary with it."""
+    own = {name: value for name, value in entry.items() if name not in ("recipe", "vary")}
+    vary = entry.get("vary", vary) or {}
+    if not isinstance(vary, dict) or not all(isinstance(values, list) and values for values in vary.values()):
+        raise RecipeError(f"the grid {grid}: 'vary' must give each field a list of values, and is {vary!r}.")
+    return entry["recipe"], own, vary
 
 
 def leave_launcher(options: list[str]) -> None:

@@ -16,7 +16,7 @@ from transformers import HfArgumentParser
 
 from hf_trim.data import DataArguments
 from hf_trim.messages import check_choice, closest, plain
-from hf_trim.run.checks import check_fields, check_values
+from hf_trim.run.checks import check_arms, check_fields, check_values
 from hf_trim.run.models import ModelArguments
 from hf_trim.run.records import ARMS, DEFAULT_ARMS
 from hf_trim.run.starter import as_yaml, starter_fields
@@ -37,7 +37,8 @@ class RunArguments:
         compare (`bool`): Train with and without trimming, and with a random subset as a control.
         arms (`list[str]`): What a comparison trains: `"plain"`, `"trimmed"` (the recipe's schedule), `"adaptive"` (p
             follows the losses), `"random"` (subsets of the size of the trimmed arm's) and, if asked for,
-            `"random-adaptive"` (of the size that the adaptive rule gives).
+            `"random-adaptive"` (of the size that the adaptive rule gives), `"adaptive-skip"` (without as many of the
+            hardest as labels are wrong) and `"short"` (plain, with as many epochs as the adaptive arm's cost allows).
         seeds (`int`): Number of seeds of a comparison, counted from `seed` on.
         l2_weight_decay (`float`, *optional*): Use `torch.optim.Adam` with this L2 penalty on all parameters (the
             paper's optimizer) in place of `optim`.
@@ -346,14 +347,10 @@ def parse(recipe: str | None, command_line: list[str]) -> Job:
             )
         with user_errors():
             check_checkpoint(training.resume_from_checkpoint)
-    adaptive = [arm for arm in run.arms if "adaptive" in arm]
-    if run.compare and training.is_adaptive and adaptive and run.arms != list(DEFAULT_ARMS):
-        raise RecipeError(
-            f"p follows the losses in this recipe anyway (trim_schedule=adaptive), and the arm {adaptive[0]} would be "
-            "the same: ask for trimmed, which is the adaptive one here, and for random, which is its control."
-        )
     given = _set_fields(parser, options)
     with user_errors():
+        if run.compare and run.arms != list(DEFAULT_ARMS):
+            check_arms(run.arms, training, data.label_noise)
         check_values(training, data.task, given)
     if not {"logging_steps", "logging_strategy"} & given.keys():
         training.logging_steps = DEFAULT_LOGGING_STEPS

@@ -9,10 +9,11 @@ from hf_trim.run.clock import train_seconds
 
 
 # The arms of a comparison, in the order in which they are trained and shown.
-ARMS = ("plain", "trimmed", "adaptive", "random", "random-adaptive")
+ARMS = ("plain", "trimmed", "adaptive", "random", "random-adaptive", "adaptive-skip", "short")
 DEFAULT_ARMS = ARMS[:4]  # those of a comparison without `--arms`
 # The unit of each metric, as it stands after a value.
 UNITS = {"error": " %", "perplexity": ""}
+BACKWARD_COST = 2  # of a backward pass, in forward passes
 
 
 def make_record(
@@ -44,6 +45,7 @@ def make_record(
         names = {
             f"eval_{metric}": f"{split}_{metric}", "eval_loss": f"{split}_loss", f"test_{metric}": f"test_{metric}",
             "test_loss": "test_loss", "loss": "loss", "full_loss": "full_loss", "keep_fraction": "keep_fraction",
+            "kept_fraction": "kept_fraction",
         }  # fmt: skip
         values = {name_in_record: log[name] for name, name_in_record in names.items() if name in log}
         if "train_seconds" in log:
@@ -95,6 +97,19 @@ def test_score(record: dict) -> float:
         `float`: Its metric on the test split after training.
     """
     return record[f"test_{metric_name(record)}"]
+
+
+def cost_of(record: dict) -> float | None:
+    """
+    Args:
+        record (`dict`): A record.
+
+    Returns:
+        `float` or `None`: Its cost in forward passes of a sample; `None` if the record does not say it.
+    """
+    if "forward_passes" not in record:
+        return None
+    return record["forward_passes"] + BACKWARD_COST * record["backward_passes"]
 
 
 def fingerprint(settings: dict) -> str:

@@ -70,7 +70,7 @@ def test_wrong_input_ends_in_one_message(arguments, message, recipe, tmp_path, m
     [
         ({"trainig": {}}, "unknown field 'trainig'.\n"),
         ({"training": {"learning_rat": 1}}, "unknown field 'learning_rat'. Did you mean 'learning_rate'?"),
-        ({"recipes": "digits-vit"}, "'recipes' must be a list of recipes, and is 'digits-vit'"),
+        ({"recipes": "digits-vit"}, "a mapping with 'recipe', and is 'digits-vit'"),
         ({"recipes": ["digits-vit"], "vary": {"seed": 1}}, "'vary' must give each field a list of values"),
         ({"recipes": ["digits-vti"]}, "Did you mean 'digits-vit'?"),
     ],

@@ -8,8 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification, AutoTokenizer
 
 from hf_trim.run.__main__ import main
+from hf_trim.run.arms import CHANGES
 from hf_trim.run.clock import train_seconds
-from hf_trim.run.compare import CHANGES
 from hf_trim.run.recipe import parse
 from hf_trim.run.trainer import load_job_data, make_trainer
 from hf_trim.trainer.checkpoints import last_complete_checkpoint

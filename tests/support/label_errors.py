@@ -12,6 +12,7 @@ Options that are not known here are those of `hf-trim run`, such as `--max_train
 """
 
 import argparse
+import itertools
 import json
 import statistics
 from pathlib import Path
@@ -27,7 +28,7 @@ import torch
 from sklearn.metrics import average_precision_score
 from sklearn.model_selection import StratifiedKFold
 
-from hf_trim.run.compare import CHANGES
+from hf_trim.run.arms import CHANGES
 from hf_trim.run.recipe import Job, parse
 from hf_trim.run.trainer import load_job_data, make_trainer
 
@@ -101,7 +102,8 @@ def rank_by_cleanlab(job: Job, data: Any, seed: int) -> np.ndarray:
     for others, own in StratifiedKFold(FOLDS, shuffle=True, random_state=0).split(labels, labels):
         data.train_dataset = [whole[int(index)] for index in others]
         with TemporaryDirectory() as folder:
-            changes = {**CHANGES["plain"], "trim_memory": False, "save_strategy": "no"}
+            # No tests on the way: they would need the collator of the whole data.
+            changes = {**CHANGES["plain"], "trim_memory": False, "save_strategy": "no", "eval_strategy": "no"}
             trainer = make_trainer(job, data, changes, seed, Path(folder), title="fold")
             if hasattr(whole, "images"):  # whose collator takes mini-batches
                 trainer.data_collator = torch.utils.data.default_collate
@@ -121,13 +123,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--cleanlab", action="store_true")
     parser.add_argument("--output", help="A JSON file of the rows.")
     asked, options = parser.parse_known_args(arguments)
-    rows = [
-        row
-        for recipe in asked.recipes
-        for noise in asked.noise
-        for seed in range(asked.seeds)
-        for row in run(recipe, noise, seed, options, asked.cleanlab)
-    ]
+    rows = []
+    for recipe, noise, seed in itertools.product(asked.recipes, asked.noise, range(asked.seeds)):
+        rows += run(recipe, noise, seed, options, asked.cleanlab)
+        if asked.output:
+            content = "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n"
+            Path(asked.output).write_text(content, encoding="utf-8")
     print("| recipe | wrong labels | trained | ranked by | precision at their number | average precision |")
     print("|---|---:|---|---|---:|---:|")
     groups: dict[tuple, list[dict]] = {}
@@ -136,8 +137,6 @@ def main(arguments: list[str] | None = None) -> None:
     for (recipe, noise, arm, ranking), found in groups.items():
         cells = [_mean([row[name] for row in found]) for name in ("precision", "average_precision")]
         print(f"| {recipe} | {100 * noise:g} % | {arm} | {ranking} | {' | '.join(cells)} |")
-    if asked.output:
-        Path(asked.output).write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n", encoding="utf-8")
 
 
 def _mean(values: list[float]) -> str:

@@ -1,0 +1,99 @@
+"""
+What a comparison says: at the same cost, what is best?
+
+Records of each recipe → a row of numbers, and a sentence made of them.
+
+The rule, with "beyond chance" for a 95 % interval that leaves out zero:
+
+1. Arms that are better than plain beyond chance: the one with the lowest metric is taken.
+2. Else arms that cost less and are not worse beyond chance: shorter plain training, if it is one of them and costs no
+   more; another one only if it is better than that, or clearly cheaper; of several the cheapest.
+3. Else plain training.
+
+e.g. adaptive at 80 % of the cost differs from plain by −0.1 (−0.4 … +0.2), and shorter plain training at the same cost
+by +0.9 (+0.5 … +1.3): "take adaptive: as plain within chance, at 80 % of its cost".
+"""
+
+from hf_trim.messages import signed
+from hf_trim.report.summary import MIN_SEEDS, TITLES, Summary, summarize
+from hf_trim.report.tables import format_cost, format_difference, format_number
+from hf_trim.run.records import metric_name
+
+
+SAVES = 0.98  # an arm whose cost is below this share of plain training's is cheaper
+CLEARLY = 0.05  # by how much of plain training's cost an arm must be cheaper than shorter plain training
+SHOWN = ("trimmed", "adaptive", "short")  # the arms of the table; all of them are in the plot
+
+
+def verdict(records: list[dict]) -> str:
+    """
+    Args:
+        records (`list[dict]`): Records of finished runs, of one recipe with one setting.
+
+    Returns:
+        `str`: Which arm to take, and why.
+    """
+    arms = [arm for arm in summarize(records) if arm.to_plain is not None]
+    compared = [arm for arm in arms if arm.to_plain is not None and arm.to_plain.interval is not None]
+    if not compared:
+        return f"fewer than {MIN_SEEDS} seeds: no verdict"
+    better = [arm for arm in compared if arm.to_plain is not None and arm.to_plain.is_lower]
+    if better:
+        best = min(better, key=lambda arm: arm.mean)
+        return f"take {best.arm}: better than plain, by {_change(best)}{_at_cost(best)}"
+    same = [
+        arm
+        for arm in compared
+        if arm.to_plain is not None and not arm.to_plain.is_higher and arm.cost is not None and arm.cost < SAVES
+    ]
+    short = next((arm for arm in same if arm.arm == "short"), None)
+    if short is not None:
+        same = [short, *(arm for arm in same if _beats(arm, short))]
+    if not same:
+        return "take plain: no arm is better, and none is cheaper without harm"
+    best = min(same, key=lambda arm: (arm is short, arm.cost))
+    return f"take {best.arm}: as plain within chance ({_change(best)}){_at_cost(best)}"
+
+
+def _beats(arm: Summary, short: Summary) -> bool:
+    """Whether an arm is worth more than simply to train for fewer epochs."""
+    is_better = arm.to_short is not None and arm.to_short.is_lower
+    return is_better or (arm.cost or 1) < (short.cost or 1) - CLEARLY
+
+
+def _change(arm: Summary) -> str:
+    assert arm.to_plain is not None
+    return signed(arm.to_plain.mean)
+
+
+def _at_cost(arm: Summary) -> str:
+    return "" if arm.cost is None else f", at {format_cost(arm)} of its cost"
+
+
+def verdict_rows(groups: dict[str, list[dict]]) -> tuple[list[str], list[list[str]]]:
+    """
+    Args:
+        groups (`dict[str, list[dict]]`): What [`~hf_trim.report.group`] returned.
+
+    Returns:
+        `tuple[list[str], list[list[str]]]`: Head and rows, one a group, as text.
+    """
+    metrics = {TITLES[metric_name(records[0])] for records in groups.values()}
+    head = ["runs of", "seeds", f"plain, {' or '.join(sorted(metrics))}"]
+    head += [f"{arm}; cost; difference to plain" for arm in SHOWN]
+    head += ["adaptive to short", "verdict"]
+    rows = []
+    for title, records in groups.items():
+        arms = {summary.arm: summary for summary in summarize(records)}
+        plain, adaptive = arms.get("plain"), arms.get("adaptive")
+        row = [title, str(max(arm.runs for arm in arms.values())), format_number(plain.mean if plain else None)]
+        row += [_describe(arms.get(arm)) for arm in SHOWN]
+        row += [format_difference(adaptive.to_short if adaptive else None), verdict(records)]
+        rows.append(row)
+    return head, rows
+
+
+def _describe(arm: Summary | None) -> str:
+    if arm is None:
+        return "–"
+    return f"{format_number(arm.mean)}; {format_cost(arm)}; {format_difference(arm.to_plain)}"

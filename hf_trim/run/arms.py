@@ -1,0 +1,124 @@
+"""
+The arms of a comparison: what each one changes in the recipe.
+
+e.g. `short` with seed 3, on 1,000 samples: the adaptive training of seed 3 had 20,000 forward and 11,000 backward
+passes. That is the cost of 14 epochs of plain training, (20,000 + 2 · 11,000) / (3 · 1,000), and so many it gets.
+"""
+
+import dataclasses
+from collections.abc import Sized
+from typing import Any, NamedTuple, cast
+
+from hf_trim.data import Data
+from hf_trim.run.recipe import Job, RecipeError
+from hf_trim.run.records import ARMS, BACKWARD_COST, cost_of
+from hf_trim.trainer.arguments import TrimmingConfig
+
+
+# The arguments of each arm that differ from the recipe's.
+CHANGES: dict[str, dict[str, Any]] = {
+    "plain": {"trim_select": "none"},
+    "trimmed": {"trim_select": "hardest"},
+    "adaptive": {
+        "trim_select": "hardest", "trim_schedule": "adaptive", "trim_keep_start": TrimmingConfig.trim_keep_start,
+        "trim_keep_end": TrimmingConfig.trim_keep_end,
+    },
+    "random": {"trim_select": "random"},
+}  # fmt: skip
+CHANGES["random-adaptive"] = {**CHANGES["adaptive"], "trim_select": "random"}
+CHANGES["adaptive-skip"] = CHANGES["adaptive"]
+CHANGES["short"] = CHANGES["plain"]
+
+
+class Arm(NamedTuple):
+    """
+    An arm of one recipe and seed.
+
+    Args:
+        name (`str`): One of `ARMS`.
+        job ([`Job`]): The recipe, with fewer epochs for `short`.
+        changes (`dict`): Training arguments that differ from it.
+        same_as (`str`, *optional*): Another arm of this seed that is the same training.
+    """
+
+    name: str
+    job: Job
+    changes: dict[str, Any]
+    same_as: str | None = None
+
+
+def arms_of(job: Job) -> list[str]:
+    """
+    The arms that a comparison trains.
+
+    Args:
+        job ([`Job`]): The recipe. If p follows the losses in it anyway, there are no other adaptive arms.
+
+    Returns:
+        `list[str]`: Names of arms, plain first.
+    """
+    return [arm for arm in ARMS if arm in job.run.arms and not ("adaptive" in arm and job.training.is_adaptive)]
+
+
+def cost_arm(job: Job) -> str:
+    """
+    The arm whose cost `short` has.
+
+    Args:
+        job ([`Job`]): The recipe.
+
+    Returns:
+        `str`: `"adaptive"` if it is trained, else `"trimmed"`.
+    """
+    return "adaptive" if "adaptive" in arms_of(job) else "trimmed"
+
+
+def needed_arms(job: Job, name: str) -> tuple[str, ...]:
+    """
+    Args:
+        job ([`Job`]): The recipe.
+        name (`str`): One of `ARMS`.
+
+    Returns:
+        `tuple[str, ...]`: The arms that must be finished before it is trained, with the same seed.
+    """
+    return ("plain", cost_arm(job)) if name == "short" else ()
+
+
+def make_arm(job: Job, name: str, seed: int, data: Data | None = None, cost_record: dict | None = None) -> Arm:
+    """
+    Args:
+        job ([`Job`]): The recipe.
+        name (`str`): One of `ARMS`.
+        seed (`int`): The seed.
+        data ([`Data`], *optional*): The recipe's data, for `short`.
+        cost_record (`dict`, *optional*): For `short`: the record of the arm whose cost it has, see [`cost_arm`].
+
+    Returns:
+        [`Arm`]: The arm.
+
+    Raises:
+        [`RecipeError`]: If the record does not say what its training cost.
+    """
+    changes = {**CHANGES[name], "run_name": f"{job.training.run_name or job.name}-{name}-seed{seed}"}
+    if name == "adaptive-skip":
+        changes["trim_skip_hardest"] = job.data.label_noise
+    if name != "short":
+        return Arm(name, job, changes)
+    cost = cost_of(cast(dict, cost_record))
+    if cost is None:
+        raise RecipeError(
+            f"the record of {cast(dict, cost_record)['arm']}, seed {seed}, was written by an earlier version and does "
+            "not say what that training cost, which the arm short needs: move it away, and it is trained again."
+        )
+    num_samples = len(cast(Sized, cast(Data, data).train_dataset))
+    share = cost / ((1 + BACKWARD_COST) * num_samples * job.training.num_train_epochs)
+    if share > 1 - 0.5 / num_samples:
+        return Arm(name, job, changes, same_as="plain")
+    changes["num_train_epochs"] = share * job.training.num_train_epochs
+    if job.training.warmup_steps >= 1:  # below it is a share of all steps anyway
+        changes["warmup_steps"] = round(share * job.training.warmup_steps)
+    if job.run.lr_milestones is not None:
+        milestones = [share * epoch for epoch in job.run.lr_milestones]
+        job = job._replace(run=dataclasses.replace(job.run, lr_milestones=milestones))
+    return Arm(name, job, changes)
