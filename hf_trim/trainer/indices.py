@@ -9,7 +9,7 @@ INDICES: [7, 2]}`.
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -138,6 +138,29 @@ def add_indices(loader: DataLoader) -> None:
     # What is made from it (a share for each process, the rest of an epoch) takes these two from it.
     vars(loader)["dataset"] = IndexedDataset(loader.dataset)  # an ordinary assignment is refused
     vars(loader)["collate_fn"] = IndexedCollator(loader.collate_fn)
+
+
+class PlainBatches:
+    """
+    A data loader with indices as callbacks see it: its mini-batches are those of the collator.
+
+    Args:
+        loader (`torch.utils.data.DataLoader`): The data loader.
+    """
+
+    def __init__(self, loader: Any):
+        self.loader = loader
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "loader" or name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.loader, name)
+
+    def __iter__(self) -> Iterator[Any]:
+        return (take_indices(yielded)[0] for yielded in self.loader)
 
 
 def take_indices(yielded: Any) -> tuple[Any, list[int] | None]:

@@ -20,7 +20,7 @@ from hf_trim._compat import has_length
 from hf_trim.backward._torch_internals import around
 from hf_trim.trainer.arguments import TrimmingConfig
 from hf_trim.trainer.batch import TrimmedBatch
-from hf_trim.trainer.indices import IndexedDataset, add_indices, take_indices
+from hf_trim.trainer.indices import IndexedDataset, PlainBatches, add_indices, take_indices
 from hf_trim.trainer.memory import SampleMemory
 from hf_trim.trainer.process_group import host_columns
 
@@ -134,6 +134,12 @@ class RememberingMixin(TrainerBase):
             raise ValueError(UNKNOWN_LOADER.format(type(self).__name__))
         self._memory, self._read_step = SampleMemory(size, self._planned_epochs(loader)), self.state.global_step
         return loader
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        prepared = super()._prepare_for_training(*args, **kwargs)  # type: ignore[misc]
+        if self._memory is not None:
+            self.callback_handler.train_dataloader = PlainBatches(self.callback_handler.train_dataloader)
+        return prepared
 
     def _planned_epochs(self, loader: Any) -> int:
         return int(self.set_initial_training_values(self.args, loader)[0])

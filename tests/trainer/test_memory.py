@@ -7,7 +7,7 @@ import pytest
 import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader, IterableDataset, Subset, WeightedRandomSampler
-from transformers import DataCollatorWithFlattening, default_data_collator
+from transformers import DataCollatorWithFlattening, TrainerCallback, default_data_collator
 
 from hf_trim import TrimmingArguments, TrimmingTrainer
 from hf_trim.trainer.memory import COLUMNS, FILE, HISTORY_BYTES, SampleMemory
@@ -179,6 +179,25 @@ def test_a_training_that_is_remembered_is_the_same(tmp_path):
     loader = ours.get_train_dataloader()
     assert "labels" in next(iter(loader))
     assert ours.trim_memory.to_dict()["seen"].tolist() == [2] * ROWS  # which that loader does not change
+
+
+class Looks(TrainerCallback):
+    """Draws mini-batches by itself, as callbacks do that log samples."""
+
+    def __init__(self):
+        self.keys, self.lengths = set(), set()
+
+    def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        self.keys.add(tuple(sorted(next(iter(train_dataloader)))))
+        self.lengths.add((len(train_dataloader), len(train_dataloader.dataset)))
+
+    on_epoch_begin = on_train_begin
+
+
+def test_callbacks_see_ordinary_mini_batches(tmp_path):
+    rows, looks = digits(ROWS), Looks()
+    train(tiny_vit(), rows, tmp_path, trim_memory=True, callbacks=[looks])
+    assert looks.keys == {("labels", "pixel_values")} and looks.lengths == {(6, ROWS)}
 
 
 def test_statistics_are_those_of_all_losses():
