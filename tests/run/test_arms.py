@@ -8,6 +8,7 @@ import yaml
 from hf_trim.run.__main__ import main
 from hf_trim.run.arms import make_arm, needed_arms
 from hf_trim.run.cost import count_passes
+from hf_trim.run.grid import expand
 from hf_trim.run.recipe import parse
 from hf_trim.run.records import cost_of, read_record
 from hf_trim.run.trainer import load_job_data, make_trainer
@@ -109,8 +110,6 @@ def test_passes_of_other_ways_to_train(recipe, tmp_path):
 
 
 def test_entries_of_a_grid(recipe, tmp_path, capsys):
-    from hf_trim.run.grid import expand
-
     path = tmp_path / "grid.yaml"
 
     def parts(*recipes, **fields):
@@ -131,9 +130,18 @@ def test_entries_of_a_grid(recipe, tmp_path, capsys):
             parts(*recipes)
 
 
-def test_the_battery_has_the_controls():
-    from hf_trim.run.grid import expand
+def test_the_small_table_has_the_protocol_of_the_paper():
+    jobs = [parse(name, options) for name, options in expand("table1-small", [])[1]]
+    assert len(jobs) == 4
+    for job in jobs:
+        epochs = job.training.num_train_epochs
+        assert job.run.lr_milestones == [epochs / 3, 2 * epochs / 3] and job.run.lr_gamma == 0.5
+        assert (job.run.l2_weight_decay, job.training.learning_rate, job.run.seeds) == (1e-4, 1e-3, 10)
+        assert (job.training.trim_keep_start, job.training.trim_keep_end) == (1, 0.2)
+        assert job.training.trim_schedule == "epoch" and not job.training.is_adaptive
 
+
+def test_the_battery_has_the_controls():
     jobs = [parse(name, options) for name, options in expand("battery", [])[1]]
     assert len(jobs) == 12
     for job in jobs:

@@ -128,7 +128,7 @@ def test_a_dry_run_of_a_grid_says_the_time_of_all(recipe, tmp_path, capsys):
 
 
 def test_grids_of_the_package_parse():
-    assert recipe_names("grids") == ["battery", "digits-ablation", "table1"]
+    assert recipe_names("grids") == ["battery", "digits-ablation", "table1", "table1-small"]
     folder, comparisons = expand("table1", ["--seeds", "10"])
     assert folder == "runs/table1" and [recipe for recipe, _ in comparisons] == [
         f"{data}-{model}" for data in ("svhn", "cifar10", "cifar100") for model in ("resnet34", "densenet121")
