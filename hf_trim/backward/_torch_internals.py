@@ -111,7 +111,13 @@ def tensors_sharing_memory(x: Tensor) -> int:
     return torch._C._storage_Use_Count(x.untyped_storage()._cdata) - 1  # without the object that was made to ask
 
 
+def shares_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors, views or not, have the same memory."""
+    return a.untyped_storage()._cdata == b.untyped_storage()._cdata
+
+
 version_of = attrgetter("_version")  # how often the memory of a tensor was written to
+
 # ---- autograd's graph ---------------------------------------------------------------------------------------------
 
 _SAVED = "_raw_saved_"
@@ -421,6 +427,11 @@ def aot_outputs_with_gradients(function: Any) -> list[int]:
 def aot_backward(function: Any) -> Callable[[Any, list], Any]:
     """What runs the compiled backward graph of an AOTAutograd function: `(ctx, inputs) → gradients`."""
     return function._backward_impl
+
+
+def aot_backward_is_compiled(function: Any) -> bool:
+    """Whether the backward graph of an AOTAutograd function was compiled: without symbols it is at its first run."""
+    return function.compiled_bw is not None
 
 
 def replace_aot_backward(function: Any, run: Callable[[Any, list], Any]) -> None:

@@ -17,6 +17,7 @@ CASES = (
     "gpt2-flash-dropout",
     "llama-efficient-mask-checkpointing",
     "vit-cudnn",
+    "bert-efficient-dropout-mask-compiled",
 )
 WIDE_MASK = {**ENCODERS, **DECODERS}.keys() - {"opt"}  # models that take a mask of [B, 1, T, T]
 MORE_CASES = [
@@ -27,7 +28,7 @@ MORE_CASES = [
         f"{name}-efficient-mask" if name in WIDE_MASK else f"{name}-efficient",
         f"{name}-cudnn-autocast",
     )
-]
+] + ["bert-flash-dropout-single-compiled", "bert-cudnn-dropout-mask-autocast-compiled", "vit-flash-compiled"]
 
 
 @pytest.fixture(scope="module")

@@ -146,6 +146,7 @@ def test_tensors_that_share_memory():
         assert internals.tensors_sharing_memory(x) == 1
         view = x[1:]
         assert internals.tensors_sharing_memory(x) == internals.tensors_sharing_memory(view) == 2
+        assert internals.shares_memory(x, view) and not internals.shares_memory(x, torch.zeros(3))
         del view
         assert internals.tensors_sharing_memory(x) == 1
 

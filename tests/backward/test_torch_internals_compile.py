@@ -161,6 +161,8 @@ def test_the_backward_pass_can_be_replaced(compiled):
     count = len(compiled.graph.find_nodes(op="placeholder"))
     expect(len(calls[0]) == count, f"the backward graph has {count} inputs, and is called with {len(calls[0])}")
     assert grad.shape == compiled.input.shape
+    has(compiled.function, "compiled_bw")
+    expect(internals.aot_backward_is_compiled(compiled.function), "compiled_bw is None after a backward pass")
 
 
 def test_sizes_are_formulas_of_symbols(compiled):

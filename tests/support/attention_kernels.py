@@ -1,11 +1,13 @@
 """
 Stand-ins on the CPU for the attention kernels of CUDA. Like these they draw their dropout masks by a sample's place in
-the batch, so that a slice of the batch would get others; they read what the forward pass wrote down.
+the batch, so that a slice of the batch would get others; they read what the forward pass wrote down. What they return
+has the shapes and strides that `torch.compile` expects of the kernels.
 """
 
 import math
 
 import torch
+import torch.nn.functional as F
 
 
 aten = torch.ops.aten
@@ -46,32 +48,45 @@ def _backward(grad, q, k, v, bias, out, logsumexp, seed, dropout_p):
     return of_scores @ k / scale, of_scores.mT @ q / scale, (probabilities * masks).mT @ grad, of_scores
 
 
+def _like(x, other):
+    return torch.empty_like(other).copy_(x)
+
+
+def _heads_inside(x):
+    """`[B, H, T, D]` as `[B, T, H, D]` in memory."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
 def _flash(q, k, v, dropout_p=0.0, is_causal=False, return_debug_mask=False, *, scale=None):
     out, logsumexp, seed = _forward(q, k, v, None, dropout_p)
-    return out, logsumexp, None, None, q.shape[2], k.shape[2], seed, seed.new_empty(0), q.new_empty(0)
+    seed, offset = seed.expand(2).to(torch.uint64), torch.zeros((), dtype=torch.uint64)
+    return _like(out, q), logsumexp, None, None, q.shape[2], k.shape[2], seed, offset, q.new_empty(0)
 
 
 def _flash_backward(
     grad, q, k, v, out, logsumexp, ends_q, ends_k, max_q, max_k, dropout_p, is_causal, seed, offset, *, scale=None
 ):
-    return _backward(grad, q, k, v, None, out, logsumexp, seed, dropout_p)[:3]
+    grads = _backward(grad, q, k, v, None, out, logsumexp, seed[0], dropout_p)
+    return tuple(map(_like, grads, (q, k, v)))
 
 
 def _efficient(q, k, v, bias, compute_logsumexp, dropout_p=0.0, is_causal=False, *, scale=None):
     out, logsumexp, seed = _forward(q, k, v, bias, dropout_p)
-    return out, logsumexp, seed, seed.clone()
+    return _heads_inside(out), F.pad(logsumexp, (0, -q.shape[2] % 32)), seed, seed.clone()
 
 
 def _efficient_backward(
     grad, q, k, v, bias, out, logsumexp, seed, offset, dropout_p, wanted, is_causal=False, *, scale=None
 ):
+    logsumexp = logsumexp[..., : q.shape[2]]
     *grads, of_bias = _backward(grad, q, k, v, bias, out, logsumexp, seed, dropout_p)
-    return *grads, of_bias if wanted[3] else None
+    padded = F.pad(of_bias, (0, -of_bias.shape[-1] % 16))[..., : of_bias.shape[-1]]
+    return *map(_heads_inside, grads), padded if wanted[3] else None
 
 
 def _cudnn(q, k, v, bias, compute_logsumexp, dropout_p=0.0, is_causal=False, return_debug_mask=False, *, scale=None):
     out, logsumexp, seed = _forward(q, k, v, bias, dropout_p)
-    return out, logsumexp, None, None, q.shape[2], k.shape[2], seed, seed.clone(), q.new_empty(0)
+    return _like(out, q), logsumexp[..., None], None, None, q.shape[2], k.shape[2], seed, seed.clone(), None
 
 
 def _cudnn_backward(
@@ -93,7 +108,8 @@ def _cudnn_backward(
     *,
     scale=None,
 ):
-    return _backward(grad, q, k, v, bias, out, logsumexp, seed, dropout_p)[:3]
+    grads = _backward(grad, q, k, v, bias, out, logsumexp[..., 0], seed, dropout_p)
+    return tuple(map(_like, grads, (q, k, v)))
 
 
 def register(library):

@@ -21,6 +21,7 @@ gradients of 2 kept samples of 4, that graph is called with the rows of those 2 
 | `values.py` | what the proof knows of a tensor |
 | `symbols.py` | the sizes of a graph as formulas, and their values in one call |
 | `slices.py` | takes rows out of tensors, and pads them |
+| `whole_batch.py` | ops that see the whole batch in a graph that runs on the kept rows |
 | `comparison.py` | compares the first gradients with the dense ones |
 | `errors.py` | why a graph runs on the whole batch instead |
 """

@@ -20,6 +20,7 @@ import torch
 
 from hf_trim.backward._torch_internals import (
     aot_backward,
+    aot_backward_is_compiled,
     aot_function,
     aot_outputs_with_gradients,
     free_saved_tensors,
@@ -30,6 +31,7 @@ from hf_trim.backward.compiled.errors import GraphRefusedError
 from hf_trim.backward.compiled.plan import BackwardCall, InputSlice, Plan, Planner, RunSizes
 from hf_trim.backward.compiled.slices import clear_padding, holds_row_numbers, pad_rows, take_rows, to_row_sparse
 from hf_trim.backward.compiled.symbols import Values
+from hf_trim.backward.compiled.whole_batch import OnWholeBatch
 from hf_trim.backward.eager.tensor import RowSparseTensor, RowTensor, densify
 from hf_trim.backward.settings import current_settings
 
@@ -90,7 +92,7 @@ class CompiledBackward:
     """
 
     def __init__(self, function: type):
-        self.run_dense = aot_backward(function)
+        self.function, self.run_dense = function, aot_backward(function)
         self.outputs_with_gradients = aot_outputs_with_gradients(function)
         self.planner = Planner(function)
         replace_aot_backward(function, self._run)
@@ -101,6 +103,8 @@ class CompiledBackward:
             return self.run_dense(ctx, args)
         try:
             plan, values = self.planner.plan(call, args)
+            if plan.whole_batch_calls and not aot_backward_is_compiled(self.function):
+                return self.run_dense(ctx, args)  # a compiler must not meet the ops in `OnWholeBatch`
             return self._run_on_rows(ctx, args, call, plan, values)
         except GraphRefusedError as error:
             self._refuse(str(error))
@@ -119,14 +123,28 @@ class CompiledBackward:
         sizes = self.planner.sizes(plan, call.rows, values)
         self._check_inputs(args, call, plan, sizes)
         compare = current_settings().check_compiled and not plan.compared
-        all_rows = list(args) if compare else None
+        all_rows = list(args) if compare or not plan.meets_calls else None
         free_saved_tensors(ctx)  # so that each tensor is freed as soon as its rows are taken
-        self._slice_inputs(args, call, plan, sizes, copy=compare)
+        self._slice_inputs(args, call, plan, sizes, copy=all_rows is not None)
+        grads = self._run_sliced(ctx, args, call, plan, sizes)
+        if all_rows is not None and not plan.meets_calls:
+            args[:] = all_rows
+            plan.proof.reason = "an op that has to see the whole batch is not met where the compiled code calls it"
+            raise GraphRefusedError(plan.proof.reason)
         grads = [
             grad if layout is None or grad is None else to_row_sparse(grad, call.rows, sizes.row_count, layout)
-            for grad, layout in zip(self.run_dense(ctx, args), sizes.outputs, strict=True)
+            for grad, layout in zip(grads, sizes.outputs, strict=True)
         ]
-        return self._compare(grads, self.run_dense(ctx, all_rows), plan) if all_rows is not None else grads
+        return self._compare(grads, self.run_dense(ctx, all_rows), plan) if compare and all_rows is not None else grads
+
+    def _run_sliced(self, ctx: Any, args: list, call: BackwardCall, plan: Plan, sizes: RunSizes) -> list:
+        """Runs the graph on inputs for the kept rows, with those ops on the whole batch that have to see it."""
+        if not plan.whole_batch_calls:
+            return self.run_dense(ctx, args)
+        with OnWholeBatch(plan.proof.whole_batch_ops, call.rows, sizes.row_count) as ops:
+            grads = self.run_dense(ctx, args)
+        plan.meets_calls = ops.calls == plan.whole_batch_calls
+        return grads
 
     def _check_inputs(self, args: list, call: BackwardCall, plan: Plan, sizes: RunSizes) -> None:
         """Checks what the proof assumed of the inputs and could not know from their shapes."""

@@ -22,6 +22,7 @@ import sympy
 from torch import SymInt, Tensor, fx
 
 from hf_trim.backward._torch_internals import (
+    OpOverload,
     aot_backward_graph,
     aot_backward_inputs,
     aot_gradient_inputs,
@@ -34,6 +35,7 @@ from hf_trim.backward.compiled.proof import Proof, prove
 from hf_trim.backward.compiled.slices import RowLayout
 from hf_trim.backward.compiled.symbols import Values, evaluate, smallest_allowed_count, symbol_places
 from hf_trim.backward.compiled.values import Value, Zeros
+from hf_trim.backward.compiled.whole_batch import num_calls
 from hf_trim.backward.eager.tensor import Rows, RowSparseTensor
 
 
@@ -91,11 +93,15 @@ class Plan:
 
     Args:
         proof ([`~hf_trim.backward.compiled.proof.Proof`]): Where the rows are, or why the graph can't run on them.
+        whole_batch_calls (`dict[OpOverload, int]`): How often the graph calls ops that have to see the whole batch.
+        meets_calls (`bool`): Whether all of these calls were met when the graph ran.
         compared (`bool`): Whether its gradients were compared with the dense ones.
         sizes (`dict`): The number of kept rows and the values of all symbols → [`RunSizes`].
     """
 
     proof: Proof
+    whole_batch_calls: dict[OpOverload, int] = field(default_factory=dict)
+    meets_calls: bool = False
     compared: bool = False
     sizes: dict[tuple, RunSizes] = field(default_factory=dict)
 
@@ -144,7 +150,9 @@ class Planner:
         }
         kinds = tuple(_kind(grad, call.rows) for grad in call.grads)
         if kinds not in self.plans:
-            self.plans[kinds] = Plan(self._prove(call, values))
+            proof = self._prove(call, values)
+            calls = num_calls(self.graph, proof.whole_batch_ops) if self.graph is not None else {}
+            self.plans[kinds] = Plan(proof, calls, meets_calls=not calls)
         plan = self.plans[kinds]
         if plan.proof.reason:
             raise GraphRefusedError(plan.proof.reason)

@@ -51,6 +51,7 @@ from hf_trim.backward._torch_internals import (
 from hf_trim.backward.compiled.proof_rules.indexing import INDEXING
 from hf_trim.backward.compiled.proof_rules.pointwise import pointwise
 from hf_trim.backward.compiled.values import Value, Zeros, is_equal, is_integral, values_in
+from hf_trim.backward.facts.fact import Fact
 from hf_trim.backward.facts.pointwise import is_pointwise
 from hf_trim.backward.registry import PROOF, NotRowwiseError, require
 
@@ -68,6 +69,7 @@ class Proof:
         outputs (`list[Value | None]`): For each output; `None` for what is no tensor.
         row_index_inputs (`set[int]`): Positions of inputs that must hold the numbers of the rows, 0 … B − 1.
         batch (`sympy.Symbol`): The batch size.
+        whole_batch_ops (`dict[OpOverload, Fact]`): Ops that have to run on the whole batch.
         reason (`str`): Why the graph cannot run on the kept rows; empty if it can.
     """
 
@@ -75,6 +77,7 @@ class Proof:
     outputs: list = field(default_factory=list)
     row_index_inputs: set[int] = field(default_factory=set)
     batch: sympy.Symbol | None = None
+    whole_batch_ops: dict[OpOverload, Fact] = field(default_factory=dict)
     reason: str = ""
 
 
@@ -118,6 +121,7 @@ class Propagation:
         self.row_index_inputs: set[fx.Node] = set()  # inputs that are used as an index of rows
         self.other_inputs: set[fx.Node] = set()  # inputs that are used in another way
         self.row_index_uses: set[fx.Node] = set()  # inputs that the current op uses as an index of rows
+        self.whole_batch_ops: dict[OpOverload, Fact] = {}
 
     def run(self, graph: fx.Graph) -> Proof:
         """Finds the value of each node, and what follows for the whole graph."""
@@ -138,6 +142,7 @@ class Propagation:
                 proof.reason = f"{node.target}: it changes a tensor in place"
             if node.op == "placeholder":
                 proof.inputs.append(self.values[node])
+        proof.whole_batch_ops = self.whole_batch_ops
         proof.row_index_inputs = {inputs.index(node) for node in self.row_index_inputs}
         proof.reason = proof.reason or self._reason_against(proof)
         return proof

@@ -9,6 +9,7 @@ at least, `pad_rows` makes the rows 1, 3, 3, and `take_rows` gives `[15, C]`.
 import torch
 from torch import Tensor
 
+from hf_trim.backward._torch_internals import shares_memory
 from hf_trim.backward.eager.tensor import Rows, RowSparseTensor
 
 
@@ -54,8 +55,7 @@ def take_rows(
     part = rows.take(x, *layout)
     rows.forget_slice()  # the graph may reuse the memory of its inputs: a slice must not serve twice
     fits = all(size == 1 or a == b for size, a, b in zip(shape, part.stride(), strides, strict=True))
-    is_view = part.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
-    if fits and not (is_view and (copy or part.storage_offset() * part.element_size() % _ALIGNMENT)):
+    if fits and not (shares_memory(part, x) and (copy or part.storage_offset() * part.element_size() % _ALIGNMENT)):
         return part
     return torch.empty_strided(shape, strides, dtype=x.dtype, device=x.device).copy_(part)
 

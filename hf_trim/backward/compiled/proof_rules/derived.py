@@ -60,11 +60,12 @@ def derived_rule(fact: Fact, is_view: bool = False) -> Callable:
         check_same_dim(value.row_dim - value.ndim for value in [ref, *shared])
         check_no_rows(*(x for i, x in enumerate(args) if i not in of_rows))
         check_no_rows(*(x for key, x in kwargs.items() if key not in fact.shared_keywords))
-        require(not (fact.needs_batch and fact.needs_batch(*args, **kwargs)), "it has to see the whole batch")
         dims = fact.place(*tree_map_only(SymInt, size_expression, args), **kwargs)
         if not ((is_view or fact.sizes) and shapes == ref.shape):  # `x[:len(x)]` is all of x
             prop.check_no_batch_size([x for i, x in enumerate(args) if i not in fact.sizes], kwargs)
         layout = prop.common_layout([*carriers, *shared])
+        if fact.needs_batch and fact.needs_batch(*args, **kwargs):
+            _run_on_whole_batch(prop, fact, ref, dims, layout, kwargs)
 
         def result(shape: tuple, dim: int | None) -> Value:
             if dim is None:
@@ -77,6 +78,13 @@ def derived_rule(fact: Fact, is_view: bool = False) -> Callable:
         return _each(shapes, dims, result)
 
     return rule
+
+
+def _run_on_whole_batch(prop, fact: Fact, ref: Value, dims: Any, layout: Value | None, kwargs: dict) -> None:
+    """The op will run on the whole batch, if rows are where [`OnWholeBatch`] expects them."""
+    is_first = ref.row_dim == dims == 0 and layout is not None and layout.outer == 1 and not any(values_in(kwargs))
+    require(is_first, "it has to see the whole batch, and its rows are not in front")
+    prop.whole_batch_ops[prop.op] = fact
 
 
 def _real_sizes(shape: Iterable) -> list:
