@@ -11,7 +11,7 @@ import hf_trim
 
 
 PACKAGE = Path(hf_trim.__file__).parent
-SHARED = "_torch_internals"  # all rooms reach torch's private names through it
+SHARED = ("_torch_internals", "_compile_internals")  # all rooms reach torch's private names through them
 
 
 def private_imports(source, room):
@@ -28,7 +28,7 @@ def private_imports(source, room):
             package, *parts = module.split(".")
             # `hf_trim/_compat.py`, at the top level, is for all rooms.
             if package == "hf_trim" and parts and parts[0] != room:
-                inner = [name for name in (*parts[1:], *names) if name != SHARED]
+                inner = [name for name in (*parts[1:], *names) if name not in SHARED]
                 private += [f"{module}: {name}" for name in inner if name.startswith("_") and not name.endswith("__")]
     return private
 

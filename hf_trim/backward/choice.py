@@ -8,7 +8,8 @@ depend on the others of its sample, so that none of the `[B, T, C]` gradients is
 
 from torch import nn
 
-from hf_trim.backward._torch_internals import BatchNorm, is_compiled_module
+from hf_trim.backward._compile_internals import is_compiled_module
+from hf_trim.backward._torch_internals import BatchNorm
 
 
 # A backward pass costs twice a forward pass. One more forward pass, then both on the kept part, take (1 + 3p)/3 of the

@@ -12,7 +12,7 @@ from typing import Any
 from accelerate import PartialState
 from transformers import HfArgumentParser
 
-from hf_trim.backward._torch_internals import reset_compiler
+from hf_trim.backward._compile_internals import reset_compiler
 from hf_trim.backward.tape.extension import EXTENSION
 from hf_trim.bench.arguments import TOKEN_MODELS, BenchArguments
 from hf_trim.bench.checks import check_steps

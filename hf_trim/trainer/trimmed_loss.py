@@ -18,7 +18,7 @@ from transformers import Trainer
 
 from hf_trim._compat import find_batch_size, unwrap_peft_model
 from hf_trim.backward import waiting
-from hf_trim.backward._torch_internals import compiled_modules, without_compilation
+from hf_trim.backward._compile_internals import compiled_modules, without_compilation
 from hf_trim.backward.choice import choose_backward
 from hf_trim.backward.compiled.backend import CUDA_GRAPHS, mark_batch_dynamic, uses_cuda_graphs
 from hf_trim.backward.settings import refused_graphs

@@ -10,7 +10,7 @@ from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
 from hf_trim import trimmed_mean
-from hf_trim.backward._torch_internals import aot_backward_graph, aot_function
+from hf_trim.backward._compile_internals import aot_backward_graph, aot_function
 from hf_trim.backward.compiled import plan, symbols
 from hf_trim.backward.compiled.backend import keep_backward_graphs
 from hf_trim.backward.compiled.proof import Proof

@@ -4,14 +4,14 @@ import pytest
 import torch
 from torch import nn
 
-from hf_trim.backward._torch_internals import (
+from hf_trim.backward._compile_internals import (
     aot_backward_graph,
     aot_function,
     aot_gradient_inputs,
-    is_composite,
     size_expression,
     traced_value,
 )
+from hf_trim.backward._torch_internals import is_composite
 from hf_trim.backward.compiled.backend import keep_backward_graphs
 from hf_trim.backward.compiled.proof import prove
 from hf_trim.backward.compiled.values import Zeros

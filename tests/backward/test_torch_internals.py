@@ -48,7 +48,6 @@ NAMES = {
     "torch._C._ForceDispatchKeyGuard": "recomputing all rows of a checkpoint",
     "torch._C.DispatchKey.AutogradFunctionality": "recomputing all rows of a checkpoint",
     "torch._C.DispatchKey.ADInplaceOrView": "recomputing all rows of a checkpoint",
-    "torch._dynamo.OptimizedModule": "telling a compiled model",
     "torch._ops.OpOverload.decompose": "taking composite ops apart",
     "torch.Tensor._make_wrapper_subclass": "RowTensor",
     "torch.multiprocessing.reductions.StorageWeakRef": "sharing slices of one tensor",
@@ -325,14 +324,6 @@ def test_function_of_a_reentrant_checkpoint():
 
 
 # ---- modules ------------------------------------------------------------------------------------------------------
-
-
-def test_compiled_modules():
-    with needed("torch._dynamo.OptimizedModule or Module._compiled_call_impl", "telling a compiled model"):
-        module = nn.Linear(2, 2)
-        assert not internals.is_compiled_module(module) and internals.is_compiled_module(torch.compile(module))
-        module.compile()
-        assert internals.is_compiled_module(module)
 
 
 def test_batch_norm():

@@ -1,5 +1,5 @@
 """
-The private names of torch around `torch.compile` that `_torch_internals.py` uses: each is there, and has the shape
+The private names of torch around `torch.compile` that `_compile_internals.py` uses: each is there, and has the shape
 that is expected. Where one fails, this version of torch has changed it.
 """
 
@@ -8,7 +8,8 @@ import sympy
 import torch
 from torch import nn
 
-from hf_trim.backward import _torch_internals as internals
+from hf_trim.backward import _compile_internals as internals
+from hf_trim.backward._torch_internals import OpOverload, op_name
 from tests.support.compiled import DECOMPOSED
 
 
@@ -94,6 +95,17 @@ def test_the_options_that_a_module_was_compiled_with(in_place):
     expect(len(configs) == 1 and configs[0].get("triton.cudagraphs"), f"inductor's options are {configs}")
 
 
+def test_compiled_modules():
+    has(torch._dynamo, "OptimizedModule")
+    module = nn.Linear(2, 2)
+    has(module, "_compiled_call_impl")
+    compiled = torch.compile(module)
+    expect(internals.without_compilation(compiled) is module, "_orig_mod is not what was compiled")
+    expect(internals.compiled_modules(compiled) == [compiled], "torch.compile gives no OptimizedModule")
+    module.compile()
+    expect(internals.compiled_modules(nn.Sequential(module)) == [module], "Module.compile sets no _compiled_call_impl")
+
+
 def test_a_compiled_graphs_node_is_known_by_its_function(compiled):
     has(compiled.node, "_forward_cls", "metadata")
     has(compiled.node._forward_cls, "_lazy_backward_info", "_backward_impl", "metadata")
@@ -108,7 +120,7 @@ def test_the_backward_graph_is_kept(compiled):
     nodes = list(compiled.graph.nodes)
     expect(all(internals.is_traced(node) for node in nodes if node.op == "placeholder"), "inputs have no meta['val']")
     ops = [node.target for node in nodes if node.op == "call_function"]
-    names = {internals.op_name(op) for op in ops if isinstance(op, internals.OpOverload)}
+    names = {op_name(op) for op in ops if isinstance(op, OpOverload)}
     expect("mm" in names, f"the backward graph of a linear layer has no mm, but {names}")
 
 

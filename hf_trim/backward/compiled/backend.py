@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from hf_trim.backward._torch_internals import (
+from hf_trim.backward._compile_internals import (
     compile_with_inductor,
     inductor_configs,
     inductor_options,

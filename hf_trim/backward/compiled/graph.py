@@ -18,7 +18,7 @@ from typing import Any, cast
 
 import torch
 
-from hf_trim.backward._torch_internals import (
+from hf_trim.backward._compile_internals import (
     aot_backward,
     aot_backward_is_compiled,
     aot_function,

@@ -21,8 +21,7 @@ from typing import Any, NamedTuple
 import sympy
 from torch import SymInt, Tensor, fx
 
-from hf_trim.backward._torch_internals import (
-    OpOverload,
+from hf_trim.backward._compile_internals import (
     aot_backward_graph,
     aot_backward_inputs,
     aot_gradient_inputs,
@@ -30,6 +29,7 @@ from hf_trim.backward._torch_internals import (
     size_expression,
     traced_value,
 )
+from hf_trim.backward._torch_internals import OpOverload
 from hf_trim.backward.compiled.errors import GraphRefusedError
 from hf_trim.backward.compiled.proof import Proof, prove
 from hf_trim.backward.compiled.slices import RowLayout

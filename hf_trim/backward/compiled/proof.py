@@ -37,17 +37,8 @@ import sympy
 import torch
 from torch import SymBool, SymFloat, SymInt, Tensor, fx
 
-from hf_trim.backward._torch_internals import (
-    OpOverload,
-    is_mutable,
-    is_torch_op,
-    is_traced,
-    op_arguments,
-    op_name,
-    size_expression,
-    traced_value,
-    tree_iter,
-)
+from hf_trim.backward._compile_internals import is_traced, size_expression, traced_value
+from hf_trim.backward._torch_internals import OpOverload, is_mutable, is_torch_op, op_arguments, op_name, tree_iter
 from hf_trim.backward.compiled.proof_rules.indexing import INDEXING
 from hf_trim.backward.compiled.proof_rules.pointwise import pointwise
 from hf_trim.backward.compiled.values import Value, Zeros, is_equal, is_integral, values_in

@@ -12,7 +12,7 @@ from typing import Any
 import sympy
 from torch import SymInt, Tensor
 
-from hf_trim.backward._torch_internals import size_assumptions, size_expression
+from hf_trim.backward._compile_internals import size_assumptions, size_expression
 from hf_trim.backward.compiled.errors import GraphRefusedError
 from hf_trim.backward.eager.tensor import Rows
 

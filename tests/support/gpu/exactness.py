@@ -19,7 +19,7 @@ import transformers as tf
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hf_trim.backward._torch_internals import reset_compiler
+from hf_trim.backward._compile_internals import reset_compiler
 from hf_trim.backward.eager.sparse import take_rows_sparse
 from hf_trim.backward.settings import fallback_report, refused_graphs, reset_fallbacks
 from hf_trim.bench.checks import recorded_waits

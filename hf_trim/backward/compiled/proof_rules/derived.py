@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import SymInt
 
-from hf_trim.backward._torch_internals import size_expression, tree_map_only
+from hf_trim.backward._compile_internals import size_expression
+from hf_trim.backward._torch_internals import tree_map_only
 from hf_trim.backward.compiled.values import (
     Value,
     Zeros,

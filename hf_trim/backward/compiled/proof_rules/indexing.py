@@ -9,7 +9,7 @@ batch, which is checked in each call. Looked up by any other number, a row could
 
 import torch
 
-from hf_trim.backward._torch_internals import traced_value
+from hf_trim.backward._compile_internals import traced_value
 from hf_trim.backward.compiled.values import Value, Zeros, check_no_rows, check_same_dim, check_sum_over_rows
 from hf_trim.backward.registry import PROOF, implements, require
 
