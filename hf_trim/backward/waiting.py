@@ -79,8 +79,31 @@ def is_range(numbers: Tensor) -> bool:
         `bool`: Whether they are known to be 0, 1, 2, ...: [`mark_range`] has made them, and nothing was written to
         them.
     """
-    version = getattr(numbers, "hf_trim_range", None)
-    return version is not None and version == version_of(numbers)
+    return getattr(numbers, "hf_trim_range", None) == version_of(numbers)
+
+
+def zeros(size: list[int], **options: Any) -> Tensor:
+    """
+    Args:
+        size, options: As `torch.zeros` has them.
+
+    Returns:
+        `torch.Tensor`: Zeros for which [`are_zeros`] is true as long as nothing is written to them.
+    """
+    made = torch.zeros(size, **options)
+    made.hf_trim_zeros = version_of(made)  # type: ignore[attr-defined]
+    return made
+
+
+def are_zeros(x: Tensor) -> bool:
+    """
+    Args:
+        x (`torch.Tensor`): A tensor on any device.
+
+    Returns:
+        `bool`: Whether it is known to be zero: [`zeros`] has made it, and nothing was written to it.
+    """
+    return getattr(x, "hf_trim_zeros", None) == version_of(x)
 
 
 class Later:

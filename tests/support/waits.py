@@ -38,11 +38,12 @@ from tests.support.helpers import digits, tiny_vit
 
 
 READS = {
-    "_local_scalar_dense", "nonzero", "masked_select", "unique_dim", "_unique", "_unique2", "unique_consecutive",
-    "equal", "is_nonzero", "repeat_interleave", "bincount",
+    "_local_scalar_dense", "item", "is_nonzero", "nonzero", "masked_select", "unique_dim", "_unique", "_unique2",
+    "unique_consecutive", "equal", "repeat_interleave", "bincount",
 }  # fmt: skip
 INDEXES = {"index", "index_put", "index_put_", "_unsafe_index", "_index_put_impl_"}
-FREE = ("hf_trim/backward/waiting.py", "hf_trim/trainer/indices.py")  # the latter reads what is on no device yet
+# These read what was asked for early, what is on no device yet, and the CPU.
+FREE = ("hf_trim/backward/waiting.py", "hf_trim/trainer/indices.py", "hf_trim/backward/facts/pointwise.py")
 READERS = {Tensor.tolist, Tensor.numpy, Tensor.cpu}
 FACTORIES = {
     torch.zeros, torch.ones, torch.full, torch.empty, torch.arange, torch.rand, torch.randn, torch.randperm,
@@ -190,6 +191,7 @@ KINDS = {
     "tokens, chunked head": ("llama", KEEP_HALF),
     "tokens, chunked head, p = 1": ("llama", {}),
     "texts, chunked head, sparse": ("llama", {**KEEP_HALF, "trim_unit": "sample", "trim_backward": "sparse"}),
+    "texts, experts, sparse": ("mixtral", {**KEEP_HALF, "trim_unit": "sample", "trim_backward": "sparse"}),
     "adaptive, samples, dense": ("vit", {**ADAPTIVE, "trim_backward": "dense"}),
     "adaptive, tokens, chunked head": ("llama", ADAPTIVE),
     "adaptive, samples, sparse": ("vit", {**ADAPTIVE, "trim_backward": "sparse"}),
@@ -201,8 +203,11 @@ KINDS = {
     "compiled, dense": ("vit", {**KEEP_HALF, **COMPILED, "trim_backward": "dense"}),
     "compiled, sparse": ("vit", {**KEEP_HALF, **COMPILED, "trim_backward": "sparse"}),
 }
-# Waits of a mini-batch beside those of plain Trainer: there the losses decide how many rows the backward pass has.
-EXPECTED = {"adaptive, samples, sparse": 1, "adaptive, tokens, chunked head": 1, "NaN dropped": 1}
+# Waits of a mini-batch beside those of plain Trainer: there the losses decide how many rows the backward pass has, or
+# the experts which tokens of kept texts each gets.
+EXPECTED = {
+    "adaptive, samples, sparse": 1, "adaptive, tokens, chunked head": 1, "NaN dropped": 1, "texts, experts, sparse": 3,
+}  # fmt: skip
 
 
 def waits_of_kind(

@@ -109,26 +109,28 @@ class Rows:
             self.plans[key] = torch.full_like(entries, -1).index_copy_(0, kept, entries[: len(kept)])
         return self.plans[key]
 
-    def of_entries(self, entries: Tensor, size: int) -> tuple["Rows", int]:
+    def of_entries(self, chosen: Tensor) -> tuple["Rows", int]:
         """
         Rows for a dimension whose entries come from these rows, as the tokens that are sent to an expert do.
 
         Args:
-            entries (`torch.Tensor`): `[n]` different numbers of entries, ascending. The others are zero.
-            size (`int`): Number of entries of the dimension.
+            chosen (`torch.Tensor`): `[n]`, whether each entry of the dimension does. The others are zero.
 
         Returns:
             `tuple`: Rows, and how many entries each has. Those of the batch if they hold the entries; else the entries
-            themselves, and the same object for the same ones, so that gradients can be added up.
+            themselves in ascending order, and the same object for the same ones, so that gradients can be added up.
         """
-        origin = self.origin or self
+        origin, size = self.origin or self, len(chosen)
         inner = size // origin.batch
-        if inner * origin.batch == size and bool((origin.places(1, inner, entries.device)[entries] >= 0).all()):
+        outside = chosen & (origin.places(1, inner, chosen.device) < 0) if inner * origin.batch == size else chosen
+        # On a GPU the host waits here: once, for both numbers.
+        count, num_outside = divmod(int(chosen.sum() * (size + 1) + outside.sum()), size + 1)
+        if not num_outside and inner * origin.batch == size:
             return origin, inner
-        if not entries.numel():
-            entries = entries.new_zeros(1)  # one of zeros: there are no tensors without rows
+        # There are no tensors without rows: one of zeros stands for none.
+        entries = chosen.nonzero_static(size=max(1, count), fill_value=0).flatten()
         for rows in origin.chosen:
-            if rows.batch == size and torch.equal(rows.index_on(entries.device), entries):
+            if (rows.batch, rows.count) == (size, len(entries)) and torch.equal(rows.index_on(chosen.device), entries):
                 return rows, 1
         rows = Rows(entries, size)
         rows.origin = origin

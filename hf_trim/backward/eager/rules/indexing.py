@@ -31,9 +31,14 @@ def lookup(x, index) -> tuple[Rows, int, Tensor, Tensor]:
     """
     require(len(index) > 0, "nothing is selected")
     places = x.rows.places(x.row_outer, x.row_inner, index.device)[index]
-    rows, inner = x.rows.of_entries((places >= 0).nonzero().flatten(), len(index))
+    rows, inner = x.rows.of_entries(places >= 0)
     kept = rows.take(torch.arange(len(index), device=index.device), 0, 1, inner)
     return rows, inner, kept, places[kept]
+
+
+def clear(x, dim, is_zero) -> Tensor:
+    """Sets some entries of a dimension to zero, in place."""
+    return x.masked_fill_(is_zero.view(-1, *[1] * (x.ndim - 1 - dim % x.ndim)), 0)
 
 
 @implements("index_select")
@@ -41,8 +46,8 @@ def index_select(func, x, dim, index):
     if dim % x.ndim != require_row_sparse(x).row_dim:
         return _index_select(func, x, dim, index)
     rows, inner, _, places = lookup(x, index)
-    out = func(x.payload, dim, places.clamp(min=0)).index_fill_(dim, (places < 0).nonzero().flatten(), 0)
-    return RowSparseTensor(out, rows, x.row_dim, 1, inner)
+    out = func(x.payload, dim, places.clamp(min=0))
+    return RowSparseTensor(clear(out, dim, places < 0), rows, x.row_dim, 1, inner)
 
 
 @implements("index_fill.int_Scalar")
@@ -79,17 +84,17 @@ def add_entries(x, grad, dim, index, add, is_known=False) -> Tensor:
         return add(x, index)
     size, index = list(x.shape), index % x.shape[dim]
     require(x.row_dim == dim % x.ndim, "it adds to a gradient")
-    rows, inner = grad.rows.origin or grad.rows, x.row_inner
-    # Are they those of the batch? On a GPU the host waits for this answer alone, unless it knows it.
+    if is_known:
+        rows, inner = x.rows, x.row_inner
+    else:
+        chosen = torch.zeros(size[dim], dtype=torch.bool, device=index.device)
+        rows, inner = grad.rows.of_entries(chosen.index_fill_(0, index.flatten(), True))
+    places = rows.places(1, inner, index.device)[index]
     if x.layout_of_rows() == (rows, x.row_dim, 1, inner):
-        places = rows.places(1, inner, index.device)[index]
-        if is_known or bool((places >= 0).all()):
-            return x.like(add(x.payload, places))
-    require(not x.payload.any(), "it adds to a gradient")
-    rows, inner = grad.rows.of_entries(index.unique(), size[dim])
+        return x.like(add(x.payload, places))
+    require(waiting.are_zeros(x.payload) or not x.payload.any(), "it adds to a gradient")
     size[dim] = rows.count * inner
-    out = add(x.payload.new_zeros(size), rows.places(1, inner, index.device)[index])
-    return RowSparseTensor(out, rows, x.row_dim, 1, inner)
+    return RowSparseTensor(add(x.payload.new_zeros(size), places), rows, x.row_dim, 1, inner)
 
 
 @implements("masked_scatter_backward")
@@ -101,7 +106,7 @@ def masked_scatter_backward(func, grad, mask, size):
     require(rest > 0 and not (counts % rest).any(), "an entry is shared by rows")
     places = grad.rows.places(grad.row_outer, grad.row_inner, grad.device).repeat_interleave(counts // rest)
     entries = (places >= 0).nonzero().flatten()
-    rows, inner = grad.rows.of_entries(entries, size[0])
+    rows, inner = grad.rows.of_entries(places >= 0)
     in_order = rows.places(1, inner, entries.device)[entries[places[entries].argsort(stable=True)]]  # of the payload
     values = grad.payload.masked_select(grad.kept_rows(mask)).view(-1, *size[1:])
     out = values.new_zeros(rows.count * inner, *size[1:]).index_copy(0, in_order, values)
@@ -154,7 +159,7 @@ def index(func, x, indices):
     first, *others = index_rows(indices[dim:])
     rows, inner, kept, places = lookup(x, first.flatten())
     out = func(x.payload, [*indices[:dim], places.view(-1, *first.shape[1:]), *along(first, others, kept)])
-    return RowSparseTensor(out.index_fill_(dim, (places < 0).nonzero().flatten(), 0), rows, dim, 1, inner)
+    return RowSparseTensor(clear(out, dim, places < 0), rows, dim, 1, inner)
 
 
 @implements("index_put", "_unsafe_index_put")

@@ -167,13 +167,13 @@ def zeros(func, x, size=None, memory_format=None, **kwargs):
     if torch.device(options["device"]) == x.device:
         if x.row_dim < len(size) and size[x.row_dim] == x.shape[x.row_dim]:
             size[x.row_dim] = x.payload.shape[x.row_dim]
-            return x.like(torch.zeros(size, **options))
+            return x.like(waiting.zeros(size, **options))
         rows = x.rows.origin or x.rows
         for dim in (x.row_dim, 0):
             if dim < len(size) and size[dim] % rows.batch == 0 < size[dim]:
                 inner = size[dim] // rows.batch
                 size[dim] = inner * rows.count
-                return RowSparseTensor(torch.zeros(size, **options), rows, dim, 1, inner)
+                return RowSparseTensor(waiting.zeros(size, **options), rows, dim, 1, inner)
     return torch.zeros(size, **options)
 
 
