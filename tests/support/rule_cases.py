@@ -296,6 +296,13 @@ CASES = {
 }  # fmt: skip
 # Rows are right in these too, but the op works dense.
 DENSE_CASES = {
+    "range_of_merged_rows": lambda n, x: (
+        x[..., :2]
+        .transpose(0, 1)
+        .flatten(0, 1)[mark_range((x.shape[0] * x.shape[1],), {}), 0]
+        .unflatten(0, (-1, len(x)))
+        .T
+    ),
     "write_rows": lambda n, x: inplace(x, lambda y: y.__setitem__(torch.tensor([1, 0]), x[:2].sin())),
     "batch_statistics": lambda n, x: F.batch_norm(x, None, None, n.w(x.shape[1]), n.w(x.shape[1]), training=True),
     "across_samples": lambda n, x: x.flatten(1) @ x.flatten(1).t(),

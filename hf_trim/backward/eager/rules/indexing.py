@@ -84,7 +84,7 @@ def add_entries(x, grad, dim, index, add, is_known=False) -> Tensor:
         return add(x, index)
     size, index = list(x.shape), index % x.shape[dim]
     require(x.row_dim == dim % x.ndim, "it adds to a gradient")
-    if is_known:
+    if is_known and x.row_outer == 1:
         rows, inner = x.rows, x.row_inner
     else:
         chosen = torch.zeros(size[dim], dtype=torch.bool, device=index.device)
