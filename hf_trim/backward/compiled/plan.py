@@ -60,14 +60,15 @@ class InputSlice(NamedTuple):
         layout (`tuple[int, int, int]`): Dimension, outer and inner size of the rows in the input.
         shape (`list[int]`): The shape of the kept rows.
         strides (`list[int]`): Their strides.
-        order (`list[int]` or `None`): The order of the dimensions in which these strides are contiguous, if the rows
-            are the same in it: one lookup takes them. `None` if it is not as simple.
+        orders (`tuple[list[int], list[int]]` or `None`): The order of the dimensions in which these strides are
+            contiguous, and the one back, if the rows are the same in it: one lookup takes them. `None` if it is not as
+            simple.
     """
 
     layout: RowLayout
     shape: list[int]
     strides: list[int]
-    order: list[int] | None
+    orders: tuple[list[int], list[int]] | None
 
 
 class RunSizes(NamedTuple):
@@ -235,7 +236,8 @@ def _input_slice(traced: Any, value: Value | None, values: Values) -> int | Inpu
     is_contiguous = all(
         shape[d] == 1 or strides[d] == prod(shape[e] for e in order[i + 1 :]) for i, d in enumerate(order)
     )
-    return InputSlice(layout, shape, strides, order if is_contiguous and outer == 1 else None)
+    orders = order, sorted(range(len(shape)), key=order.__getitem__)
+    return InputSlice(layout, shape, strides, orders if is_contiguous and outer == 1 else None)
 
 
 def _layout(value: Value, values: Values, batch: sympy.Symbol) -> RowLayout | None:

@@ -28,7 +28,13 @@ def pad_rows(rows: Rows, count: int) -> Rows:
 
 
 def take_rows(
-    x: Tensor, rows: Rows, layout: RowLayout, shape: list[int], strides: list[int], order: list[int] | None, copy: bool
+    x: Tensor,
+    rows: Rows,
+    layout: RowLayout,
+    shape: list[int],
+    strides: list[int],
+    orders: tuple[list[int], list[int]] | None,
+    copy: bool,
 ) -> Tensor:
     """
     Args:
@@ -37,21 +43,22 @@ def take_rows(
         layout (`tuple[int, int, int]`): Dimension, outer and inner size of the rows in `x`.
         shape (`list[int]`): The shape of the result.
         strides (`list[int]`): The strides that the graph was compiled for.
-        order (`list[int]`, *optional*): The order of the dimensions in which these strides are contiguous.
+        orders (`tuple[list[int], list[int]]`, *optional*): The order of the dimensions in which these strides are
+            contiguous, and the one back.
         copy (`bool`): Whether the result must not share memory with `x`.
 
     Returns:
         `torch.Tensor`: These rows of `x`.
     """
-    if order is not None and rows.start is None and not (x.is_conj() or x.is_neg()):
+    if orders is not None and rows.start is None and not (x.is_conj() or x.is_neg()):
         # Few calls: a graph has hundreds of inputs.
         dim, _, inner = layout
         if x.is_contiguous():
             return x.index_select(dim, rows.entries(inner, x.device))
+        order, back = orders
         ordered = x.permute(order)
         if ordered.is_contiguous():
-            part = ordered.index_select(order.index(dim), rows.entries(inner, x.device))
-            return part.permute([order.index(d) for d in range(x.ndim)])
+            return ordered.index_select(back[dim], rows.entries(inner, x.device)).permute(back)
     part = rows.take(x, *layout)
     rows.forget_slice()  # the graph may reuse the memory of its inputs: a slice must not serve twice
     fits = all(size == 1 or a == b for size, a, b in zip(shape, part.stride(), strides, strict=True))
