@@ -188,11 +188,8 @@ def _build(name: str) -> nn.Module:
 
 
 def compiled_case(name: str, device: str) -> dict[str, Any]:
-    """A compiled model, without dropout in its attention: kernels with it run on the whole batch."""
-    if name in TIMM_MODELS:
-        model = compiled.small(name)
-    else:
-        model = compiled.small(name, attention_probs_dropout_prob=0.0, attention_dropout=0.0, hidden_size=32)
+    """A compiled model, with dropout in its attention if its config has that by default."""
+    model = compiled.small(name) if name in TIMM_MODELS else compiled.small(name, hidden_size=32)
     backend = "hf_trim" if device == "cuda" else compiled.DECOMPOSED
     reset_compiler()
     reset_fallbacks()
