@@ -157,6 +157,11 @@ def is_traced(node: torch.fx.Node) -> bool:
     return "val" in node.meta
 
 
+def is_range(node: torch.fx.Node) -> bool:
+    """Whether a node of a traced graph is what `torch.arange(n)` returned: 0, 1, 2, ..."""
+    return str(node.meta.get("original_aten")) == "aten.arange.default"  # a copy of the op
+
+
 def size_expression(size: int | torch.SymInt | torch.SymFloat | torch.SymBool) -> sympy.Expr:
     """A size of a traced graph as a formula of symbols, e.g. `7*s0`."""
     return sympy.Integer(size) if isinstance(size, int) else size.node.expr

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hf_trim import trimmed_mean
 from hf_trim.backward._compile_internals import aot_backward_graph, aot_function
-from hf_trim.backward.compiled import plan, symbols
+from hf_trim.backward.compiled import graph, plan, symbols
 from hf_trim.backward.compiled.backend import keep_backward_graphs
 from hf_trim.backward.compiled.proof import Proof
 from hf_trim.backward.eager.sparse import take_rows_sparse
@@ -128,6 +128,23 @@ def test_a_graph_may_be_run_backward_twice():
         loss.backward()
     assert relative_difference(gradients_of(net), 2 * once) <= 1e-6
     assert not refused_graphs()
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", DECOMPOSED])
+def test_saved_row_numbers_are_looked_at_unless_they_are_known(backend, runs, monkeypatch):
+    """On a GPU the host waits for the look."""
+    looks, look = [], graph.holds_row_numbers
+    monkeypatch.setattr(graph, "holds_row_numbers", lambda index: looks.append(None) or look(index))
+
+    def last(numbers):
+        return Do(lambda x: x.unflatten(1, (2, 4))[numbers(len(x)), 1].repeat(1, 2))
+
+    with checked(False):
+        check(Net(last(torch.arange)), runs, net_losses, backend=backend)
+        assert not looks
+        runs.clear()
+        check(Net(last(lambda n: torch.arange(1, n + 1) - 1)), runs, net_losses, backend=backend)
+        assert len(looks) == 1
 
 
 def test_one_line_in_a_loop_without_a_trainer(runs):

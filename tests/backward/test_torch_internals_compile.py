@@ -185,6 +185,23 @@ def test_sizes_are_formulas_of_symbols(compiled):
     assert internals.size_expression(5) == 5
 
 
+def test_the_op_that_a_saved_tensor_came_from():
+    def losses(x):
+        numbers = torch.arange(len(x), device=x.device)
+        return (x[numbers, 1] * x[len(x) - 1 - numbers, 0]).sin()
+
+    torch._dynamo.reset()
+    for backend in ("aot_eager", DECOMPOSED):
+        call = torch.compile(losses, backend=backend, dynamic=True)
+        with internals.without_autograd_cache(), internals.with_a_symbol_for_each_size():
+            node = call(torch.randn(4, 7, requires_grad=True)).grad_fn
+        inputs = internals.aot_backward_graph(internals.aot_function(node)).find_nodes(op="placeholder")
+        ranges = [x for x in inputs if internals.is_range(x)]
+        expect(
+            len(ranges) == 1 and ranges[0].meta["val"].dtype == torch.int64, f"meta['original_aten'] tells {ranges}"
+        )
+
+
 def test_assumptions_on_sizes(compiled):
     inputs = internals.aot_backward_inputs(compiled.function, compiled.graph)
     size = inputs[internals.aot_gradient_inputs(compiled.graph)[0]].shape[0]

@@ -96,6 +96,11 @@ class _Dispatched(TorchDispatchMode):
         super().__init__()
         self.waits = waits
 
+    @classmethod
+    def is_infra_mode(cls):
+        """Whether `torch.compile` compiles in this context. (It does not in others.)"""
+        return True
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
         if name in READS and not (name == "repeat_interleave" and isinstance(args[1], int)):
@@ -116,7 +121,7 @@ class _Called(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        is_on_host = bool(args) and getattr(args[0], "is_on_host", not isinstance(args[0], Tensor))
+        is_on_host = bool(args) and (getattr(args[0], "is_on_host", False) if isinstance(args[0], Tensor) else True)
         if func in READERS and not is_on_host or func is Tensor.to and is_on_host or func is Tensor.new_tensor:
             self.waits.add(func.__name__)
         elif func in (torch.tensor, torch.as_tensor) and is_on_host and kwargs.get("device") is not None:
@@ -200,6 +205,10 @@ KINDS = {
     "samples, remembered": ("vit", {**KEEP_HALF, "trim_backward": "dense", "trim_memory": True}),
     "samples, nothing trimmed, remembered": ("vit", {"trim_select": "none", "trim_memory": True}),
     "tokens, chunked head, remembered": ("llama", {**KEEP_HALF, "trim_memory": True}),
+    "compiled, one token of each text": (
+        "decoder-classification",
+        {**KEEP_HALF, **COMPILED, "trim_backward": "sparse"},
+    ),
     "compiled, dense": ("vit", {**KEEP_HALF, **COMPILED, "trim_backward": "dense"}),
     "compiled, sparse": ("vit", {**KEEP_HALF, **COMPILED, "trim_backward": "sparse"}),
 }
@@ -208,6 +217,15 @@ KINDS = {
 EXPECTED = {
     "adaptive, samples, sparse": 1, "adaptive, tokens, chunked head": 1, "NaN dropped": 1, "texts, experts, sparse": 3,
 }  # fmt: skip
+
+
+def plain_kind(name: str) -> str:
+    """A kind for which plain `Trainer` does the same as for this one: the waits of one do for both."""
+    head, arguments = KINDS[name]
+    return next(
+        other for other, (its_head, its) in KINDS.items()
+        if its_head == head and ("torch_compile" in its) == ("torch_compile" in arguments)
+    )  # fmt: skip
 
 
 def waits_of_kind(
@@ -228,8 +246,10 @@ def waits_of_kind(
     """
     head, arguments = KINDS[name]
     model, rows = (tiny_vit(), digits(43)) if head == "vit" else (make(head), HEADS[head][1]())
+    if "torch_compile" in arguments:  # else it is compiled again in the second step, when it has found this out
+        model.config.problem_type = "single_label_classification"
     if not is_trimmed:
-        arguments = {}
+        arguments = {name: value for name, value in arguments.items() if name in COMPILED}
     kind, options = (TrimmingTrainer, TrimmingArguments) if is_trimmed else (Trainer, TrainingArguments)
     options = options(
         output_dir, per_device_train_batch_size=4, logging_steps=10**6, save_strategy="no", use_cpu=device == "cpu",

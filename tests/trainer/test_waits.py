@@ -17,20 +17,20 @@ from hf_trim.trainer import lm_head, process_group
 from hf_trim.trainer.selection import num_kept, places, top_mask, without_hardest
 from tests.support.heads import HEADS, make
 from tests.support.helpers import InOrder, digits, tiny_vit, train, weights
-from tests.support.waits import EXPECTED, KINDS, counted_waits, waits_of_kind
+from tests.support.observe import record_graph_runs
+from tests.support.waits import EXPECTED, KINDS, counted_waits, plain_kind, waits_of_kind
 from tests.trainer.test_batch import poisoned
 
 
-EXTENDED = {  # which have no other code than the rest
-    "random", "the hardest left out", "samples, dense", "tokens, whole logits", "compiled, dense",
-    "start and end of an answer", "tokens, chunked head, p = 1",
+EXTENDED = {  # which have no other code than the rest, or are compiled
+    "random", "the hardest left out", "samples, dense", "tokens, whole logits", "start and end of an answer",
+    "tokens, chunked head, p = 1", "compiled, dense", "compiled, sparse", "compiled, one token of each text",
 }  # fmt: skip
 
 
 @cache
-def plain_waits(head, accumulation):
+def plain_waits(kind, accumulation):
     """Those of plain Trainer."""
-    kind = next(kind for kind, (other, _) in KINDS.items() if other == head)
     with TemporaryDirectory() as folder:
         return waits_of_kind(kind, folder, accumulation, is_trimmed=False)
 
@@ -46,13 +46,15 @@ def on_gpu(monkeypatch):
 @pytest.mark.parametrize(
     "kind", [pytest.param(kind, marks=[pytest.mark.extended] * (kind in EXTENDED)) for kind in KINDS]
 )
-def test_the_host_waits_where_that_of_plain_trainer_does(kind, accumulation, tmp_path):
-    plain, ours = plain_waits(KINDS[kind][0], accumulation), waits_of_kind(kind, tmp_path, accumulation)
+def test_the_host_waits_where_that_of_plain_trainer_does(kind, accumulation, tmp_path, monkeypatch):
+    graph_runs = record_graph_runs(monkeypatch)
+    plain, ours = plain_waits(plain_kind(kind), accumulation), waits_of_kind(kind, tmp_path, accumulation)
     assert plain.mini_batches == ours.mini_batches == {1: 2, 4: 7}[accumulation]
     assert plain.total() >= 2 * plain.mini_batches  # whether the loss is NaN, or infinite
     more = ours - plain
     assert more.total() == ours.mini_batches * EXPECTED.get(kind, 0), more
     assert not plain - ours
+    assert bool(graph_runs) == ("torch_compile" in KINDS[kind][1] and KINDS[kind][1]["trim_backward"] == "sparse")
 
 
 def count_in_a_process(folder):

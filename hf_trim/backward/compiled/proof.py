@@ -37,7 +37,7 @@ import sympy
 import torch
 from torch import SymBool, SymFloat, SymInt, Tensor, fx
 
-from hf_trim.backward._compile_internals import is_traced, size_expression, traced_value
+from hf_trim.backward._compile_internals import is_range, is_traced, size_expression, traced_value
 from hf_trim.backward._torch_internals import OpOverload, is_mutable, is_torch_op, op_arguments, op_name, tree_iter
 from hf_trim.backward.compiled.proof_rules.indexing import INDEXING
 from hf_trim.backward.compiled.proof_rules.pointwise import pointwise
@@ -58,7 +58,8 @@ class Proof:
     Args:
         inputs (`list[Value | None]`): For each input of the graph; `None` for what is no tensor.
         outputs (`list[Value | None]`): For each output; `None` for what is no tensor.
-        row_index_inputs (`set[int]`): Positions of inputs that must hold the numbers of the rows, 0 … B − 1.
+        row_index_inputs (`dict[int, bool]`): Positions of inputs that must hold the numbers of the rows, 0 … B − 1,
+            and whether they are known to do so.
         batch (`sympy.Symbol`): The batch size.
         whole_batch_ops (`dict[OpOverload, Fact]`): Ops that have to run on the whole batch.
         reason (`str`): Why the graph cannot run on the kept rows; empty if it can.
@@ -66,7 +67,7 @@ class Proof:
 
     inputs: list
     outputs: list = field(default_factory=list)
-    row_index_inputs: set[int] = field(default_factory=set)
+    row_index_inputs: dict[int, bool] = field(default_factory=dict)
     batch: sympy.Symbol | None = None
     whole_batch_ops: dict[OpOverload, Fact] = field(default_factory=dict)
     reason: str = ""
@@ -134,7 +135,7 @@ class Propagation:
             if node.op == "placeholder":
                 proof.inputs.append(self.values[node])
         proof.whole_batch_ops = self.whole_batch_ops
-        proof.row_index_inputs = {inputs.index(node) for node in self.row_index_inputs}
+        proof.row_index_inputs = {inputs.index(node): is_range(node) for node in self.row_index_inputs}
         proof.reason = proof.reason or self._reason_against(proof)
         return proof
 

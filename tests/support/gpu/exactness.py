@@ -205,7 +205,7 @@ def compiled_case(name: str, device: str) -> dict[str, Any]:
 
 def waits_case(kind: str, accumulation: int, device: str) -> dict[str, Any]:
     """Where a training makes the host wait, beside plain `Trainer`'s."""
-    plain = _plain_waits(waits.KINDS[kind][0], accumulation, device)
+    plain = _plain_waits(waits.plain_kind(kind), accumulation, device)
     with TemporaryDirectory() as folder:
         ours = waits.waits_of_kind(kind, folder, accumulation, device=device)
     more, expected = ours.total() - plain.total(), ours.mini_batches * waits.EXPECTED.get(kind, 0)
@@ -219,8 +219,7 @@ def waits_case(kind: str, accumulation: int, device: str) -> dict[str, Any]:
 
 
 @cache
-def _plain_waits(head: str, accumulation: int, device: str) -> waits.Waits:
-    kind = next(kind for kind, (other, _) in waits.KINDS.items() if other == head)
+def _plain_waits(kind: str, accumulation: int, device: str) -> waits.Waits:
     with TemporaryDirectory() as folder:
         return waits.waits_of_kind(kind, folder, accumulation, is_trimmed=False, device=device)
 
