@@ -20,11 +20,14 @@ def kept_in(step, batch=B, k=2):
     return torch.randperm(batch, generator=torch.Generator().manual_seed(step))[:k]
 
 
-def run(losses_of, parameters, steps=STEPS, backward=lambda loss: loss.backward(), tolerance=1e-6, k=2, zero=True):
-    """`losses_of(step)` → losses `[B]`: each step's gradients with a tape are those of `losses[kept]`."""
+def run(losses_of, parameters, steps=STEPS, backward=lambda loss: loss.backward(), tolerance=1e-6, ks=(2,), zero=True):
+    """
+    `losses_of(step)` → losses `[B]`: each step's gradients with a tape are those of `losses[kept]`. As many rows are
+    kept as the numbers of `ks` say, in turn.
+    """
     parameters = list(parameters)
     for step in range(steps):
-        kept = kept_in(step, k=k)
+        kept = kept_in(step, k=ks[step % len(ks)])
         grads = []
         for take in (torch.Tensor.__getitem__, take_rows_sparse):
             for p in parameters:

@@ -18,9 +18,18 @@ namespace hf_trim {
 using c10::IValue;
 using torch::autograd::variable_list;
 
+// Integers, of which some are so many for each kept row.
+struct Integers {
+  std::vector<int64_t> fixed, per_row;
+
+  int64_t at(size_t i, int64_t count) const {
+    return fixed[i] + per_row[i] * count;
+  }
+};
+
 struct Op {
   c10::OperatorHandle handle;
-  std::vector<IValue> arguments; // those that are registers are filled in at each run
+  std::vector<IValue> arguments; // those that are registers or depend on the number of kept rows are filled in at each run
   std::vector<std::pair<size_t, int>> tensors; // argument, register
   struct List {
     size_t argument;
@@ -28,11 +37,17 @@ struct Op {
     bool is_optional;
   };
   std::vector<List> lists;
+  struct Counted {
+    size_t argument;
+    Integers numbers;
+    bool is_list;
+  };
+  std::vector<Counted> counted;
   std::vector<std::vector<int>> results; // for each result the registers of its tensors; −1 where nobody needs them
   std::vector<int> frees; // registers that are not needed any more
   // For each result the number that it must be, or the sizes of its tensors; empty if it may be any.
   std::vector<IValue> numbers;
-  std::vector<std::vector<std::vector<int64_t>>> sizes;
+  std::vector<std::vector<Integers>> sizes;
 };
 
 struct Result { // of a leaf
@@ -50,11 +65,13 @@ struct Program {
 // One run of a program, on the saved tensors of one graph.
 struct Run {
   std::shared_ptr<const Program> program;
+  int64_t count; // of kept rows
   std::vector<Tensor> registers;
   std::vector<int64_t> versions; // of saved tensors, by register; −1 for other registers
   size_t next = 0;
 
-  Run(std::shared_ptr<const Program> of, const Graph& graph, std::vector<Tensor> inputs) : program(std::move(of)) {
+  Run(std::shared_ptr<const Program> of, const Graph& graph, std::vector<Tensor> inputs, int64_t num_rows)
+      : program(std::move(of)), count(num_rows) {
     registers = std::move(inputs);
     registers.resize(program->num_registers);
     versions.resize(program->num_registers, -1);
@@ -86,6 +103,9 @@ struct Run {
       for (const auto& list : op.lists) {
         stack[list.argument] = tensors(list);
       }
+      for (const auto& counted : op.counted) {
+        stack[counted.argument] = integers(counted);
+      }
       op.handle.callBoxed(stack);
       if (!is_expected(op, stack)) {
         return false;
@@ -113,7 +133,7 @@ struct Run {
     return true;
   }
 
-  static bool is_expected(const Op& op, const torch::jit::Stack& stack) {
+  bool is_expected(const Op& op, const torch::jit::Stack& stack) const {
     for (size_t i = 0; i < op.numbers.size(); ++i) {
       if (stack[i] != op.numbers[i]) {
         return false;
@@ -125,8 +145,14 @@ struct Run {
         return false;
       }
       for (size_t j = 0; j < tensors.size(); ++j) {
-        if (tensors[j].sizes() != at::IntArrayRef(op.sizes[i][j])) {
+        const auto& sizes = op.sizes[i][j];
+        if (tensors[j].sizes().size() != sizes.fixed.size()) {
           return false;
+        }
+        for (size_t d = 0; d < sizes.fixed.size(); ++d) {
+          if (tensors[j].size(static_cast<int64_t>(d)) != sizes.at(d, count)) {
+            return false;
+          }
         }
       }
     }
@@ -140,6 +166,17 @@ struct Run {
         "one of the variables needed for gradient computation has been modified by an inplace operation: a tensor ",
         x.sizes(), " was changed while the backward pass ran");
     return x;
+  }
+
+  IValue integers(const Op::Counted& counted) const {
+    if (!counted.is_list) {
+      return counted.numbers.at(0, count);
+    }
+    c10::List<int64_t> out;
+    for (size_t i = 0; i < counted.numbers.fixed.size(); ++i) {
+      out.push_back(counted.numbers.at(i, count));
+    }
+    return out;
   }
 
   IValue tensors(const Op::List& list) const {

@@ -44,6 +44,29 @@ class NoTapeError(Exception):
     """Why a backward pass cannot be recorded."""
 
 
+class Program(NamedTuple):
+    """
+    What `tape.cpp` makes a program of.
+
+    Args:
+        ops (`list[tuple]`): For each op its name and overload, `arguments` as in [`Op`], the registers of its results
+            (−1 where nobody needs them), registers that are not needed any more, and what is `expected` as in [`Op`].
+        num_registers (`int`): Number of registers.
+        num_inputs (`int`): Number of inputs, which are in the first registers.
+        num_first (`int`): Number of ops that lead to numbers which must be the same.
+        saved (`list[tuple]`): Numbers of saved tensors, and their registers.
+        results (`list[tuple]`): For each leaf the register of its gradient, −1 for none, and after how many ops it is
+            there.
+    """
+
+    ops: list[tuple]
+    num_registers: int
+    num_inputs: int
+    num_first: int
+    saved: list[tuple[int, int]]
+    results: list[tuple[int, int]]
+
+
 class Op(NamedTuple):
     """
     One op of the tape.
@@ -221,15 +244,14 @@ class Recorder(TorchDispatchMode):
 
     # ---- afterwards -----------------------------------------------------------------------------------------------
 
-    def program(self, gradients: Sequence[Tensor | None], producers: Sequence[int], library: Any) -> Any:
+    def program(self, gradients: Sequence[Tensor | None], producers: Sequence[int]) -> Program:
         """
         Args:
             gradients (`Sequence[torch.Tensor | None]`): What the recorded backward pass returned for each leaf.
             producers (`Sequence[int]`): For each leaf the number of the node that hands it out.
-            library: The module of `tape.cpp`.
 
         Returns:
-            The program that computes them.
+            [`Program`]: What computes them.
 
         Raises:
             [`NoTapeError`]: If there is none.
@@ -251,7 +273,7 @@ class Recorder(TorchDispatchMode):
                 *_names(op.func),
                 op.arguments,
                 tuple([n if n in needed else -1 for n in result] for result in op.results),
-                tuple(freed),
+                tuple(sorted(freed)),
                 op.expected,
             )
             for op, freed in zip(ops, frees, strict=True)
@@ -263,10 +285,7 @@ class Recorder(TorchDispatchMode):
         before = [max((i for i, op in enumerate(ops) if op.age >= age), default=-1) for age in producers]
         ends = (1 + max(used.get(self._storages[n], -1), i) for n, i in zip(wanted, before, strict=True))
         results = [(n, end if n >= 0 else 0) for n, end in zip(wanted, ends, strict=True)]
-        try:
-            return library.program(described, len(self._storages), self._num_inputs, num_first, saved, results)
-        except (RuntimeError, TypeError, ValueError) as error:
-            raise NoTapeError(str(error)) from error
+        return Program(described, len(self._storages), self._num_inputs, num_first, saved, results)
 
     def _live(self, wanted: list[int]) -> list[Op]:
         """The ops that somebody needs. What is written in place may be read through a view."""

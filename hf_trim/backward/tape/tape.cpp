@@ -135,21 +135,36 @@ IValue constant(PyObject* x, const c10::TypePtr& type) {
   TORCH_CHECK(false, "no constant of the type ", type->str());
 }
 
-std::vector<int64_t> integers(PyObject* sequence) {
+// Of numbers, and of tuples `(n,)` that stand for n for each kept row.
+Integers counted_integers(PyObject* sequence) {
   const THPObjectPtr items(PySequence_Tuple(sequence));
   if (!items) {
     throw python_error();
   }
-  std::vector<int64_t> out;
+  Integers out;
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(items.get()); ++i) {
-    out.push_back(integer(PyTuple_GET_ITEM(items.get(), i)));
+    PyObject* item = PyTuple_GET_ITEM(items.get(), i);
+    const bool is_per_row = PyTuple_Check(item);
+    const auto number = integer(is_per_row ? PyTuple_GET_ITEM(item, 0) : item);
+    out.fixed.push_back(is_per_row ? 0 : number);
+    out.per_row.push_back(is_per_row ? number : 0);
   }
   return out;
 }
 
 std::vector<int> registers_of(PyObject* sequence) {
-  const auto numbers = integers(sequence);
+  const auto numbers = counted_integers(sequence).fixed;
   return std::vector<int>(numbers.begin(), numbers.end());
+}
+
+Op::Counted counted_of(size_t argument, PyObject* numbers, c10::TypePtr type) {
+  if (type->kind() == c10::TypeKind::OptionalType) {
+    type = type->castRaw<c10::OptionalType>()->getElementType();
+  }
+  const bool is_list = type->kind() == c10::TypeKind::ListType;
+  const auto kind = (is_list ? type->castRaw<c10::ListType>()->getElementType() : type)->kind();
+  TORCH_CHECK(kind == c10::TypeKind::IntType || kind == c10::TypeKind::SymIntType, "a value depends on the kept rows");
+  return {argument, counted_integers(numbers), is_list};
 }
 
 void expect(Op& op, PyObject* expected) {
@@ -161,13 +176,13 @@ void expect(Op& op, PyObject* expected) {
     }
     auto& sizes = op.sizes.emplace_back();
     for (Py_ssize_t j = 0; j < PyList_GET_SIZE(item); ++j) {
-      sizes.push_back(integers(PyList_GET_ITEM(item, j)));
+      sizes.push_back(counted_integers(PyList_GET_ITEM(item, j)));
     }
   }
 }
 
-// (name, overload, arguments, results, frees, expected). An argument is ("register", n), ("registers", [n, ...]), ("default",)
-// or ("constant", value).
+// (name, overload, arguments, results, frees, expected). An argument is ("register", n), ("registers", [n, ...]), ("default",),
+// ("constant", value), or ("counted", [integers]) for integers of which some depend on the number of kept rows.
 Op op_of(PyObject* description) {
   const char *name = nullptr, *overload = nullptr;
   PyObject *arguments = nullptr, *results = nullptr, *frees = nullptr, *expected = nullptr;
@@ -176,7 +191,8 @@ Op op_of(PyObject* description) {
           description, "ssO!O!OO", &name, &overload, tuple, &arguments, tuple, &results, &frees, &expected)) {
     throw python_error();
   }
-  Op op{c10::Dispatcher::singleton().findSchemaOrThrow(name, overload), {}, {}, {}, {}, registers_of(frees), {}, {}};
+  Op op{c10::Dispatcher::singleton().findSchemaOrThrow(name, overload)};
+  op.frees = registers_of(frees);
   const auto& schema = op.handle.schema();
   TORCH_CHECK(schema.arguments().size() == static_cast<size_t>(PyTuple_GET_SIZE(arguments)), "another number of arguments");
   for (size_t i = 0; i < schema.arguments().size(); ++i) {
@@ -191,6 +207,8 @@ Op op_of(PyObject* description) {
     } else if (std::strcmp(kind, "registers") == 0) {
       const auto list = schema.arguments()[i].type()->expectRef<c10::ListType>();
       op.lists.push_back({i, registers_of(value), list.getElementType()->kind() == c10::TypeKind::OptionalType});
+    } else if (std::strcmp(kind, "counted") == 0) {
+      op.counted.push_back(counted_of(i, value, schema.arguments()[i].type()));
     } else if (std::strcmp(kind, "default") == 0) {
       TORCH_CHECK(schema.arguments()[i].default_value().has_value(), "an argument is missing");
       argument = *schema.arguments()[i].default_value();
@@ -295,14 +313,15 @@ PyObject* py_program(PyObject* /*module*/, PyObject* args) {
 
 std::shared_ptr<Run> run_of(PyObject* args, Graph** graph) {
   PyObject *program = nullptr, *graph_object = nullptr, *inputs = nullptr;
-  if (!PyArg_ParseTuple(args, "OOO!", &program, &graph_object, &PyList_Type, &inputs)) {
+  Py_ssize_t count = 0;
+  if (!PyArg_ParseTuple(args, "OOO!n", &program, &graph_object, &PyList_Type, &inputs, &count)) {
     throw python_error();
   }
   *graph = unpack<Graph>(graph_object, GRAPH);
   auto& shared = *unpack<std::shared_ptr<const Program>>(program, PROGRAM);
   TORCH_CHECK(PyList_GET_SIZE(inputs) == static_cast<Py_ssize_t>(shared->num_inputs), "another number of inputs");
   TORCH_CHECK((*graph)->leaves.size() == shared->results.size(), "the program is of another graph");
-  return std::make_shared<Run>(shared, **graph, THPVariable_UnpackList(inputs));
+  return std::make_shared<Run>(shared, **graph, THPVariable_UnpackList(inputs), count);
 }
 
 PyObject* py_run(PyObject* /*module*/, PyObject* args) {
@@ -348,8 +367,8 @@ PyMethodDef METHODS[] = {
     {"leaves", py_leaves, METH_O, "The nodes of the leaves of a graph."},
     {"producers", py_producers, METH_O, "For each leaf of a graph the number of the node that hands out its gradient."},
     {"program", py_program, METH_VARARGS, "Makes a program."},
-    {"run", py_run, METH_VARARGS, "(program, graph, inputs) → the gradients of the leaves, or None."},
-    {"attach", py_attach, METH_VARARGS, "(program, graph, inputs) → whether the backward pass under way runs the program."},
+    {"run", py_run, METH_VARARGS, "(program, graph, inputs, k) → the gradients of the leaves, or None."},
+    {"attach", py_attach, METH_VARARGS, "(program, graph, inputs, k) → whether the backward pass under way runs the program."},
     {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef MODULE = {PyModuleDef_HEAD_INIT, "hf_trim_tape", nullptr, -1, METHODS};

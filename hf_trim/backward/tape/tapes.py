@@ -7,6 +7,10 @@ alone. e.g. a training with batches of one shape: step 2 records, step 3 compare
 
 It is compared again after 16 runs, 32, 64, ...
 
+When k, the number of kept rows, changes, the graph is recorded once more. If the recordings differ in sizes alone, and
+these are multiples of k, the tape holds for any k, once it was compared with the engine for a third one (`counts.py`).
+e.g. k = 13, 9, 11, 12, 10, ...: steps 2 and 3 record, step 4 compares.
+
 The gradient that the graph gets is undefined, which costs autograd next to nothing: it walks through the nodes, frees
 what they saved, and computes nothing. The nodes in front of the leaves hand out what the tape computed. So hooks of
 leaves, DDP's among them, run as usual, and when they are due.
@@ -16,6 +20,7 @@ import logging
 import math
 from collections import Counter, OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -27,8 +32,9 @@ from hf_trim.backward._torch_internals import current_dispatch_mode
 from hf_trim.backward.compiled.comparison import tolerance
 from hf_trim.backward.eager.rows import Rows
 from hf_trim.backward.settings import current_settings
+from hf_trim.backward.tape.counts import for_any_count
 from hf_trim.backward.tape.extension import EXTENSION
-from hf_trim.backward.tape.recorder import NoTapeError, Recorder
+from hf_trim.backward.tape.recorder import NoTapeError, Program, Recorder
 
 
 logger = logging.getLogger(__name__)
@@ -39,16 +45,29 @@ MOST_SEEN = 1024  # graphs that were met
 MOST_MISSES = 4  # after which a tape is given up
 # Two runs of the same ops differ by the order in which threads of a GPU add up: relative to all gradients.
 _NOISE = 1e-6
+_REFUSALS = (RuntimeError, TypeError, ValueError)  # of the library, which takes no such program
 
 
 class _Tape:
-    """What is known of a graph: its program, unless it has none, and whether that was compared with the engine."""
+    """
+    What is known of a graph: its program, unless it has none, for which numbers of kept rows it holds, and for which
+    it was compared with the engine.
+    """
 
-    def __init__(self) -> None:
-        self.program: Any = None
-        self.is_compared = False
+    def __init__(self, recorded: Program | None = None, program: Any = None, counts: frozenset[int] = frozenset()):
+        self.recorded, self.program = recorded, program
+        self.counts = counts  # the numbers of kept rows with which it was recorded; from two on it holds for all
+        self.compared: set[int] = set()  # those with which it was compared
         self.runs = 0
         self.misses = 0  # how often in a row it did not hold for the numbers of a step
+
+    def holds_for(self, count: int) -> bool:
+        """Whether it can be run with this number of kept rows."""
+        return len(self.counts) > 1 or count in self.counts
+
+    def may_run_alone(self, count: int) -> bool:
+        """Whether it has shown that it is right: with this number, or with one that is not recorded."""
+        return count in self.compared or bool(self.compared - self.counts)
 
     def is_due(self) -> bool:
         """Whether it is compared again: after 16 runs, 32, 64, ... So what the key does not see comes out."""
@@ -60,7 +79,8 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _metadata(x: Tensor) -> tuple:
-    return x.shape, x.stride(), x.dtype, x.device, x.is_conj(), x.is_neg()
+    """All but the number of rows, and where they are."""
+    return x.shape[1:], x.stride(), x.dtype, x.device, x.is_conj(), x.is_neg()
 
 
 def _state_of_torch(device: torch.device) -> tuple:
@@ -77,6 +97,7 @@ class Tapes:
         self.counts: Counter = Counter()  # what was done: `"recorded"`, `"compared"`, `"ran"`, or why there is no tape
         self._seen: OrderedDict[int, None] = OrderedDict()
         self._tapes: OrderedDict[Any, _Tape] = OrderedDict()
+        self._for_one_count: set = set()  # graphs that need a tape for each number of kept rows
 
     def run(
         self,
@@ -110,10 +131,13 @@ class Tapes:
         if isinstance(graph, str):
             self.counts[graph] += 1
             return False
-        sizes = rows.batch, inner, *map(_metadata, inputs)
+        # One row is in memory as no two are, and all rows are not sliced.
+        sizes = rows.batch, inner, rows.count in (1, rows.batch), *map(_metadata, inputs)
         # What the rule of a lookup knows of an index without reading it.
         ranges = tuple(i for i, x in enumerate(library.saved(graph)) if waiting.is_range(x))
-        key = library.key(graph), sizes, ranges, _state_of_torch(payload.device)
+        key: tuple = library.key(graph), sizes, ranges, _state_of_torch(payload.device)
+        if key in self._for_one_count:
+            key = *key, rows.count
         tape = self._tapes.get(key)
         if tape is None and not (self._was_seen(hash(key)) and self._may_record()):
             return False
@@ -121,12 +145,12 @@ class Tapes:
             self._tapes.move_to_end(key)
             if tape.program is None:
                 return False
-            if tape.is_compared and not tape.is_due():
-                is_run = library.attach(tape.program, graph, inputs)
+            if tape.may_run_alone(rows.count) and not tape.is_due():
+                is_run = library.attach(tape.program, graph, inputs, rows.count)
                 self._note(tape, "ran" if is_run else "")
                 return is_run
         prepare()
-        return self._learn(key, tape, library, graph, source, inputs, start)
+        return self._learn(key, tape, library, graph, source, inputs, rows.count, start)
 
     def _note(self, tape: _Tape, use: str) -> None:
         """Count the use of a tape, or that it does not hold for this step: tokens go to other experts, say."""
@@ -148,30 +172,36 @@ class Tapes:
             self._seen.popitem(last=False)
         return was_seen
 
-    def _learn(self, key, tape: _Tape | None, library, graph, source, inputs, start) -> bool:
+    def _learn(self, key, tape, library, graph, source, inputs, count: int, start) -> bool:
         """Run the engine inside this backward pass, to record a tape or to compare it."""
         leaves, saved = library.leaves(graph), library.saved(graph)
         settings = current_settings()
         num_fallbacks = settings.fallbacks.total()
-        recorder = Recorder(inputs, saved) if tape is None else None
+        recorder = Recorder(inputs, saved) if tape is None or not tape.holds_for(count) else None
+        taped = None
         try:
-            if recorder is None:
-                gradients = self._engine(source, leaves, start)
-            else:
+            if recorder is not None:
                 with recorder:
                     gradients = self._engine(source, leaves, start)
+            else:
+                gradients = self._engine(source, leaves, start)
+                taped = library.run(tape.program, graph, inputs, count)
         except Exception as error:  # too little memory, say, or `strict`: the engine will do the same, or manage
             self._keep(key, _Tape())
-            self.counts[f"{type(error).__name__} in the recording"] += 1
+            self.counts[f"{type(error).__name__} in the {'comparison' if recorder is None else 'recording'}"] += 1
             return False
-        if recorder is not None:
+        if recorder is None:
+            self._compare(tape, count, gradients, taped)
+        else:
             ran_dense = settings.fallbacks.total() > num_fallbacks
-            self._keep(key, self._recorded(recorder, gradients, library, graph, ran_dense))
-        elif tape is not None:
-            self._compare(tape, gradients, library.run(tape.program, graph, inputs))
+            new = self._recorded(recorder, gradients, library, graph, count, ran_dense)
+            if tape is None:
+                self._keep(key, new)
+            else:
+                self._add(key, tape, new, count, library)
         # The gradients are there: a program without ops hands them out.
         results = [(-1 if x is None else i, 0) for i, x in enumerate(gradients)]
-        library.attach(library.program([], len(leaves), len(leaves), 0, [], results), graph, gradients)
+        library.attach(library.program([], len(leaves), len(leaves), 0, [], results), graph, gradients, count)
         return True
 
     @staticmethod
@@ -187,18 +217,35 @@ class Tapes:
         if len(self._tapes) > MOST_TAPES:
             self._tapes.popitem(last=False)
 
-    def _recorded(self, recorder: Recorder, gradients: list, library: Any, graph: Any, ran_dense: bool) -> _Tape:
-        tape = _Tape()
+    def _recorded(
+        self, recorder: Recorder, gradients: list, library: Any, graph: Any, count: int, ran_dense: bool
+    ) -> _Tape:
         try:
             if ran_dense:
                 raise NoTapeError("an op ran dense")
-            tape.program = recorder.program(gradients, library.producers(graph), library)
-            self.counts["recorded"] += 1
-        except NoTapeError as reason:
+            recorded = recorder.program(gradients, library.producers(graph))
+            tape = _Tape(recorded, library.program(*recorded), frozenset([count]))
+        except (NoTapeError, *_REFUSALS) as reason:
             self.counts[str(reason)] += 1
+            return _Tape()
+        self.counts["recorded"] += 1
         return tape
 
-    def _compare(self, tape: _Tape, engine: list, gradients: list | None) -> None:
+    def _add(self, key: tuple, known: _Tape, new: _Tape, count: int, library: Any) -> None:
+        """Makes a tape for all numbers of kept rows of two; if there is none, each is for its own."""
+        (known_count,) = known.counts
+        if known.recorded is not None and new.recorded is not None:
+            both = for_any_count(known.recorded, new.recorded, (known_count, count))
+            with suppress(*_REFUSALS):
+                if both is not None:
+                    known.program, known.counts = library.program(*both), known.counts | {count}
+                    known.recorded = None  # it is not needed any more
+                    return
+        self._for_one_count.add(key)
+        self._keep((*key, known_count), self._tapes.pop(key))
+        self._keep((*key, count), new)
+
+    def _compare(self, tape: _Tape, count: int, engine: list, gradients: list | None) -> None:
         if gradients is None:
             self._note(tape, "")
             return
@@ -220,7 +267,7 @@ class Tapes:
                     "all gradients. It will not be used, and the gradients of this step are right. Please report this."
                 )
                 return
-        tape.is_compared = True
+        tape.compared.add(count)
         self._note(tape, "compared")
 
 
