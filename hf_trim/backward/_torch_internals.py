@@ -130,6 +130,7 @@ def current_backward_pass() -> int:
 
 
 current_node = torch._C._current_autograd_node  # the one whose backward runs in this thread; `None` outside of one
+strided_size = attrgetter("_saved_size")  # of a node of `as_strided`: the size of its result
 sequence_number = methodcaller("_sequence_nr")  # of a node: its place in the order of the forward pass
 
 

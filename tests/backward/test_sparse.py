@@ -98,6 +98,29 @@ def test_python_functions_get_ordinary_gradients():
     close(x.grad, expected)
 
 
+@pytest.mark.parametrize(
+    "strided, is_known",
+    [
+        (lambda x: F.adaptive_avg_pool2d(x[..., None].contiguous(memory_format=torch.channels_last), 1), True),
+        (lambda x: F.adaptive_avg_pool1d(x.transpose(1, 2), 1), True),  # [B, T, C], pooled over T
+        (lambda x: (x * 1).as_strided((4, 3, 4), (12, 4, 1)), True),
+        (lambda x: (x * 1).as_strided((4, 3, 4), (4, 16, 1)), False),  # rows and tokens change places
+        (lambda x: (x * 1).as_strided((4, 3, 4), (12, 1, 1)), False),  # entries are there several times
+        (lambda x: (x * 1).as_strided((4, 2, 4), (12, 4, 1)), False),
+    ],
+)
+def test_strides_that_are_set(strided, is_known, monkeypatch):
+    """No number is read where what is set is what there is, as in pooling: a GPU would make the host wait."""
+    if is_known:
+        monkeypatch.delattr(RowSparseTensor, "sparsify")
+    x, kept = torch.randn(4, 3, 4, requires_grad=True), torch.tensor([1, 3])
+    losses = strided(x).flatten(1).sin().sum(1)
+    (want,) = torch.autograd.grad(losses[kept].sum(), x, retain_graph=True)
+    with strict():
+        (got,) = torch.autograd.grad(take_rows_sparse(losses, kept).sum(), x)
+    torch.testing.assert_close(got, want)
+
+
 def test_strict_names_the_op_or_node():
     x = torch.randn(6, 3, requires_grad=True)
     with strict(), pytest.raises(RuntimeError, match=r"aten.flip.*\(6, 3\)"):

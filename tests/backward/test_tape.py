@@ -70,6 +70,18 @@ def test_t5(counts):
     check_model(model, counts, losses_of)
 
 
+def test_pooling(counts):
+    """Of texts as of images with channels last, it sets strides."""
+    net, norm = Net(), nn.LayerNorm(C)
+
+    def losses(step):
+        pooled = F.adaptive_avg_pool1d(norm(net.hidden(inputs(step))).transpose(1, 2), 1)
+        return net.second(pooled.flatten(1)).pow(2).mean(1)
+
+    run(losses, [*net.parameters(), *norm.parameters()], ks=(2, 3, 4))
+    assert counts["ran"] == 2
+
+
 @pytest.mark.parametrize("name", ["bert", "llama"])
 def test_autocast(name, counts):
     check_model(models.build(models.TRANSFORMERS[name]), counts, autocast=torch.bfloat16, tolerance=5e-3)

@@ -326,6 +326,16 @@ def test_ops_that_run_dense(counts):
         run(losses, net.parameters(), steps=1)
 
 
+def test_graphs_without_a_tape_are_not_recorded_again_and_again(counts, monkeypatch):
+    """As with layers that are left out at random: more graphs come again than are remembered."""
+    monkeypatch.setattr(tapes, "MOST_TAPES", 2)
+    made = []
+    monkeypatch.setattr(tapes, "Recorder", lambda *args: made.append(None) or recorder.Recorder(*args))
+    net = Net()
+    run(lambda step: net(net.hidden(inputs(step)[:, : 1 + step % 4]).cumsum(0)), net.parameters(), steps=20)
+    assert len(made) == 2 and counts == {"an op ran dense": 2}
+
+
 def test_tapes_are_few(counts, monkeypatch):
     monkeypatch.setattr(tapes, "MOST_TAPES", 2)
     monkeypatch.setattr(tapes, "MOST_SEEN", 3)

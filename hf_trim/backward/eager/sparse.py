@@ -9,6 +9,7 @@ shape `[4]` with that payload. Behind a linear layer it is `[4, C]` with the pay
 import re
 from collections.abc import Collection, Iterable, Sequence
 from functools import partial
+from math import prod
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from hf_trim.backward._torch_internals import (
     is_batched,
     is_transforming,
     replace_function,
+    strided_size,
     wrapped_checkpoint_function,
 )
 from hf_trim.backward.compiled.graph import accept_row_sparse_gradients, is_compiled_graph
@@ -60,6 +62,7 @@ _FORMULAS = {
         for name in ("HardMish", "HardSigmoid", "HardSwish", "Mish", "Swish")
     ),
 }
+_MOST_NUMBERED = 1 << 20  # entries of a tensor, counted exactly by float32
 # Keys in the metadata of a node, which lives longer than one backward pass.
 _DENSE = "hf_trim_dense"  # it gets ordinary gradients: the row-sparse one that they were, until it has run
 _GIVES_DENSE = "hf_trim_gives_dense"  # it hands ordinary gradients to those that [`_reaches_user`] names
@@ -204,7 +207,7 @@ def prepare_graph(nodes: Iterable[Node | None], rows: Rows, skip_leaves: Collect
         node = stack.pop()
         node_type = type(node)
         if node_type.__name__.startswith("AsStrided"):  # its formula writes into zeros of the whole storage
-            _densify_gradients(node, counted=False)
+            _densify_gradients(node, counted=False, keeps_gradient=_keeps_gradient(node))
         elif is_compiled_graph(node):
             accept_row_sparse_gradients(node)
         elif node_type.__module__ != "builtins" or not _ATEN_NODE.match(node_type.__name__):
@@ -257,8 +260,25 @@ def _give_dense(node: Node, skip_leaves: Collection[int]) -> None:
     node.register_hook(posthook)
 
 
-def _densify_gradients(node: Node, counted: bool = True) -> None:
-    """Gives a node ordinary gradients, and makes what it returns row-sparse again where it is zero elsewhere."""
+def _keeps_gradient(node: Node) -> bool:
+    """
+    Whether a node of `as_strided` returns its gradient as it is: global pooling sets strides so, of images with
+    channels last and of texts. It is asked what it makes of numbered entries, on the CPU.
+    """
+    size = strided_size(node)
+    if prod(size) > _MOST_NUMBERED:
+        return False
+    with torch.no_grad():
+        numbers = torch.arange(prod(size), dtype=torch.float32, device="cpu").view(size)
+        formula: Any = node
+        return torch.equal(formula(numbers), numbers)
+
+
+def _densify_gradients(node: Node, counted: bool = True, keeps_gradient: bool = False) -> None:
+    """
+    Gives a node ordinary gradients, and makes what it returns row-sparse again: where it is zero elsewhere, or known to
+    be the gradient that arrived.
+    """
     metadata: Any = node.metadata
     if _DENSE in metadata:
         return
@@ -282,6 +302,8 @@ def _densify_gradients(node: Node, counted: bool = True) -> None:
         if not incoming:
             return None
         sparse = incoming.pop()
+        if keeps_gradient:
+            return (sparse,)
         return tuple(grad if grad is None else sparse.sparsify(grad) for grad in grads)
 
     node.register_prehook(prehook)

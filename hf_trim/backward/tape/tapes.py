@@ -97,6 +97,7 @@ class Tapes:
         self.counts: Counter = Counter()  # what was done: `"recorded"`, `"compared"`, `"ran"`, or why there is no tape
         self._seen: OrderedDict[int, None] = OrderedDict()
         self._tapes: OrderedDict[Any, _Tape] = OrderedDict()
+        self._attempts = 0  # recordings, of graphs that have no tape too
         self._for_one_count: set = set()  # graphs that need a tape for each number of kept rows
 
     def run(
@@ -162,7 +163,7 @@ class Tapes:
 
     def _may_record(self) -> bool:
         """Whether recording pays: not where there are more graphs in turn than tapes, which would be recorded anew."""
-        return self.counts["recorded"] < MOST_TAPES + self.counts["ran"] // 4
+        return self._attempts < MOST_TAPES + self.counts["ran"] // 4
 
     def _was_seen(self, number: int) -> bool:
         was_seen = number in self._seen
@@ -181,6 +182,7 @@ class Tapes:
         taped = None
         try:
             if recorder is not None:
+                self._attempts += 1
                 with recorder:
                     gradients = self._engine(source, leaves, start)
             else:
