@@ -311,11 +311,8 @@ class _KeptLosses(torch.autograd.Function):
         return d_hidden, d_weight, d_bias, None, None, None
 
 
-def _scatter(values: Tensor, tokens: Tensor, rows: Rows | None, shape: torch.Size) -> Tensor | None:
-    """
-    `[k, H]` gradients of some tokens → the gradient `[N, H]` of all tokens, row-sparse if `rows` are given; `None`
-    where a tape takes it.
-    """
+def _scatter(values: Tensor, tokens: Tensor, rows: Rows | None, shape: torch.Size) -> Tensor:
+    """`[k, H]` gradients of some tokens → the gradient `[N, H]` of all tokens, row-sparse if `rows` are given."""
     if rows is None:
         return values.new_zeros(shape).index_copy(0, tokens, values)
     length = shape[0] // rows.batch

@@ -196,13 +196,13 @@ class LossCall:
         unit: Any = {"mean": 1 / self.counts.flatten()[elements].sum(), "sum": self.scale, "none": 1.0}[self.reduction]
         return Kept(elements, grad.to(self.losses) * unit)
 
-    def gradient(self, grad: Tensor) -> Tensor | None:
+    def gradient(self, grad: Tensor) -> Tensor:
         """
         Args:
             grad (`torch.Tensor`): The gradient of [`value`]: the weight of the mean in the loss.
 
         Returns:
-            `torch.Tensor`: The gradient of the losses, zero for all but the kept ones; `None` where a tape takes it.
+            `torch.Tensor`: The gradient of the losses, zero for all but the kept ones.
         """
         if self.plain is not None:
             self.used = True

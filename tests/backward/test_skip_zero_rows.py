@@ -310,7 +310,7 @@ def test_graphs_and_checks_of_the_backward_pass(monkeypatch):
     def penalty(loss_of):
         def double(net, x, skip):
             with monkeypatch.context() as patch:
-                patch.setattr(zero_rows, "prepare_graph", None)
+                patch.setattr(zero_rows, "prepare_backward", None)
                 (grad,) = torch.autograd.grad(loss_of(net, x, skip), x, create_graph=True)
             net.rows.clear()
             return grad.square().sum()
@@ -318,7 +318,7 @@ def test_graphs_and_checks_of_the_backward_pass(monkeypatch):
         return double
 
     assert_exact(penalty(weighted), None)
-    monkeypatch.setattr(zero_rows, "prepare_graph", None)
+    monkeypatch.setattr(zero_rows, "prepare_backward", None)
     with torch.autograd.set_detect_anomaly(True):
         assert_exact(weighted, None)
 

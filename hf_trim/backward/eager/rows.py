@@ -13,7 +13,6 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node
 
 from hf_trim.backward import waiting
 from hf_trim.backward._torch_internals import StorageWeakRef, negative_view, version_of
@@ -55,7 +54,6 @@ class Rows:
     needs_all_rows = False  # whether a checkpointed function could not be recomputed for these rows alone
     starts_dense = False  # whether the first gradients are ordinary ones
     backward_pass: int | None = None  # the number of the one under way with them
-    source: tuple[Node, int] | None = None  # the node and its output that the first gradient is for, until it is there
     origin: "Rows | None" = None  # those of the batch, if these are entries chosen from them
 
     def __init__(self, index: Tensor, batch: int, may_be_run: bool = True):

@@ -23,6 +23,7 @@ from hf_trim.backward._torch_internals import (
     CheckpointFunction,
     assert_later,
     current_backward_pass,
+    current_node,
     function_of,
     is_batched,
     is_transforming,
@@ -37,6 +38,7 @@ from hf_trim.backward.eager.rows import Rows
 from hf_trim.backward.eager.saved import COMPUTE_WITH_SAVED, keep_rows_of_saved
 from hf_trim.backward.eager.tensor import RowSparseTensor, RowTensor, densify
 from hf_trim.backward.settings import current_settings
+from hf_trim.backward.tape.entry import find_entry
 from hf_trim.backward.tape.tapes import TAPES
 
 
@@ -108,18 +110,59 @@ def prepare_rows(tensors: Sequence[Tensor], kept: Tensor, batch: int, dense_abov
         [`~hf_trim.backward.eager.rows.Rows`] or `None`: The rows; `None` where ordinary gradients are better.
     """
     _check_different(kept)
-    nodes = [tensor.grad_fn for tensor in tensors]
-    if not 0 < kept.numel() <= dense_above * batch or None in nodes or _needs_ordinary_tensors(*tensors):
+    nodes = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
+    if not 0 < kept.numel() <= dense_above * batch or len(nodes) < len(tensors) or _needs_ordinary_tensors(*tensors):
         return None
     rows = Rows(kept, batch, may_be_run=not current_settings().tape)
-    if current_settings().tape and len(tensors) == 1 and nodes[0] is not None:
-        rows.source = nodes[0], tensors[0].output_nr  # prepared in the backward pass, unless that runs from a tape
-    else:
-        prepare_graph(nodes, rows)
+    prepare_backward(nodes, rows)
     return rows
 
 
-def row_gradient(payload: Tensor, rows: Rows, inner: int = 1) -> Tensor | None:
+def prepare_backward(nodes: Sequence[Node], rows: Rows) -> None:
+    """
+    Prepares a graph for row-sparse gradients, see [`prepare_graph`]. Where tapes are used, most of it is left to the
+    backward pass: what runs from a tape needs no preparation.
+
+    Args:
+        nodes (`Sequence[torch.autograd.graph.Node]`): Where the backward pass begins.
+        rows ([`~hf_trim.backward.eager.rows.Rows`]): The kept rows.
+    """
+    entry = find_entry(nodes, _may_begin_a_tape) if current_settings().tape else None
+    prepare_graph(nodes, rows, until=entry)
+    if entry is None:
+        return
+    is_inside = False  # whether the engine runs in the place of the tape, to record it say
+
+    def prehook(grads):
+        nonlocal is_inside
+        own = [grad for grad in grads if isinstance(grad, RowSparseTensor) and grad.rows is rows]
+        if is_inside or not own:
+            return None
+        node = current_node()  # the hook of a node must not hold it
+        prepare, is_inside = partial(prepare_graph, [node], rows), True
+        try:
+            if len(own) == sum(grad is not None for grad in grads) and TAPES.run(node, grads, rows, prepare):
+                return (None,) * len(grads)
+            prepare()
+        finally:
+            is_inside = False
+        return None
+
+    entry.register_prehook(prehook)
+
+
+def _may_begin_a_tape(node: Node) -> bool:
+    """Whether a node's formula is ATen's own, and is run as it is."""
+    name, module = type(node).__name__, type(node).__module__
+    return module == "builtins" and bool(_ATEN_NODE.match(name)) and not _is_prepared(name)
+
+
+def _is_prepared(name: str) -> bool:
+    """Whether nodes of this kind are not run as they are."""
+    return name.startswith("AsStrided") or name in COMPUTE_WITH_SAVED
+
+
+def row_gradient(payload: Tensor, rows: Rows, inner: int = 1) -> Tensor:
     """
     A gradient that is zero for all rows but the kept ones.
 
@@ -129,17 +172,9 @@ def row_gradient(payload: Tensor, rows: Rows, inner: int = 1) -> Tensor | None:
         inner (`int`, *optional*, defaults to 1): Number of entries of a row, e.g. T tokens.
 
     Returns:
-        `torch.Tensor`: Of shape `[B·inner, ...]`; row-sparse unless something needs an ordinary tensor. `None` where a
-        tape hands out the gradients of the leaves.
+        `torch.Tensor`: Of shape `[B·inner, ...]`; row-sparse unless something needs an ordinary tensor.
     """
-    needs_ordinary = needs_ordinary_gradients(payload)
-    if rows.source is not None and not needs_ordinary:
-        source, rows.source = rows.source, None
-        prepare, start = partial(prepare_graph, [source[0]], rows), partial(row_gradient, payload, rows, inner)
-        if TAPES.run(source, payload, rows, inner, prepare, start):
-            return None
-        prepare()
-    if rows.starts_dense or needs_ordinary:
+    if rows.starts_dense or needs_ordinary_gradients(payload):
         dense = payload.new_zeros(rows.batch, inner, *payload.shape[1:])
         values = payload.reshape(rows.count, inner, *payload.shape[1:])
         return dense.index_add(0, rows.index_on(dense.device), values).reshape(rows.batch * inner, *payload.shape[1:])
@@ -188,7 +223,9 @@ class _TakeRows(torch.autograd.Function):
 # ---- nodes that need an ordinary gradient ------------------------------------------------------------------------
 
 
-def prepare_graph(nodes: Iterable[Node | None], rows: Rows, skip_leaves: Collection[Tensor] = ()) -> None:
+def prepare_graph(
+    nodes: Iterable[Node | None], rows: Rows, skip_leaves: Collection[Tensor] = (), until: Node | None = None
+) -> None:
     """
     Prepares a graph for row-sparse gradients: whatever is not one of ATen's own backward nodes gets ordinary ones,
     checkpoints recompute the kept rows only, and formulas compute with the kept rows of what was saved.
@@ -197,12 +234,14 @@ def prepare_graph(nodes: Iterable[Node | None], rows: Rows, skip_leaves: Collect
         nodes (iterable of `torch.autograd.graph.Node`): Where the backward pass begins.
         rows ([`~hf_trim.backward.eager.rows.Rows`]): The kept rows.
         skip_leaves (collection of `torch.Tensor`): Leaves whose `grad` may become row-sparse.
+        until (`torch.autograd.graph.Node`, *optional*): This node, and what is behind it, is left as it is.
     """
     current_settings()  # from here on, a thread of autograd's finds those of this thread
     skip = {id(x) for x in skip_leaves}
     stack = [node for node in nodes if node is not None]
-    seen = set(stack)
     rows.starts_dense = any(_reaches_user(node, skip) for node in stack)
+    seen = {*stack, until}
+    stack = [node for node in stack if node is not until]
     while stack:
         node = stack.pop()
         node_type = type(node)
@@ -276,8 +315,8 @@ def _keeps_gradient(node: Node) -> bool:
 
 def _densify_gradients(node: Node, counted: bool = True, keeps_gradient: bool = False) -> None:
     """
-    Gives a node ordinary gradients, and makes what it returns row-sparse again: where it is zero elsewhere, or known to
-    be the gradient that arrived.
+    Gives a node ordinary gradients, and makes what it returns row-sparse again: where it is zero elsewhere, or known
+    to be the gradient that arrived.
     """
     metadata: Any = node.metadata
     if _DENSE in metadata:

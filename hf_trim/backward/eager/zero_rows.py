@@ -10,7 +10,8 @@ from torch import Tensor
 
 from hf_trim.backward._torch_internals import is_transforming
 from hf_trim.backward.eager.rows import Rows
-from hf_trim.backward.eager.sparse import DENSE_ABOVE, needs_ordinary_gradients, prepare_graph, row_gradient
+from hf_trim.backward.eager.sparse import DENSE_ABOVE, needs_ordinary_gradients, prepare_backward, row_gradient
+from hf_trim.backward.settings import current_settings
 
 
 def skip_zero_rows(x: Tensor, dense_above: float = DENSE_ABOVE) -> Tensor:
@@ -60,8 +61,8 @@ def skip_zero_rows(x: Tensor, dense_above: float = DENSE_ABOVE) -> Tensor:
             kept = kept.new_zeros(1)  # one row of zeros: there are no tensors without rows
         if kept.numel() > dense_above * len(grad):
             return None
-        rows = Rows(kept, len(grad))
-        prepare_graph([node], rows)
+        rows = Rows(kept, len(grad), may_be_run=not current_settings().tape)
+        prepare_backward([node], rows)
         return (row_gradient(grad.index_select(0, kept), rows),)
 
     # A hook of the node, not of a tensor: what other hooks make of the gradient of `out` comes first. The hook holds

@@ -11,6 +11,7 @@
 #include <torch/csrc/autograd/functions/accumulate_grad.h>
 #include <torch/csrc/autograd/functions/tensor.h>
 #include <torch/csrc/autograd/graph_task.h>
+#include <torch/csrc/autograd/python_hook.h>
 #include <torch/csrc/dynamo/compiled_autograd.h>
 
 #include <algorithm>
@@ -154,8 +155,18 @@ inline void check_task(const std::vector<NodePtr>& nodes) {
   }
 }
 
+// Whether a node has no hook but that one of Python's which starts the tape.
+inline bool has_one_hook(const Node& node) {
+  if (node.pre_hooks().size() != 1 || !node.post_hooks().empty()) {
+    return false;
+  }
+  const auto& hooks = *node.pre_hooks()[0];
+  return std::strcmp(typeid(hooks).name(), "N5torch8autograd17PyFunctionPreHookE") == 0 &&
+      PyDict_Size(static_cast<const torch::autograd::PyFunctionPreHook&>(hooks).dict) == 1;
+}
+
 // `inputs` are what the tape is given beside the graph.
-inline std::unique_ptr<Graph> walk(const NodePtr& root, uint32_t output_nr, const std::vector<Tensor>& inputs) {
+inline std::unique_ptr<Graph> walk(const NodePtr& root, const std::vector<Tensor>& inputs) {
   auto graph = std::make_unique<Graph>();
   auto& key = graph->key;
   compiled::AutogradCompilerCall compiler(compiled::SizeInput::STATIC);
@@ -165,7 +176,6 @@ inline std::unique_ptr<Graph> walk(const NodePtr& root, uint32_t output_nr, cons
   std::vector<std::pair<uint64_t, uint32_t>> sequence;
   const auto stream = root->stream();
   calls.lookup(root);
-  append(key, output_nr);
   for (size_t i = 0; i < nodes.size(); ++i) { // grows on the way
     const NodePtr node = nodes[i];
     if (!node->tensor_pre_hooks().empty() || !node->retains_grad_hooks().empty()) {
@@ -183,7 +193,7 @@ inline std::unique_ptr<Graph> walk(const NodePtr& root, uint32_t output_nr, cons
     if (!is_aten(*node)) {
       throw Refusal(node->name() + " is not an ATen op");
     }
-    if (!node->pre_hooks().empty() || !node->post_hooks().empty()) {
+    if (node == root ? !has_one_hook(*node) : !node->pre_hooks().empty() || !node->post_hooks().empty()) {
       throw Refusal("a node has a hook");
     }
     if (const auto* write = dynamic_cast<const torch::autograd::CopySlices*>(node.get())) {
@@ -217,7 +227,9 @@ inline std::unique_ptr<Graph> walk(const NodePtr& root, uint32_t output_nr, cons
     }
     auto& call = calls.lookup(node);
     compiled::CompiledNodeArgs args(compiler, call);
-    args.collect(call);
+    if (node != root) { // whose hook is known
+      args.collect(call);
+    }
     args.collect(node->next_edges());
     for (uint32_t input = 0; input < node->num_inputs(); ++input) {
       args.collect(node->input_metadata(input));

@@ -37,7 +37,6 @@ from hf_trim.backward.eager.tensor import RowTensor
 aten = torch.ops.aten
 _IDENTITIES = {aten.detach.default, aten.alias.default}  # below autograd
 _NUMBERS = (bool, int, float, complex)
-_GRADIENT = 0  # the register of the gradient
 
 
 class NoTapeError(Exception):
@@ -124,7 +123,7 @@ class Recorder(TorchDispatchMode):
     Within this context, ops on ordinary tensors are recorded, those inside the rules of row-sparse tensors too.
 
     Args:
-        inputs (`Sequence[torch.Tensor]`): What the tape is given.
+        inputs (`Sequence[torch.Tensor]`): What the tape is given: gradients, and at last the numbers of the kept rows.
         saved (`Sequence[torch.Tensor]`): What the graph saved.
     """
 
@@ -310,8 +309,9 @@ class Recorder(TorchDispatchMode):
                     first.add(i)
                     registers |= op.reads()
                     memory |= written | {self._storages[n] for n in op.reads()} - self._foreign
+        gradients = set(range(self._num_inputs - 1))
         for i, op in enumerate(ops):
-            if i in first and _GRADIENT in op.reads():
+            if i in first and op.reads() & gradients:
                 raise NoTapeError(f"{op.func}: a number depends on the gradient")
             # An op that stays behind must find what it found: nothing is written after it.
             late = {self._storages[n] for j in first if j > i and is_mutable(ops[j].func) for n in ops[j].writes()}

@@ -229,8 +229,7 @@ Op op_of(PyObject* description) {
 PyObject* py_walk(PyObject* /*module*/, PyObject* args) {
   HANDLE_TH_ERRORS
   PyObject *node = nullptr, *inputs = nullptr;
-  int output_nr = 0;
-  if (!PyArg_ParseTuple(args, "OiO!", &node, &output_nr, &PyList_Type, &inputs)) {
+  if (!PyArg_ParseTuple(args, "OO!", &node, &PyList_Type, &inputs)) {
     return nullptr;
   }
   try {
@@ -238,7 +237,7 @@ PyObject* py_walk(PyObject* /*module*/, PyObject* args) {
       throw Refusal(std::string(Py_TYPE(node)->tp_name) + " is not an ATen op");
     }
     const auto& root = reinterpret_cast<torch::autograd::THPCppFunction*>(node)->cdata;
-    return pack(walk(root, output_nr, THPVariable_UnpackList(inputs)).release(), GRAPH);
+    return pack(walk(root, THPVariable_UnpackList(inputs)).release(), GRAPH);
   } catch (const c10::Error& error) { // of `compiled_args`
     return PyUnicode_FromString(error.what_without_backtrace());
   } catch (const Refusal& reason) {
@@ -361,7 +360,7 @@ PyObject* py_attach(PyObject* /*module*/, PyObject* args) {
 }
 
 PyMethodDef METHODS[] = {
-    {"walk", py_walk, METH_VARARGS, "(node, output number, inputs) → the graph behind it, or why it has no tape."},
+    {"walk", py_walk, METH_VARARGS, "(node, inputs) → the graph behind it, or why it has no tape."},
     {"key", py_key, METH_O, "All that the backward pass of a graph depends on but its numbers, as bytes."},
     {"saved", py_saved, METH_O, "The saved tensors of a graph."},
     {"leaves", py_leaves, METH_O, "The nodes of the leaves of a graph."},

@@ -31,6 +31,7 @@ from hf_trim.backward import waiting
 from hf_trim.backward._torch_internals import current_dispatch_mode
 from hf_trim.backward.compiled.comparison import tolerance
 from hf_trim.backward.eager.rows import Rows
+from hf_trim.backward.eager.tensor import RowSparseTensor
 from hf_trim.backward.settings import current_settings
 from hf_trim.backward.tape.counts import for_any_count
 from hf_trim.backward.tape.extension import EXTENSION
@@ -78,9 +79,12 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.complex64 if x.is_complex() else torch.float32)
 
 
-def _metadata(x: Tensor) -> tuple:
-    """All but the number of rows, and where they are."""
-    return x.shape[1:], x.stride(), x.dtype, x.device, x.is_conj(), x.is_neg()
+def _metadata(grad: RowSparseTensor | None) -> tuple | None:
+    """All of a gradient but its numbers, and how many rows are kept."""
+    if grad is None:
+        return None
+    payload, layout = grad.payload, grad.layout_of_rows()[1:]
+    return layout, grad.shape, grad.stride(), grad.dtype, grad.device, payload.is_conj(), payload.is_neg()
 
 
 def _state_of_torch(device: torch.device) -> tuple:
@@ -102,41 +106,37 @@ class Tapes:
 
     def run(
         self,
-        source: tuple[Node, int],
-        payload: Tensor,
+        node: Node,
+        grads: tuple[RowSparseTensor | None, ...],
         rows: Rows,
-        inner: int,
         prepare: Callable[[], None],
-        start: Callable[[], Tensor | None],
     ) -> bool:
         """
         Run the backward pass under way from a tape, if there is one.
 
         Args:
-            source (`tuple`): The node that the gradient is for, and which of its outputs.
-            payload (`torch.Tensor`): `[k·inner, ...]` gradients of the kept rows.
+            node (`torch.autograd.graph.Node`): The node that comes next.
+            grads (`tuple[RowSparseTensor | None, ...]`): Its gradients.
             rows ([`~hf_trim.backward.eager.rows.Rows`]): The kept rows.
-            inner (`int`): Number of entries of a row.
-            prepare (`Callable`): Prepares the graph for the engine.
-            start (`Callable`): Returns the row-sparse gradient, which the engine starts with.
+            prepare (`Callable`): Prepares the node, and what is behind it, for the engine.
 
         Returns:
-            `bool`: Whether the leaves get their gradients, with an undefined gradient for the node; if not, the engine
+            `bool`: Whether the leaves get their gradients, with undefined gradients for the node; if not, the engine
             has to run.
         """
         library = EXTENSION.get() if current_dispatch_mode() is None else None
         if library is None:
             return False
-        inputs = [payload, rows.index]
-        graph = library.walk(*source, inputs)
+        inputs = [*(grad.payload for grad in grads if grad is not None), rows.index]
+        graph = library.walk(node, inputs)
         if isinstance(graph, str):
             self.counts[graph] += 1
             return False
         # One row is in memory as no two are, and all rows are not sliced.
-        sizes = rows.batch, inner, rows.count in (1, rows.batch), *map(_metadata, inputs)
+        sizes = rows.batch, rows.count in (1, rows.batch), rows.index.dtype, *map(_metadata, grads)
         # What the rule of a lookup knows of an index without reading it.
         ranges = tuple(i for i, x in enumerate(library.saved(graph)) if waiting.is_range(x))
-        key: tuple = library.key(graph), sizes, ranges, _state_of_torch(payload.device)
+        key: tuple = library.key(graph), sizes, ranges, _state_of_torch(rows.index.device)
         if key in self._for_one_count:
             key = *key, rows.count
         tape = self._tapes.get(key)
@@ -151,7 +151,7 @@ class Tapes:
                 self._note(tape, "ran" if is_run else "")
                 return is_run
         prepare()
-        return self._learn(key, tape, library, graph, source, inputs, rows.count, start)
+        return self._learn(key, tape, library, graph, node, grads, inputs, rows.count)
 
     def _note(self, tape: _Tape, use: str) -> None:
         """Count the use of a tape, or that it does not hold for this step: tokens go to other experts, say."""
@@ -173,7 +173,7 @@ class Tapes:
             self._seen.popitem(last=False)
         return was_seen
 
-    def _learn(self, key, tape, library, graph, source, inputs, count: int, start) -> bool:
+    def _learn(self, key, tape, library, graph, node, grads, inputs, count: int) -> bool:
         """Run the engine inside this backward pass, to record a tape or to compare it."""
         leaves, saved = library.leaves(graph), library.saved(graph)
         settings = current_settings()
@@ -184,9 +184,9 @@ class Tapes:
             if recorder is not None:
                 self._attempts += 1
                 with recorder:
-                    gradients = self._engine(source, leaves, start)
+                    gradients = self._engine(node, grads, leaves)
             else:
-                gradients = self._engine(source, leaves, start)
+                gradients = self._engine(node, grads, leaves)
                 taped = library.run(tape.program, graph, inputs, count)
         except Exception as error:  # too little memory, say, or `strict`: the engine will do the same, or manage
             self._keep(key, _Tape())
@@ -207,12 +207,11 @@ class Tapes:
         return True
 
     @staticmethod
-    def _engine(
-        source: tuple[Node, int], leaves: list[Node], start: Callable[[], Tensor | None]
-    ) -> list[Tensor | None]:
-        outputs, gradient = [GradientEdge(*source)], start()
+    def _engine(node: Node, grads: tuple, leaves: list[Node]) -> list[Tensor | None]:
+        given = {i: grad for i, grad in enumerate(grads) if grad is not None}
+        outputs = [GradientEdge(node, i) for i in given]
         inputs = [GradientEdge(leaf, 0) for leaf in leaves]  # of this graph: a leaf may have got another node since
-        return list(torch.autograd.grad(outputs, inputs, [gradient], retain_graph=True, allow_unused=True))
+        return list(torch.autograd.grad(outputs, inputs, [*given.values()], retain_graph=True, allow_unused=True))
 
     def _keep(self, key: Any, tape: _Tape) -> None:
         self._tapes[key] = tape
