@@ -144,7 +144,7 @@ def test_checkpointing(reentrant, counts):
         return net(torch.utils.checkpoint.checkpoint(net.hidden, x, use_reentrant=reentrant))
 
     run(losses, net.parameters())
-    assert not counts["ran"]
+    assert len(counts) == 1 and counts.total() == STEPS  # the reason why not: nothing is recorded
 
 
 def test_graph_is_kept(counts):

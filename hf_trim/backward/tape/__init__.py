@@ -14,5 +14,6 @@ e.g. a linear layer, `[B, H]` → `[B, C]`, B = 4, rows 1 and 3 kept: the tape t
 | `build.py`, `extension.py` | compiles it once, in the background; imports it |
 | `recorder.py` | the ops that a backward pass runs → a program |
 | `counts.py` | two of them, for different numbers of kept rows → one for any number |
+| `entry.py` | where a tape begins |
 | `tapes.py` | which graphs have a tape: record, compare, run |
 """

@@ -235,12 +235,13 @@ inline std::unique_ptr<Graph> walk(const NodePtr& root, const std::vector<Tensor
       args.collect(node->input_metadata(input));
     }
     node->compiled_args(args);
+    // Looked at for each node, so that it is soon known of a model with checkpoints.
+    if (!compiler.packed_inputs.empty() || !compiler.hooks.empty() || !compiler.lifted_ivalue_args.args.empty()) {
+      throw Refusal("saved tensors have hooks");
+    }
     const auto collected = args.key();
     append(key, collected.key_size);
     key.append(reinterpret_cast<const char*>(collected.key), collected.key_size);
-  }
-  if (!compiler.packed_inputs.empty() || !compiler.hooks.empty() || !compiler.lifted_ivalue_args.args.empty()) {
-    throw Refusal("saved tensors have hooks");
   }
   check_task(nodes);
   for (const auto& size : compiler.all_size_inputs) {
