@@ -104,6 +104,7 @@ def test_recordings_that_can_be_joined():
     )  # fmt: skip
     for a, b in [(2.0, 3.0), (1, 1.0), (1, True), (4, 9), (5, 6), ([2, 5], [3]), ([2], 3), ("2", "3"), (None, 3)]:
         assert joined(program(a), program(b)) is None, (a, b)
-    assert joined(program(expected=[2]), program(expected=[3])) is None  # a number that the host reads
+    assert joined(program(expected=[14]), program(expected=[21])) == ((), [(7,)])  # a number that the host reads
+    assert joined(program(expected=[14]), program(expected=[22])) is None
     assert joined(program(expected=None), program(expected=[3])) is None
     assert joined(program(2), program(3)._replace(results=[(-1, 0)])) is None

@@ -58,6 +58,8 @@ def _joined_result(a: Any, b: Any, counts: tuple[int, int]) -> Any:
     """What a result must be: a number, or for each of its tensors the sizes."""
     if _is_same(a, b):
         return a
+    if type(a) is int and type(b) is int:
+        return _per_row(a, b, counts)
     if not isinstance(a, list) or not isinstance(b, list) or len(a) != len(b):
         raise DifferentError
     return [_joined(x, y, counts) for x, y in zip(a, b, strict=True)]

@@ -170,6 +170,10 @@ Op::Counted counted_of(size_t argument, PyObject* numbers, c10::TypePtr type) {
 void expect(Op& op, PyObject* expected) {
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(expected); ++i) {
     PyObject* item = PyList_GET_ITEM(expected, i);
+    if (PyTuple_Check(item)) {
+      op.numbers.emplace_back(counted_integers(expected).per_row);
+      continue;
+    }
     if (!PyList_Check(item)) {
       op.numbers.push_back(constant(item, op.handle.schema().returns()[i].type()));
       continue;
