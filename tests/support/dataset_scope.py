@@ -46,9 +46,8 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 from hf_trim.files import write_json
-from hf_trim.report.summary import paired_interval
+from hf_trim.report.summary import MIN_SEEDS, paired_interval
 from hf_trim.report.tables import markdown_table
-from hf_trim.run.compare import CHANGES
 from hf_trim.run.recipe import parse
 from hf_trim.run.trainer import RecipeTrainer, load_job_data, make_trainer
 
@@ -220,7 +219,9 @@ def run(job: Any, data: Any, arm: str, seed: int, steps: int | None = None) -> d
             step.
     """
     with TemporaryDirectory() as folder:
-        trainer = make_trainer(job, data, {**CHANGES["plain"], "save_strategy": "no"}, seed, Path(folder), title=arm)
+        trainer = make_trainer(
+            job, data, {"trim_select": "none", "save_strategy": "no"}, seed, Path(folder), title=arm
+        )
         sizes = train(trainer, arm, seed, steps)
         error = trainer.evaluate()["eval_error"]
     cost = sum(sizes) / (len(data.train_dataset) * int(trainer.args.num_train_epochs))
@@ -275,7 +276,8 @@ def report(rows: list[dict]) -> str:
         rows (`list[dict]`): The rows of all tasks.
 
     Returns:
-        `str`: A table of the arms, and what follows for each rule.
+        `str`: A table of the arms, and what follows for each rule. Round brackets are the bootstrap interval of 95 %,
+            below which chance lies; with fewer seeds than it needs, square ones are the range.
     """
     tasks: dict[str, list[dict]] = {}
     for row in rows:
@@ -289,13 +291,14 @@ def report(rows: list[dict]) -> str:
             cost = statistics.mean(row["cost"] for row in found)
             cells = [task, arm, _mean([row["error"] for row in found]), f"{cost:.2f}"]
             apart = differences(own, arm) if arm in PARTNERS else []
-            interval = paired_interval(apart)
-            if interval is not None:
+            if apart:
                 mean = statistics.mean(apart)
+                low, high = (paired_interval(apart) if len(apart) >= MIN_SEEDS else None) or (min(apart), max(apart))
+                span = f"{low:+.2f} … {high:+.2f}"
                 lower[arm] += mean < 0
-                beats[arm] += interval[1] < 0
+                beats[arm] += len(apart) >= MIN_SEEDS and high < 0
                 tried[arm] += 1
-                cells.append(f"{mean:+.2f} ({interval[0]:+.2f} … {interval[1]:+.2f})")
+                cells.append(f"{mean:+.2f} " + (f"({span})" if len(apart) >= MIN_SEEDS else f"[{span}]"))
                 cells.append(f"{sum(x < 0 for x in apart)} : {sum(x > 0 for x in apart)}")
             lines.append(cells + ["–"] * (6 - len(cells)))
     head = ["task", "arm", "test error in %", "cost", "beside plain of this cost", "seeds better : worse"]
