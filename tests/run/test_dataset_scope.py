@@ -164,10 +164,16 @@ def test_the_script_counts_costs_and_goes_on(recipe, tmp_path, capsys, monkeypat
     assert rows["short"]["sizes"] == [16] * 5
     for rule in ("infobatch", "mass"):
         assert rows[f"short-{rule}"]["steps"] == rows[rule]["steps"] <= 8
+    with pytest.raises(SystemExit):
+        dataset_scope.main([*command, "--seeds", "2", "--arms", "plain", "short"])
+    assert "--arms short takes the steps of rank: add that." in capsys.readouterr().err
+    dataset_scope.main([*command, "--seeds", "2", "--arms", "plain"])
+    rows = json.loads(path.read_text())
+    assert [(row["arm"], row["seed"]) for row in rows[9:]] == [("plain", 1)]
     capsys.readouterr()
     monkeypatch.setattr(dataset_scope, "run", lambda *_: pytest.fail("It was trained again."))
     dataset_scope.main([*command, "--seeds", "1"])
-    assert f"| {rows['rank']['error']:.2f} | 0.60 |" in capsys.readouterr().out
+    assert f"| {rows[1]['error']:.2f} | 0.60 |" in capsys.readouterr().out
     assert len(json.loads(path.read_text())) == len(rows)
 
 

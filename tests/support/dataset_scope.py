@@ -68,6 +68,7 @@ PARTNERS = {
     "rank": "short", "random": "short", "rank-last": "short", "infobatch": "short-infobatch", "mass": "short-mass",
 }  # fmt: skip
 ARMS = ("plain", "rank", "short", "random", "rank-last", "infobatch", "short-infobatch", "mass", "short-mass")
+RULES = {"short": "rank", "short-infobatch": "infobatch", "short-mass": "mass"}  # whose steps these take
 BY_EPOCH = ("infobatch", "mass")  # whose number of steps is not known before
 
 P_END, COST = 0.2, 0.6  # p falls from 1 to this, which is this on average
@@ -228,13 +229,14 @@ def run(job: Any, data: Any, arm: str, seed: int, steps: int | None = None) -> d
     return {"arm": arm, "seed": seed, "error": error, "steps": len(sizes), "cost": cost, "sizes": sizes}
 
 
-def finish(task: str, seeds: int, options: list[str], rows: list[dict], path: Path) -> None:
+def finish(task: str, seeds: int, arms: list[str], options: list[str], rows: list[dict], path: Path) -> None:
     """
     Train what is not trained yet of a task.
 
     Args:
         task (`str`): One of `TASKS`, or a recipe.
         seeds (`int`): Number of seeds.
+        arms (`list[str]`): Which of `ARMS`; a short one only with its rule.
         options (`list[str]`): Further options of the recipe.
         rows (`list[dict]`): The rows so far; new ones are added.
         path (`Path`): The file of the rows.
@@ -245,11 +247,10 @@ def finish(task: str, seeds: int, options: list[str], rows: list[dict], path: Pa
     for seed in range(seeds):
         steps = {row["arm"]: row["steps"] for row in rows if {**row, **of_task, "seed": seed} == row}
         for arm in ARMS:
-            if arm in steps or not fractions(arm, int(job.training.num_train_epochs)):
+            if arm not in arms or arm in steps or not fractions(arm, int(job.training.num_train_epochs)):
                 continue
             data = data or load_job_data(job)
-            of = next((rule for rule, partner in PARTNERS.items() if partner == arm), None)
-            row = run(job, data, arm, seed, None if of is None else steps[of])
+            row = run(job, data, arm, seed, steps[RULES[arm]] if arm in RULES else None)
             steps[arm] = row["steps"]
             rows.append({**of_task, **row})
             write_json(path, rows)
@@ -320,10 +321,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("tasks", nargs="*", metavar="TASK", help=f"{', '.join(TASKS)}, or a recipe.")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--output", type=Path, required=True, help="A JSON file of the rows.")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS, help="By default all.")
     asked, options = parser.parse_known_args(arguments)
+    for arm in asked.arms:
+        if arm in RULES and RULES[arm] not in asked.arms:
+            parser.error(f"--arms {arm} takes the steps of {RULES[arm]}: add that.")
     rows = json.loads(asked.output.read_text(encoding="utf-8")) if asked.output.is_file() else []
     for task in asked.tasks:
-        finish(task, asked.seeds, options, rows, asked.output)
+        finish(task, asked.seeds, asked.arms, options, rows, asked.output)
     print(report(rows))
 
 
