@@ -188,7 +188,9 @@ def test_the_verdict_is_by_pairs_of_the_same_cost():
     printed = dataset_scope.report(rows)
     assert "| a | rank | 9.20 ± 2.17 | 0.60 | -1.00 (-1.00 … -1.00) | 5 : 0 |" in printed
     assert "| b | rank | 10.40 ± 4.34 | 0.60 | +0.20 (-1.00 … " in printed and "| 3 : 1 |" in printed
-    assert printed.endswith("rank: lower error than short on 1 of 2 tasks, beyond chance on 1.")
+    assert printed.endswith("rank: lower error than short on 1 of 2 tasks, beyond chance on 1 of the 2 with 5 seeds.")
     few = dataset_scope.report([row for row in rows if row["seed"] < 3])
     assert "| b | rank | 12.00 ± 5.29 | 0.60 | +1.00 [-1.00 … +4.00] | 1 : 1 |" in few
-    assert few.endswith("rank: lower error than short on 1 of 2 tasks, beyond chance on 0.")
+    assert few.endswith("rank: lower error than short on 1 of 2 tasks, beyond chance on 0 of the 0 with 5 seeds.")
+    one = dataset_scope.report([row for row in rows if row["seed"] == 1])
+    assert "| b | rank | 18.00 | 0.60 | +4.00 | 0 : 1 |" in one

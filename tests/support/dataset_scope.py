@@ -283,7 +283,8 @@ def report(rows: list[dict]) -> str:
     tasks: dict[str, list[dict]] = {}
     for row in rows:
         tasks.setdefault(f"{row['task']} {row['options']}".strip(), []).append(row)
-    lines, lower, beats, tried = [], dict.fromkeys(PARTNERS, 0), dict.fromkeys(PARTNERS, 0), dict.fromkeys(PARTNERS, 0)
+    lines: list[list[str]] = []
+    lower, beats, tried, sure = ({arm: 0 for arm in PARTNERS} for _ in range(4))
     for task, own in tasks.items():
         for arm in ARMS:
             found = [row for row in own if row["arm"] == arm]
@@ -293,18 +294,21 @@ def report(rows: list[dict]) -> str:
             cells = [task, arm, _mean([row["error"] for row in found]), f"{cost:.2f}"]
             apart = differences(own, arm) if arm in PARTNERS else []
             if apart:
-                mean = statistics.mean(apart)
-                low, high = (paired_interval(apart) if len(apart) >= MIN_SEEDS else None) or (min(apart), max(apart))
-                span = f"{low:+.2f} … {high:+.2f}"
+                mean, low, high = statistics.mean(apart), min(apart), max(apart)
+                cells.append(f"{mean:+.2f}" + (f" [{low:+.2f} … {high:+.2f}]" if len(apart) > 1 else ""))
                 lower[arm] += mean < 0
-                beats[arm] += len(apart) >= MIN_SEEDS and high < 0
                 tried[arm] += 1
-                cells.append(f"{mean:+.2f} " + (f"({span})" if len(apart) >= MIN_SEEDS else f"[{span}]"))
+                if len(apart) >= MIN_SEEDS:
+                    low, high = paired_interval(apart)
+                    cells[-1] = f"{mean:+.2f} ({low:+.2f} … {high:+.2f})"
+                    beats[arm] += high < 0
+                    sure[arm] += 1
                 cells.append(f"{sum(x < 0 for x in apart)} : {sum(x > 0 for x in apart)}")
             lines.append(cells + ["–"] * (6 - len(cells)))
     head = ["task", "arm", "test error in %", "cost", "beside plain of this cost", "seeds better : worse"]
     verdicts = [
-        f"{arm}: lower error than {PARTNERS[arm]} on {lower[arm]} of {count} tasks, beyond chance on {beats[arm]}."
+        f"{arm}: lower error than {PARTNERS[arm]} on {lower[arm]} of {count} tasks, beyond chance on {beats[arm]} of "
+        f"the {sure[arm]} with {MIN_SEEDS} seeds."
         for arm, count in tried.items()
         if count
     ]
