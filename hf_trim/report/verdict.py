@@ -49,6 +49,8 @@ def verdict(records: list[dict]) -> str:
     short = next((arm for arm in same if arm.arm == "short"), None)
     if short is not None:
         same = [short, *(arm for arm in same if _beats(arm, short))]
+    if not same and any(arm.cost is None for arm in compared):
+        return "take plain: no arm is better, and the records do not say what each of them cost"
     if not same:
         return "take plain: no arm is better, and none is cheaper without harm"
     best = min(same, key=lambda arm: (arm is short, arm.cost))

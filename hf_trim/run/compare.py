@@ -116,23 +116,24 @@ def compare(job: Job, shown: set[str] | None = None) -> None:
     is_finished = all(record_path(job, arm, seed).is_file() for seed, arm in runs)
     data = _clear(job, *runs[0], shown) if job.run.overwrite else None if is_finished else load_job_data(job, shown)
     trained, is_main = [], job.training.process_index == 0
-    records: dict[tuple[str, int], dict | None] = {}
     for number, (seed, arm) in enumerate(runs, start=1):
         label, path = f"[{number}/{len(runs)}] {arm}, seed {seed}", record_path(job, arm, seed)
-        missing = [other for other in needed_arms(job, arm) if records.get((other, seed)) is None]
         try:
             # The processes of one distributed run train each run together.
             with lock_run(path, shared=job.training.world_size > 1):
                 with user_errors():
                     record = _read_run(path)
                 note = "finished before"
+                # Looked up now: another process may have finished what it was still training a moment ago.
+                missing = [other for other in needed_arms(job, arm) if not record_path(job, other, seed).is_file()]
                 if record is None and missing:
                     print(f"{label}: needs {missing[0]}, which another process trains", flush=True)
                     continue
                 if record is None:
                     data = load_job_data(job, shown) if data is None else data  # a record was moved away
                     begun = time.perf_counter()
-                    made = make_arm(job, arm, seed, data, records.get((cost_arm(job), seed)))
+                    with user_errors():
+                        made = make_arm(job, arm, seed, data, _read_run(record_path(job, cost_arm(job), seed)))
                     record = finish_run(job, data, made, seed, label)
                     trained.append(time.perf_counter() - begun)
                     note = describe_time(trained[-1])
@@ -142,7 +143,6 @@ def compare(job: Job, shown: set[str] | None = None) -> None:
         except Timeout:
             print(f"{label}: another process trains it", flush=True)
             continue
-        records[arm, seed] = record
         if is_main:
             metric = metric_name(record)
             print(f"{label}: test {metric} {test_score(record):.2f}{UNITS[metric]} ({note})", flush=True)

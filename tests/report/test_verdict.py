@@ -53,7 +53,9 @@ def test_without_enough_seeds_or_savings_there_is_no_such_verdict():
     same_cost = dict.fromkeys(COSTS, 1.0)
     assert verdict(comparison(costs=same_cost, adaptive=0.0)).startswith("take plain")
     older = [{key: value for key, value in run.items() if "passes" not in key} for run in comparison(adaptive=0.0)]
-    assert verdict(older).startswith("take plain") and summarize(older)[1].cost is None
+    assert (
+        verdict(older).endswith("the records do not say what each of them cost") and summarize(older)[1].cost is None
+    )
     assert verdict([{**run, "arm": "plain"} for run in older[:SEEDS]]) == "fewer than 5 seeds: no verdict"
 
 

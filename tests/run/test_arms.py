@@ -4,6 +4,7 @@ import json
 
 import pytest
 import yaml
+from filelock import FileLock
 
 from hf_trim.run.__main__ import main
 from hf_trim.run.arms import make_arm, needed_arms
@@ -70,6 +71,15 @@ def test_shorter_plain_training_costs_what_adaptive_does(recipe, tmp_path, capsy
     (out / "records" / "short-seed1.json").unlink()
     assert main([*options, str(out), *arms]) == 2
     assert "adaptive, seed 1, was written by an earlier version" in capsys.readouterr().err
+
+
+def test_short_is_trained_where_another_process_finished_what_it_needs(recipe, tmp_path, no_plots):
+    options = [recipe, "--compare", "--seeds", "1", "--seed", "1", "--output_dir", str(tmp_path / "out"), "--arms"]
+    assert main([*options, "plain", "trimmed"]) == 0
+    # The other process held the lock when this one came to the run.
+    with FileLock(tmp_path / "out" / "records" / "plain-seed1.json.lock"):
+        assert main([*options, "plain", "trimmed", "short"]) == 0
+    assert "short" in records_of(tmp_path / "out")
 
 
 def test_the_whole_schedule_gets_shorter(recipe):
