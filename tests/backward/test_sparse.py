@@ -121,6 +121,14 @@ def test_strides_that_are_set(strided, is_known, monkeypatch):
     torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize("size, stride", [((2,), (0,)), ((2, 1), (0, 1))])
+def test_strides_that_repeat_the_second_of_two_entries(size, stride):
+    x = torch.randn(size, requires_grad=True)
+    losses = (x * 1).as_strided(size, stride, 1).sin().reshape(2)
+    take_rows_sparse(losses, torch.tensor([0])).sum().backward()
+    close(x.grad.flatten(), torch.stack([torch.zeros(()), x.detach().flatten()[1].cos()]))
+
+
 def test_strict_names_the_op_or_node():
     x = torch.randn(6, 3, requires_grad=True)
     with strict(), pytest.raises(RuntimeError, match=r"aten.flip.*\(6, 3\)"):

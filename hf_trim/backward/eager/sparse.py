@@ -308,7 +308,8 @@ def _keeps_gradient(node: Node) -> bool:
     if prod(size) > _MOST_NUMBERED:
         return False
     with torch.no_grad():
-        numbers = torch.arange(prod(size), dtype=torch.float32, device="cpu").view(size)
+        # From 1 on: where the second entry is read twice, its gradient is a sum, and 0 + 1 would be the 1 it has.
+        numbers = torch.arange(1, prod(size) + 1, dtype=torch.float32, device="cpu").view(size)
         formula: Any = node
         return torch.equal(formula(numbers), numbers)
 
