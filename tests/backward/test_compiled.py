@@ -70,6 +70,7 @@ def test_lengths_may_vary(runs):
     assert not refused_graphs() and len(runs) == 3 and counters["stats"]["unique_graphs"] <= 2
 
 
+@pytest.mark.extended
 def test_tokens_in_front_of_samples(runs):
     """torch's own attention computes on [T, B, C], and merges that to [T * B, C]."""
 

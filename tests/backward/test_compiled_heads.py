@@ -27,7 +27,8 @@ def test_a_compiled_model_is_trimmed_by_its_logits(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "head", ["llama", pytest.param("gpt2", marks=pytest.mark.extended), "masked-lm", "question-answering"]
+    "head",
+    ["llama", *(pytest.param(x, marks=pytest.mark.extended) for x in ("gpt2", "masked-lm")), "question-answering"],
 )
 def test_compiled_heads(head, tmp_path):
     rows = HEADS[head][1]()

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 # Much like another family in what is compiled: left to `python -m pytest -m extended`.
 ALIKE = {"roberta", "electra", "albert", "gpt_neox", "opt", "mistral", "qwen2", "gemma", "deit", "timm_vit",
-         "deit3", "distilbert", "beit", "qwen3", "gpt2"}  # fmt: skip
+         "deit3", "distilbert", "beit", "qwen3", "gpt2", "bert"}  # fmt: skip
 FAMILIES = [pytest.param(x, marks=[pytest.mark.extended] * (x in ALIKE)) for x in (*TRANSFORMERS, *TIMM_MODELS)]
 
 

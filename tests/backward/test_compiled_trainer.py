@@ -28,7 +28,7 @@ def test_cuda_graphs_are_refused(tmp_path):
         train(model, digit_texts(), tmp_path, trim_backward="sparse")
 
 
-@pytest.mark.parametrize("backward", ["auto", "sparse"])
+@pytest.mark.parametrize("backward", [pytest.param("auto", marks=pytest.mark.extended), "sparse"])
 def test_the_trainer_compiles_for_rows(backward, tmp_path, caplog, runs):
     arguments = {
         "trim_keep_start": 1.0,

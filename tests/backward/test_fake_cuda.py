@@ -12,9 +12,7 @@ CASES = (
     "bert-flash-dropout",
     "bert-efficient-dropout-mask-checkpointing",
     "bert-cudnn-mask-autocast",
-    "bert-flash-dropout-checkpointing-single",
     "bert-efficient-mask-devices",
-    "gpt2-flash-dropout",
     "llama-efficient-mask-checkpointing",
     "vit-cudnn",
     "bert-efficient-dropout-mask-compiled",
@@ -28,7 +26,12 @@ MORE_CASES = [
         f"{name}-efficient-mask" if name in WIDE_MASK else f"{name}-efficient",
         f"{name}-cudnn-autocast",
     )
-] + ["bert-flash-dropout-single-compiled", "bert-cudnn-dropout-mask-autocast-compiled", "vit-flash-compiled"]
+] + [
+    "bert-flash-dropout-checkpointing-single",
+    "bert-flash-dropout-single-compiled",
+    "bert-cudnn-dropout-mask-autocast-compiled",
+    "vit-flash-compiled",
+]
 
 
 @pytest.fixture(scope="module")

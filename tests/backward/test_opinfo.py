@@ -41,6 +41,7 @@ def test_the_oracle_sees_a_lost_conjugate(monkeypatch):
     assert WRONG in {run.outcome for run in runs(mm, torch.cdouble)}
 
 
+@pytest.mark.extended
 def test_the_oracle_sees_a_wrong_proof(monkeypatch):
     (flip,) = [op for op in op_db if op.name == "flip"]
     call, _ = COMPILED[", for inductor"]

@@ -160,6 +160,7 @@ def assert_same_weights(loaded, pushed):
     )
 
 
+@pytest.mark.extended
 def test_a_text_model_is_pushed_while_it_trains_with_its_checkpoint_and_tensorboard_logs(hub, session, tmp_path):
     options = ["--push_to_hub", "--hub_strategy", "checkpoint", "--hub_always_push", "--report_to", "tensorboard",
                "--hub_model_id", "tester/news", "--output_dir", tmp_path / "out"]  # fmt: skip

@@ -152,6 +152,7 @@ def test_language_models_are_compared_by_perplexity(small_gpt2, tmp_path, capsys
     assert all(1000 < r["test_perplexity"] < 50_000 for r in records.values())
 
 
+@pytest.mark.extended
 def test_a_comparison_without_the_trimmed_arm_saves_the_model_of_another(recipe, tmp_path, capsys, no_plots):
     out = tmp_path / "out"
     options = [recipe, "--compare", "--num_train_epochs", "1", "--output_dir", str(out), "--arms", "plain"]

@@ -130,7 +130,10 @@ def test_pickled_arguments_are_never_loaded(out, checkpoints, tmp_path):
     assert not made.exists()
 
 
-@pytest.mark.parametrize("limit", [2_000, pytest.param(20_000, marks=pytest.mark.extended), 45_000])
+@pytest.mark.parametrize(
+    "limit",
+    [pytest.param(2_000, marks=pytest.mark.extended), pytest.param(20_000, marks=pytest.mark.extended), 45_000],
+)
 def test_a_full_disk_ends_in_one_line_and_the_same_command_goes_on(limit, checkpoints, tmp_path):
     """Files may not grow beyond a limit: of the state of the trainer, of the weights, of the optimizer."""
     arguments = [str(checkpoints / "tiny.yaml"), "--output_dir", str(tmp_path / "out")]
