@@ -39,7 +39,7 @@ def verdict(records: list[dict]) -> str:
         return f"fewer than {MIN_SEEDS} seeds: no verdict"
     better = [arm for arm in compared if arm.to_plain is not None and arm.to_plain.is_lower]
     if better:
-        best = min(better, key=lambda arm: arm.mean)
+        best = min(better, key=lambda arm: arm.to_plain.mean if arm.to_plain is not None else 0.0)
         return f"take {best.arm}: better than plain, by {_change(best)}{_at_cost(best)}"
     same = [
         arm

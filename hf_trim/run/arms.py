@@ -39,12 +39,14 @@ class Arm(NamedTuple):
         job ([`Job`]): The recipe, with fewer epochs for `short`.
         changes (`dict`): Training arguments that differ from it.
         same_as (`str`, *optional*): Another arm of this seed that is the same training.
+        cost_of (`str`, *optional*): The arm whose cost it has, of `short`.
     """
 
     name: str
     job: Job
     changes: dict[str, Any]
     same_as: str | None = None
+    cost_of: str | None = None
 
 
 def arms_of(job: Job) -> list[str]:
@@ -71,6 +73,25 @@ def cost_arm(job: Job) -> str:
         `str`: `"adaptive"` if it is trained, else `"trimmed"`.
     """
     return "adaptive" if "adaptive" in arms_of(job) else "trimmed"
+
+
+def check_cost(job: Job, seed: int, record: dict | None) -> None:
+    """
+    Refuse to go on with a comparison whose `short` has the cost of another arm than it would have now.
+
+    Args:
+        job ([`Job`]): The recipe.
+        seed (`int`): The seed.
+        record (`dict`, *optional*): The record of `short` that is there.
+
+    Raises:
+        [`RecipeError`]: If it has.
+    """
+    if record is not None and record.get("cost_of", cost_arm(job)) != cost_arm(job):
+        raise RecipeError(
+            f"the arm short, seed {seed}, was trained at the cost of {record['cost_of']}, and would now have that of "
+            f"{cost_arm(job)}: choose another --output_dir, or --arms as they were, or move the records of short away."
+        )
 
 
 def needed_arms(job: Job, name: str) -> tuple[str, ...]:
@@ -114,11 +135,11 @@ def make_arm(job: Job, name: str, seed: int, data: Data | None = None, cost_reco
     num_samples = len(cast(Sized, cast(Data, data).train_dataset))
     share = cost / ((1 + BACKWARD_COST) * num_samples * job.training.num_train_epochs)
     if share > 1 - 0.5 / num_samples:
-        return Arm(name, job, changes, same_as="plain")
+        return Arm(name, job, changes, same_as="plain", cost_of=cost_arm(job))
     changes["num_train_epochs"] = share * job.training.num_train_epochs
     if job.training.warmup_steps >= 1:  # below it is a share of all steps anyway
         changes["warmup_steps"] = round(share * job.training.warmup_steps)
     if job.run.lr_milestones is not None:
         milestones = [share * epoch for epoch in job.run.lr_milestones]
         job = job._replace(run=dataclasses.replace(job.run, lr_milestones=milestones))
-    return Arm(name, job, changes)
+    return Arm(name, job, changes, cost_of=cost_arm(job))

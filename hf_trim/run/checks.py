@@ -59,7 +59,7 @@ METRICS = {"causal-lm": ("loss", "perplexity", "accuracy")}  # of a task
 CLASSIFIER_METRICS = ("loss", "error", "accuracy", "macro_f1")
 
 
-def check_arms(arms: Sequence[str], training: TrimmingArguments, label_noise: float) -> None:
+def check_arms(arms: Sequence[str], training: TrimmingArguments, label_noise: float, is_stopped_early: bool) -> None:
     """
     Check that each arm of a comparison is something else than the others.
 
@@ -67,6 +67,7 @@ def check_arms(arms: Sequence[str], training: TrimmingArguments, label_noise: fl
         arms (`Sequence[str]`): The arms that were asked for.
         training ([`TrimmingArguments`]): The recipe's arguments.
         label_noise (`float`): The share of wrong labels.
+        is_stopped_early (`bool`): Whether a training may end before its last epoch.
 
     Raises:
         `ValueError`: If one cannot be trained as it is meant.
@@ -88,6 +89,11 @@ def check_arms(arms: Sequence[str], training: TrimmingArguments, label_noise: fl
         raise ValueError(
             "the arm short is plain training at the cost of another arm: ask for plain as well, and for adaptive or "
             "trimmed, whose cost it takes."
+        )
+    if is_stopped_early:
+        raise ValueError(
+            "the arm short has a cost that is known before, and early_stopping_patience ends trainings when it likes: "
+            "leave one of them out."
         )
     if training.max_steps > 0:
         raise ValueError(

@@ -1,6 +1,5 @@
 """What `python -m hf_trim.run` does: train a recipe, compare it with and without trimming, or only show something."""
 
-import math
 from dataclasses import fields as dataclass_fields
 from typing import Any
 
@@ -116,7 +115,7 @@ def print_recipes() -> None:
         rows.append([name, fields.get("dataset", "?"), model, fields.get("expected_time", "unknown")])
     for name in recipe_names("grids"):
         _, fields = read_recipe(name)
-        count = math.prod(map(len, (fields["recipes"], *fields.get("vary", {}).values())))
+        count = len(expand(name, [])[1])
         rows.append([name, f"a grid of {count} comparisons", "", fields.get("expected_time", "unknown")])
     print_table("Recipes", ["recipe", "data", "model", "expected time"], rows, least=("model", "data"))
 

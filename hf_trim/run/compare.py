@@ -13,7 +13,7 @@ from hf_trim.environment import hardware
 from hf_trim.files import write_json
 from hf_trim.messages import wrap
 from hf_trim.report import find_records, group, notes, plot, print_report, print_table, table_rows, write_report
-from hf_trim.run.arms import Arm, arms_of, cost_arm, make_arm, needed_arms
+from hf_trim.run.arms import Arm, arms_of, check_cost, cost_arm, make_arm, needed_arms
 from hf_trim.run.clock import samples_per_second
 from hf_trim.run.cost import count_passes
 from hf_trim.run.folder import check_settings, claim_folder, lock_run, nothing_left
@@ -79,7 +79,11 @@ def finish_run(job: Job, data: Data, arm: Arm, seed: int, title: str) -> dict:
     """
     folder, path = job.output_dir / f"{arm.name}-seed{seed}", record_path(job, arm.name, seed)
     if arm.same_as is not None:
-        record = {**cast(dict, _read_run(record_path(job, arm.same_as, seed))), "arm": arm.name}
+        record = {
+            **cast(dict, _read_run(record_path(job, arm.same_as, seed))),
+            "arm": arm.name,
+            "cost_of": arm.cost_of,
+        }
         if job.training.process_index == 0:
             write_json(path, record)
         return record
@@ -88,6 +92,8 @@ def finish_run(job: Job, data: Data, arm: Arm, seed: int, title: str) -> dict:
     history = trainer.state.log_history
     record = make_record(job.name, arm.name, seed, job.settings, metrics, history, describe_classes(data))
     record.update(count_passes(trainer, data.kind == "language"), **samples_per_second(trainer))
+    if arm.cost_of is not None:
+        record["cost_of"] = arm.cost_of
     if (arm.name, seed) == (model_arm(job), job.training.seed):  # whose model is saved
         save_run(job, data, trainer, metrics, metrics, arm.name)
         if trainer.is_world_process_zero():
@@ -113,6 +119,8 @@ def compare(job: Job, shown: set[str] | None = None) -> None:
     seeds = range(job.training.seed, job.training.seed + job.run.seeds)
     runs = [(seed, arm) for seed in seeds for arm in arms_of(job)]
     # A comparison that is finished needs no data.
+    for seed in seeds if "short" in arms_of(job) and not job.run.overwrite else ():
+        check_cost(job, seed, read_record(record_path(job, "short", seed)))
     is_finished = all(record_path(job, arm, seed).is_file() for seed, arm in runs)
     data = _clear(job, *runs[0], shown) if job.run.overwrite else None if is_finished else load_job_data(job, shown)
     trained, is_main = [], job.training.process_index == 0

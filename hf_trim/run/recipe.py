@@ -350,7 +350,7 @@ def parse(recipe: str | None, command_line: list[str]) -> Job:
     given = _set_fields(parser, options)
     with user_errors():
         if run.compare and run.arms != list(DEFAULT_ARMS):
-            check_arms(run.arms, training, data.label_noise)
+            check_arms(run.arms, training, data.label_noise, run.early_stopping_patience is not None)
         check_values(training, data.task, given)
     if not {"logging_steps", "logging_strategy"} & given.keys():
         training.logging_steps = DEFAULT_LOGGING_STEPS

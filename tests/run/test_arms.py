@@ -94,14 +94,17 @@ def test_the_whole_schedule_gets_shorter(recipe):
     assert needed_arms(job, "short") == ("plain", "adaptive") and needed_arms(job, "random") == ()
 
 
-def test_where_nothing_is_saved_short_is_plain(tmp_path, no_plots):
+def test_where_nothing_is_saved_short_is_plain(tmp_path, capsys, no_plots):
     path = tmp_path / "timm.yaml"
     path.write_text(yaml.safe_dump(TIMM))
     options = [str(path), "--compare", "--seeds", "1", "--arms", "plain", "trimmed", "short", "--output_dir"]
     assert main([*options, str(tmp_path / "out")]) == 0
     found = records_of(tmp_path / "out")
     assert passes(found["trimmed"]) == (ROWS, ROWS)  # batch normalization mixes the samples
-    assert {**found["short"], "arm": "plain"} == found["plain"]
+    assert found["short"] == {**found["plain"], "arm": "short", "cost_of": "trimmed"}
+    # With another arm it would have another cost.
+    assert main([*options[:-1], "adaptive", "--output_dir", str(tmp_path / "out")]) == 2
+    assert "was trained at the cost of trimmed, and would now have that of adaptive" in capsys.readouterr().err
 
 
 def test_passes_of_other_ways_to_train(recipe, tmp_path):

@@ -36,6 +36,7 @@ OPTIONS = [
     (["--trim_schedule", "adaptive", "--compare", "--arms", "plain", "adaptive"], "ask for trimmed, which is the"),
     (["--compare", "--arms", "plain", "adaptive-skip"], "no label is: give label_noise"),
     (["--compare", "--arms", "plain", "short"], "whose cost it takes"),
+    (["--compare", "--arms", "plain", "trimmed", "short", "--early_stopping_patience", "2"], "leave one of them out"),
     (["--compare", "--arms", "plain", "trimmed", "short", "--max_steps", "5"], "max_steps says how long all"),
     (["--trim_select", "easiest"], "trim_select must be one of 'hardest', 'random', 'none', and is 'easiest'.\n"),
     (["--trim_unit", "word"], "trim_unit must be one of 'auto', 'sample', 'token', and is 'word'"),
