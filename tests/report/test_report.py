@@ -139,7 +139,7 @@ def test_few_seeds_have_no_interval_and_a_note():
     assert head == "difference to plain [range]" and "all 3 would agree in sign in 1 of 4 comparisons" in note
     assert told(5) == (
         "difference to plain (95 % interval)",
-        ["Verdict: take plain: no arm is better, and none is cheaper without harm."],
+        ["Verdict: take plain: no arm is better, and the records do not say what each of them cost."],
     )
 
 
