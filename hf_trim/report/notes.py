@@ -17,7 +17,7 @@ def notes(records: list[dict]) -> list[str]:
         `list[str]`: Sentences to stand below their table; warnings begin with "Warning".
     """
     summaries = summarize(records)
-    return [*_note_seeds(summaries), *_note_majority(summaries), *_note_verdict(records, summaries)]
+    return [*_note_seeds(summaries), *_note_majority(summaries), *_note_verdict(summaries)]
 
 
 def _note_seeds(summaries: list[Summary]) -> list[str]:
@@ -35,10 +35,10 @@ def _note_seeds(summaries: list[Summary]) -> list[str]:
     ]
 
 
-def _note_verdict(records: list[dict], summaries: list[Summary]) -> list[str]:
+def _note_verdict(summaries: list[Summary]) -> list[str]:
     if not any(summary.to_plain is not None and summary.to_plain.interval for summary in summaries):
         return []
-    return [f"Verdict: {verdict(records)}."]
+    return [f"Verdict: {verdict(summaries)}."]
 
 
 def _note_majority(summaries: list[Summary]) -> list[str]:

@@ -25,47 +25,40 @@ CLEARLY = 0.05  # by how much of plain training's cost an arm must be cheaper th
 SHOWN = ("trimmed", "adaptive", "short")  # the arms of the table; all of them are in the plot
 
 
-def verdict(records: list[dict]) -> str:
+def verdict(summaries: list[Summary]) -> str:
     """
     Args:
-        records (`list[dict]`): Records of finished runs, of one recipe with one setting.
+        summaries (`list[Summary]`): The arms of one recipe with one setting.
 
     Returns:
         `str`: Which arm to take, and why.
     """
-    arms = [arm for arm in summarize(records) if arm.to_plain is not None]
-    compared = [arm for arm in arms if arm.to_plain is not None and arm.to_plain.interval is not None]
+    compared = [(arm, arm.to_plain) for arm in summaries if arm.to_plain is not None and arm.to_plain.interval]
     if not compared:
         return f"fewer than {MIN_SEEDS} seeds: no verdict"
-    better = [arm for arm in compared if arm.to_plain is not None and arm.to_plain.is_lower]
+    better = [(arm, difference) for arm, difference in compared if difference.is_lower]
     if better:
-        best = min(better, key=lambda arm: arm.to_plain.mean if arm.to_plain is not None else 0.0)
-        return f"take {best.arm}: better than plain, by {_change(best)}{_at_cost(best)}"
-    same = [
-        arm
-        for arm in compared
-        if arm.to_plain is not None and not arm.to_plain.is_higher and arm.cost is not None and arm.cost < SAVES
-    ]
-    short = next((arm for arm in same if arm.arm == "short"), None)
-    if short is not None:
-        same = [short, *(arm for arm in same if _beats(arm, short))]
-    if not same and any(arm.cost is None for arm in compared):
+        best, difference = min(better, key=lambda pair: pair[1].mean)
+        return f"take {best.arm}: better than plain, by {signed(difference.mean)}{_at_cost(best)}"
+    same = {
+        arm.arm: (arm, difference)
+        for arm, difference in compared
+        if not difference.is_higher and arm.cost is not None and arm.cost < SAVES
+    }
+    if not same and any(arm.cost is None for arm, _ in compared):
         return "take plain: no arm is better, and the records do not say what each of them cost"
     if not same:
         return "take plain: no arm is better, and none is cheaper without harm"
-    best = min(same, key=lambda arm: (arm is short, arm.cost))
-    return f"take {best.arm}: as plain within chance ({_change(best)}){_at_cost(best)}"
+    short = same.pop("short", None)
+    worthy = [pair for pair in same.values() if short is None or _beats(pair[0], short[0])]
+    best, difference = min(worthy, key=lambda pair: pair[0].cost or 0.0) if worthy or short is None else short
+    return f"take {best.arm}: as plain within chance ({signed(difference.mean)}){_at_cost(best)}"
 
 
 def _beats(arm: Summary, short: Summary) -> bool:
     """Whether an arm is worth more than simply to train for fewer epochs."""
     is_better = arm.to_short is not None and arm.to_short.is_lower
     return is_better or (arm.cost or 1) < (short.cost or 1) - CLEARLY
-
-
-def _change(arm: Summary) -> str:
-    assert arm.to_plain is not None
-    return signed(arm.to_plain.mean)
 
 
 def _at_cost(arm: Summary) -> str:
@@ -86,11 +79,12 @@ def verdict_rows(groups: dict[str, list[dict]]) -> tuple[list[str], list[list[st
     head += ["adaptive to short", "verdict"]
     rows = []
     for title, records in groups.items():
-        arms = {summary.arm: summary for summary in summarize(records)}
+        summaries = summarize(records)
+        arms = {summary.arm: summary for summary in summaries}
         plain, adaptive = arms.get("plain"), arms.get("adaptive")
         row = [title, str(max(arm.runs for arm in arms.values())), format_number(plain.mean if plain else None)]
         row += [_describe(arms.get(arm)) for arm in SHOWN]
-        row += [format_difference(adaptive.to_short if adaptive else None), verdict(records)]
+        row += [format_difference(adaptive.to_short if adaptive else None), verdict(summaries)]
         rows.append(row)
     return head, rows
 

@@ -55,6 +55,17 @@ def train_seconds(log_history: list[dict]) -> float:
     return sum(log.get("train_seconds", 0.0) for log in log_history)
 
 
+def count_samples(trainer: Trainer) -> int:
+    """
+    Args:
+        trainer ([`~transformers.Trainer`]): The trainer, after its training.
+
+    Returns:
+        `int`: How many samples it was trained on, over all processes; those that came several times as often.
+    """
+    return round(cast(float, trainer.state.epoch) * len(cast(Sized, trainer.train_dataset)))
+
+
 def samples_per_second(trainer: Trainer, seconds: float = 0.3) -> dict[str, float]:
     """
     Measure how fast a finished training was, and how fast its input pipeline is alone (reading, augmenting, collating,
@@ -67,7 +78,7 @@ def samples_per_second(trainer: Trainer, seconds: float = 0.3) -> dict[str, floa
     Returns:
         `dict[str, float]`: `train_samples_per_second` and `input_samples_per_second`, over all processes.
     """
-    num_trained = trainer.state.epoch * len(cast(Sized, trainer.train_dataset))
+    num_trained = count_samples(trainer)
     loader, num_drawn, start = trainer.get_train_dataloader(), 0, time.perf_counter()
     while time.perf_counter() - start < seconds:
         for batch in loader:

@@ -118,9 +118,11 @@ def compare(job: Job, shown: set[str] | None = None) -> None:
     """
     seeds = range(job.training.seed, job.training.seed + job.run.seeds)
     runs = [(seed, arm) for seed in seeds for arm in arms_of(job)]
+    if "short" in arms_of(job) and not job.run.overwrite:
+        with user_errors():
+            for seed in seeds:
+                check_cost(job, seed, _read_run(record_path(job, "short", seed)))
     # A comparison that is finished needs no data.
-    for seed in seeds if "short" in arms_of(job) and not job.run.overwrite else ():
-        check_cost(job, seed, read_record(record_path(job, "short", seed)))
     is_finished = all(record_path(job, arm, seed).is_file() for seed, arm in runs)
     data = _clear(job, *runs[0], shown) if job.run.overwrite else None if is_finished else load_job_data(job, shown)
     trained, is_main = [], job.training.process_index == 0
@@ -133,7 +135,8 @@ def compare(job: Job, shown: set[str] | None = None) -> None:
                     record = _read_run(path)
                 note = "finished before"
                 # Looked up now: another process may have finished what it was still training a moment ago.
-                missing = [other for other in needed_arms(job, arm) if not record_path(job, other, seed).is_file()]
+                needed = needed_arms(job, arm)
+                missing = [other for other in needed if not record_path(job, other, seed).is_file()]
                 if record is None and missing:
                     print(f"{label}: needs {missing[0]}, which another process trains", flush=True)
                     continue
@@ -141,7 +144,8 @@ def compare(job: Job, shown: set[str] | None = None) -> None:
                     data = load_job_data(job, shown) if data is None else data  # a record was moved away
                     begun = time.perf_counter()
                     with user_errors():
-                        made = make_arm(job, arm, seed, data, _read_run(record_path(job, cost_arm(job), seed)))
+                        cost_record = _read_run(record_path(job, cost_arm(job), seed)) if needed else None
+                        made = make_arm(job, arm, seed, data, cost_record)
                     record = finish_run(job, data, made, seed, label)
                     trained.append(time.perf_counter() - begun)
                     note = describe_time(trained[-1])

@@ -6,10 +6,10 @@ e.g. 1,000 samples, 10 epochs, 60 % of each mini-batch kept: 10,000 forward and 
 training has 10,000 of each. A backward pass costs about two forward ones, so that this is 22,000 / 30,000 = 73 %.
 """
 
-from collections.abc import Sized
 from typing import cast
 
 from hf_trim.backward.choice import find_mixing_modules
+from hf_trim.run.clock import count_samples
 from hf_trim.run.trainer import RecipeTrainer
 from hf_trim.trainer.arguments import TrimmingArguments
 
@@ -29,7 +29,7 @@ def count_passes(trainer: RecipeTrainer, is_language: bool) -> dict[str, int]:
     """
     args = cast(TrimmingArguments, trainer.args)
     model = trainer.accelerator.unwrap_model(trainer.model)
-    drawn = round(cast(float, trainer.state.epoch) * len(cast(Sized, trainer.train_dataset)))
+    drawn = count_samples(trainer)
     keeps_tokens = is_language and args.trim_unit != "sample"
     was_training = model.training
     mixes = bool(find_mixing_modules(model.train()))

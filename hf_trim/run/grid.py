@@ -59,7 +59,7 @@ def expand(grid: str, command_line: list[str]) -> tuple[str, list[tuple[str, lis
     comparisons: dict[str, tuple[str, list[str]]] = {}
     for recipe, own, vary in entries:
         # An entry is told from others of the same recipe by the fields that are not the same in all of them.
-        others = [other for name, other, _ in entries if name == recipe]
+        others = [other for same, other, _ in entries if same == recipe]
         telling = {field: own[field] for field in own if any(own[field] != other.get(field) for other in others)}
         for values in itertools.product(*vary.values()):
             chosen = {field: value for field, value in zip(vary, values, strict=True) if value is not None}
@@ -74,17 +74,16 @@ def expand(grid: str, command_line: list[str]) -> tuple[str, list[tuple[str, lis
 
 def _as_entries(grid: str, recipes: Any) -> list[dict]:
     """The list of recipes, each as a mapping."""
-    entries = [{"recipe": entry} if isinstance(entry, str) else entry for entry in _as_list(recipes)]
+    entries = [
+        {"recipe": entry} if isinstance(entry, str) else entry
+        for entry in (recipes if isinstance(recipes, list) else [])
+    ]
     if not entries or not all(isinstance(entry, dict) and isinstance(entry.get("recipe"), str) for entry in entries):
         raise RecipeError(
             f"the grid {grid}: 'recipes' must be a list of recipes, each a name or a mapping with 'recipe', and is "
             f"{recipes!r}."
         )
     return entries
-
-
-def _as_list(value: Any) -> list:
-    return value if isinstance(value, list) else []
 
 
 def _read_entry(grid: str, entry: dict, vary: Any) -> tuple[str, dict, dict]:

@@ -30,6 +30,10 @@ def comparison(seeds=SEEDS, costs=COSTS, **changes):
     ]
 
 
+def verdict_of(records):
+    return verdict(summarize(records))
+
+
 @pytest.mark.parametrize(
     ("errors", "said"),
     [
@@ -43,20 +47,21 @@ def comparison(seeds=SEEDS, costs=COSTS, **changes):
 )
 def test_verdicts_are_what_the_numbers_say(errors, said):
     records = comparison(**errors)
-    assert verdict(records).startswith(said)
-    assert f"Verdict: {verdict(records)}." in notes(records)
+    assert verdict_of(records).startswith(said)
+    assert f"Verdict: {verdict_of(records)}." in notes(records)
 
 
 def test_without_enough_seeds_or_savings_there_is_no_such_verdict():
-    assert verdict(comparison(seeds=4, adaptive=0.0)) == "fewer than 5 seeds: no verdict"
+    assert verdict_of(comparison(seeds=4, adaptive=0.0)) == "fewer than 5 seeds: no verdict"
     assert not [note for note in notes(comparison(seeds=4, adaptive=0.0)) if "Verdict" in note]
     same_cost = dict.fromkeys(COSTS, 1.0)
-    assert verdict(comparison(costs=same_cost, adaptive=0.0)).startswith("take plain")
+    assert verdict_of(comparison(costs=same_cost, adaptive=0.0)).startswith("take plain")
     older = [{key: value for key, value in run.items() if "passes" not in key} for run in comparison(adaptive=0.0)]
     assert (
-        verdict(older).endswith("the records do not say what each of them cost") and summarize(older)[1].cost is None
+        verdict_of(older).endswith("the records do not say what each of them cost")
+        and summarize(older)[1].cost is None
     )
-    assert verdict([{**run, "arm": "plain"} for run in older[:SEEDS]]) == "fewer than 5 seeds: no verdict"
+    assert verdict_of([{**run, "arm": "plain"} for run in older[:SEEDS]]) == "fewer than 5 seeds: no verdict"
 
 
 def test_numbers_of_the_table(tmp_path):
@@ -72,7 +77,7 @@ def test_numbers_of_the_table(tmp_path):
         "runs of": "tiny", "seeds": "6", "plain, test error %": "12.50", "trimmed; cost; difference to plain": "–",
         "adaptive; cost; difference to plain": "12.70; 80 %; +0.20 (+0.13 … +0.27)",
         "short; cost; difference to plain": "13.50; 80 %; +1.00 (+0.93 … +1.07)",
-        "adaptive to short": "−0.80 (−0.80 … −0.80)", "verdict": verdict(records),
+        "adaptive to short": "−0.80 (−0.80 … −0.80)", "verdict": verdict_of(records),
     }  # fmt: skip
     # Only some runs were timed.
     timed = [{**run, "train_seconds": 10.0 if run["seed"] < 2 else None} for run in records]

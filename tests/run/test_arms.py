@@ -105,6 +105,9 @@ def test_where_nothing_is_saved_short_is_plain(tmp_path, capsys, no_plots):
     # With another arm it would have another cost.
     assert main([*options[:-1], "adaptive", "--output_dir", str(tmp_path / "out")]) == 2
     assert "was trained at the cost of trimmed, and would now have that of adaptive" in capsys.readouterr().err
+    (tmp_path / "out" / "records" / "short-seed42.json").write_text("{")
+    assert main([*options, str(tmp_path / "out")]) == 2
+    assert "short-seed42.json is no record of a finished run" in capsys.readouterr().err
 
 
 def test_passes_of_other_ways_to_train(recipe, tmp_path):
