@@ -28,6 +28,7 @@ CHANGES: dict[str, dict[str, Any]] = {
 CHANGES["random-adaptive"] = {**CHANGES["adaptive"], "trim_select": "random"}
 CHANGES["adaptive-skip"] = CHANGES["adaptive"]
 CHANGES["short"] = CHANGES["plain"]
+STEPS = ("num_stable_steps", "num_decay_steps", "timescale")  # in `lr_scheduler_kwargs`: these are numbers of steps
 
 
 class Arm(NamedTuple):
@@ -139,6 +140,9 @@ def make_arm(job: Job, name: str, seed: int, data: Data | None = None, cost_reco
     changes["num_train_epochs"] = share * job.training.num_train_epochs
     if job.training.warmup_steps >= 1:  # below it is a share of all steps anyway
         changes["warmup_steps"] = round(share * job.training.warmup_steps)
+    schedule = job.training.lr_scheduler_kwargs or {}
+    if shorter := {name: round(share * schedule[name]) for name in STEPS if schedule.get(name)}:
+        changes["lr_scheduler_kwargs"] = {**schedule, **shorter}
     if job.run.lr_milestones is not None:
         milestones = [share * epoch for epoch in job.run.lr_milestones]
         job = job._replace(run=dataclasses.replace(job.run, lr_milestones=milestones))

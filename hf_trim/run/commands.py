@@ -1,6 +1,7 @@
 """What `python -m hf_trim.run` does: train a recipe, compare it with and without trimming, or only show something."""
 
 from dataclasses import fields as dataclass_fields
+from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
@@ -75,7 +76,7 @@ def run_recipe(recipe: str | None, options: list[str]) -> None:
     if recipe is not None and is_grid(recipe):
         folder, comparisons = expand(recipe, options)
         runs = [*comparisons]
-    jobs = [parse(*run) for run in runs]
+    jobs = [_parse_one(run, of_grid=folder is not None) for run in runs]
     if any(job.run.print_config for job in jobs):
         print("---\n".join(config_of(job, fields_to_run(*run)) for job, run in zip(jobs, runs, strict=True)), end="")
     elif any(job.run.dry_run for job in jobs):
@@ -85,6 +86,16 @@ def run_recipe(recipe: str | None, options: list[str]) -> None:
         compare_grid(folder, jobs)
     else:
         run(jobs[0])
+
+
+def _parse_one(run: tuple[str | None, list[str]], of_grid: bool) -> Job:
+    """The arguments of a recipe; what is wrong in a grid is said with the comparison that has it."""
+    try:
+        return parse(*run)
+    except RecipeError as error:
+        if not of_grid:
+            raise
+        raise RecipeError(f"in the comparison {Path(run[1][-1]).name}: {error}") from error
 
 
 def config_of(job: Job, fields: dict[str, Any]) -> str:

@@ -40,7 +40,7 @@ def expand(grid: str, command_line: list[str]) -> tuple[str, list[tuple[str, lis
     Args:
         grid (`str`): Name or path of a grid. `recipes` lists its recipes: names, or mappings with a name (`recipe`)
             and fields of this one. `vary` (optional, of all or of one) gives a list of values to each field that
-            varies. All other fields hold for each comparison.
+            varies. All other fields hold for each comparison; `output_dir` is the folder of all.
         command_line (`list[str]`): Options for each comparison.
 
     Returns:
@@ -54,7 +54,7 @@ def expand(grid: str, command_line: list[str]) -> tuple[str, list[tuple[str, lis
     entries = [_read_entry(name, entry, fields.get("vary")) for entry in _as_entries(name, fields.pop("recipes"))]
     fields.pop("vary", None)
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--output_dir", "--output-dir", default=f"runs/{name}")
+    parser.add_argument("--output_dir", "--output-dir", default=fields.pop("output_dir", f"runs/{name}"))
     folder = parser.parse_known_args(command_line)[0].output_dir
     comparisons: dict[str, tuple[str, list[str]]] = {}
     for recipe, own, vary in entries:
@@ -89,6 +89,11 @@ def _as_entries(grid: str, recipes: Any) -> list[dict]:
 def _read_entry(grid: str, entry: dict, vary: Any) -> tuple[str, dict, dict]:
     """Recipe, its own fields, and those that vary with it."""
     own = {name: value for name, value in entry.items() if name not in ("recipe", "vary")}
+    if "output_dir" in own:
+        raise RecipeError(
+            f"the grid {grid}: each comparison has a folder of its own in that of the grid, and {entry['recipe']} has "
+            f"an output_dir, {own['output_dir']}: leave it out, or give the grid one."
+        )
     vary = entry.get("vary", vary) or {}
     if not isinstance(vary, dict) or not all(isinstance(values, list) and values for values in vary.values()):
         raise RecipeError(f"the grid {grid}: 'vary' must give each field a list of values, and is {vary!r}.")

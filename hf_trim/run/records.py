@@ -136,14 +136,16 @@ def read_records(path: Path) -> list[dict]:
         `list[dict]`: The records; none if there is no file.
 
     Raises:
-        `ValueError`: If the file holds anything else.
+        `ValueError`: If the file holds anything else, or an arm that there is not.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         records = content if isinstance(content, list) else [content]
         for record in records:
             # Only looked up: a missing field raises, and the file is then no record.
-            record["arm"], record["seed"], test_score(record), record["train_seconds"], record["history"]
+            record["seed"], test_score(record), record["train_seconds"], record["history"]
+            if record["arm"] not in ARMS:
+                raise ValueError(f"{path} has a run of an arm '{record['arm']}': there are {', '.join(ARMS)}.")
     except FileNotFoundError:
         return []
     except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:

@@ -24,6 +24,7 @@ from hf_trim.report import (
 from hf_trim.report.__main__ import main
 from hf_trim.report.summary import paired_interval
 from hf_trim.report.tables import overview_rows
+from hf_trim.report.verdict import verdict_rows
 from tests.support.helpers import record
 
 
@@ -111,6 +112,9 @@ def test_records_are_found_once_and_broken_ones_named(tmp_path, capsys):
     (tmp_path / "b.json").write_text(json.dumps([{"arm": "plain"}]))
     assert main([str(tmp_path)]) == 2
     assert "b.json is no record of a finished run" in capsys.readouterr().err
+    write_json(tmp_path / "b.json", [record("trimmmed", 1, 5.0)])
+    assert main([str(tmp_path)]) == 2
+    assert "b.json has a run of an arm 'trimmmed': there are plain, trimmed," in capsys.readouterr().err
 
 
 def tables_of_readmes():
@@ -124,8 +128,8 @@ def test_readmes_have_the_tables_of_the_committed_records():
     assert {name for names, _, _ in tables for name in names.split()} == {path.name for path in RESULTS.glob("*.json")}
     for names, title, table in tables:
         groups = group(find_records([str(RESULTS / name) for name in names.split()]))
-        rows = overview_rows(groups) if title == "all" else table_rows(groups[title])
-        assert markdown_table(*rows) == table, (names, title)
+        made = {"all": overview_rows, "verdicts": verdict_rows}.get(title)
+        assert markdown_table(*(made(groups) if made else table_rows(groups[title]))) == table, (names, title)
 
 
 def test_few_seeds_have_no_interval_and_a_note():

@@ -91,6 +91,10 @@ def test_the_whole_schedule_gets_shorter(recipe):
     trainer = make_trainer(arm.job, data, arm.changes, 1, "unused")
     trainer.create_optimizer_and_scheduler(6)
     assert sorted(trainer.lr_scheduler.milestones) == [2, 4] and job.run.lr_milestones == [1, 2]
+    stable = '{"num_stable_steps": 4, "num_decay_steps": 8, "min_lr_ratio": 0.1}'
+    options = ["--lr_scheduler_type", "warmup_stable_decay", "--lr_scheduler_kwargs", stable]
+    arm = make_arm(parse(recipe, options), "short", 1, data, half)
+    assert arm.changes["lr_scheduler_kwargs"] == {"num_stable_steps": 2, "num_decay_steps": 4, "min_lr_ratio": 0.1}
     assert needed_arms(job, "short") == ("plain", "adaptive") and needed_arms(job, "random") == ()
 
 
@@ -141,9 +145,22 @@ def test_entries_of_a_grid(recipe, tmp_path, capsys):
         ([recipe, {"recipe": recipe, "seeds": 4}], "has two comparisons tiny"),
         ([{"label_noise": 0.2}], "each a name or a mapping with 'recipe'"),
         ([{"recipe": recipe, "vary": {"seed": 1}}], "'vary' must give each field a list of values"),
+        ([{"recipe": recipe, "output_dir": "mine"}], "tiny.yaml has an output_dir, mine: leave it out"),
     ):
         with pytest.raises(ValueError, match=message):
             parts(*recipes)
+
+
+def test_a_grid_says_which_comparison_is_wrong_and_has_a_folder(recipe, tmp_path, capsys):
+    path = tmp_path / "grid.yaml"
+    entries = [recipe, {"recipe": recipe, "label_noise": 0.2, "trim_keep_end": 3}]
+    path.write_text(yaml.safe_dump({"recipes": entries, "output_dir": "mine"}))
+    assert main([str(path)]) == 2
+    message = " ".join(capsys.readouterr().err.split())
+    assert "in the comparison tiny_label_noise-0.2_trim_keep_end-3: trim_keep_end must be" in message
+    folder, comparisons = expand(str(path), [])
+    assert folder == "mine" and comparisons[0][1][-1] == "mine/tiny"
+    assert expand(str(path), ["--output_dir", "other"])[0] == "other"
 
 
 def test_the_small_table_has_the_protocol_of_the_paper():

@@ -59,6 +59,9 @@ def test_each_rule_has_the_samples_of_a_loop_written_out(epoch):
     assert scope("rank-last") == set(rank_by_hand(last, epoch, losses, seen))
     assert scope("mass") == mass_by_hand(epoch, losses, seen)
     assert len(scope("random")) == len(scope("rank")) and scope("random") != scope("rank")
+    assert len(scope("random-last")) == len(scope("rank-last")) and (
+        last == 1 or scope("random-last") != scope("rank-last")
+    )
     assert scope("plain") == scope("short") == set(range(N))
     easy = {place for place in range(N) if losses[place] < sum(losses) / N}
     if epoch < 9:  # 87.5 % of ten epochs
@@ -90,7 +93,7 @@ def test_fractions_have_the_same_cost(epochs):
 
 
 def test_three_epochs_are_too_few_for_a_whole_one_at_the_end():
-    assert dataset_scope.fractions("rank-last", 3) == []
+    assert dataset_scope.fractions("rank-last", 3) == dataset_scope.fractions("random-last", 3) == []
 
 
 def test_only_the_last_mini_batch_of_a_whole_epoch_may_not_be_full():

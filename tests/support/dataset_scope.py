@@ -10,15 +10,16 @@ falls to its end all the same. The cost is the number of samples that went forwa
 - `rank`: the fraction p with the highest losses; p falls from 1 to 0.2 by epoch;
 - `random`: a random fraction p;
 - `rank-last`: as `rank`, but p falls to 0.1, and the last fifth of the epochs is whole. Its cost is that of `rank`;
+- `random-last`: random fractions as large as those of `rank-last`;
 - `infobatch`: each sample below the mean loss is left out with probability r = 0.5, and the kept ones of these have
   the weight 1 / (1 - r); after 87.5 % of the epochs all are kept (Qin et al., arXiv 2303.04947);
 - `mass`: the fewest samples with 95 % of the mass u = 1 - exp(-loss);
-- `short`: plain training with the number of steps of `rank`;
+- `short`: plain training with the number of steps of `rank` (those with `-last` take as many, or a few more);
 - `short-infobatch`, `short-mass`: with the number of steps that this rule took with this seed.
 
 The first epoch is always whole. In `rank`, `rank-last` and `mass` a sample that was not seen in three epochs comes
 back. In the first two these are a part of the fraction p, at most half of it: for p = 0.2 they would else be all of
-it. Three epochs are too few for `rank-last`, which is left out there.
+it. Three epochs are too few for `rank-last` and `random-last`, which are left out there.
 
 Of an epoch that is not whole the last mini-batch is left out where it is not full: one of a few samples would be noise
 for batch normalization. The learning rate follows the steps where their number is known before, and the epochs with
@@ -56,7 +57,7 @@ from hf_trim.run.trainer import RecipeTrainer, load_job_data, make_trainer
 SMALL_CNN = {"channels": [16, 32, 64, 128], "stem_width": 8}  # 6 s an epoch on a core
 TASKS: dict[str, tuple[str, list[str]]] = {
     "bbc-minilm": ("bbc-minilm", [
-        "--num_train_epochs", "3", "--max_seq_length", "64", "--max_train_samples", "512", "--warmup_steps", "5",
+        "--num_train_epochs", "5", "--max_seq_length", "64", "--max_train_samples", "512", "--warmup_steps", "5",
     ]),
     "fashion-cnn": ("fashion-mnist-resnet34", [
         "--timm_model", "resnet10t", "--config_overrides", json.dumps(SMALL_CNN), "--max_train_samples", "8000",
@@ -65,14 +66,18 @@ TASKS: dict[str, tuple[str, list[str]]] = {
 }  # fmt: skip
 # Each arm with the plain one of the same cost, which comes after it.
 PARTNERS = {
-    "rank": "short", "random": "short", "rank-last": "short", "infobatch": "short-infobatch", "mass": "short-mass",
+    "rank": "short", "random": "short", "rank-last": "short", "random-last": "short", "infobatch": "short-infobatch",
+    "mass": "short-mass",
 }  # fmt: skip
-ARMS = ("plain", "rank", "short", "random", "rank-last", "infobatch", "short-infobatch", "mass", "short-mass")
+ARMS = (
+    "plain", "rank", "short", "random", "rank-last", "random-last", "infobatch", "short-infobatch", "mass",
+    "short-mass",
+)  # fmt: skip
 RULES = {"short": "rank", "short-infobatch": "infobatch", "short-mass": "mass"}  # whose steps these take
 BY_EPOCH = ("infobatch", "mass")  # whose number of steps is not known before
 
 P_END, COST = 0.2, 0.6  # p falls from 1 to this, which is this on average
-P_FLOOR, LAST = 0.1, 0.2  # of `rank-last`: the lowest p, and the share of whole epochs at the end
+P_FLOOR, LAST = 0.1, 0.2  # of `rank-last` and `random-last`: the lowest p, and the share of whole epochs at the end
 REFRESH = 3  # epochs without a sample after which it comes back
 DROPPED, PRUNED_UNTIL = 0.5, 0.875  # of `infobatch`: r, and the share of the epochs after which all are whole
 MASS = 0.95
@@ -85,11 +90,11 @@ def fractions(arm: str, epochs: int) -> list[float]:
         epochs (`int`): Number of epochs.
 
     Returns:
-        `list[float]`: p of each epoch. Empty if `rank-last` has too few epochs for its cost.
+        `list[float]`: p of each epoch. Empty if there are too few epochs for the cost with whole ones at the end.
     """
     if arm in ("rank", "random"):
         return np.linspace(1, P_END, epochs).tolist()
-    if arm != "rank-last":
+    if arm not in ("rank-last", "random-last"):
         return [1.0] * epochs
     whole = round(LAST * epochs)
     wanted = COST * epochs - whole  # of the epochs before
