@@ -140,7 +140,7 @@ def make_arm(job: Job, name: str, seed: int, data: Data | None = None, cost_reco
     changes["num_train_epochs"] = share * job.training.num_train_epochs
     if job.training.warmup_steps >= 1:  # below it is a share of all steps anyway
         changes["warmup_steps"] = round(share * job.training.warmup_steps)
-    schedule = job.training.lr_scheduler_kwargs or {}
+    schedule = cast(dict, job.training.lr_scheduler_kwargs or {})
     if shorter := {name: round(share * schedule[name]) for name in STEPS if schedule.get(name)}:
         changes["lr_scheduler_kwargs"] = {**schedule, **shorter}
     if job.run.lr_milestones is not None:
