@@ -35,6 +35,7 @@ def plot_costs(groups: dict[str, list[dict]], path: Path) -> bool:
     arms_of = {title: arms for title, arms in arms_of.items() if arms}
     if not arms_of:
         return False
+    costs = [100 * (arm.cost or 0) for arms in arms_of.values() for arm in arms]
     columns = min(COLUMNS, len(arms_of))
     rows = math.ceil(len(arms_of) / columns)
     figure = Figure(figsize=(3.6 * columns, 3 * rows + 0.5), layout="constrained")
@@ -48,6 +49,7 @@ def plot_costs(groups: dict[str, list[dict]], path: Path) -> bool:
                 axes.axhline(arm.mean, color=COLORS["plain"], ls=":", lw=1)
         scale_values(axes)
         axes.set_title(title.replace(", ", "\n", 1), fontsize=9)
+        axes.set_xlim(min(costs) - 5, max(costs) + 5)  # the same in all, so that one look compares them
         axes.set(xlabel="cost, % of plain training", ylabel=TITLES[metric_name(groups[title][0])])
     figure.legend(list(points.values()), list(points), loc="outside lower center", ncols=2 * columns)
     save_figure(figure, path)

@@ -4,10 +4,12 @@ import csv
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 from matplotlib.figure import Figure
+from matplotlib.testing.compare import compare_images
 
 from hf_trim.files import write_json
 from hf_trim.report import (
@@ -22,6 +24,7 @@ from hf_trim.report import (
     table_rows,
 )
 from hf_trim.report.__main__ import main
+from hf_trim.report.cost_plot import plot_costs
 from hf_trim.report.summary import paired_interval
 from hf_trim.report.tables import overview_rows
 from hf_trim.report.verdict import verdict_rows
@@ -130,6 +133,13 @@ def test_readmes_have_the_tables_of_the_committed_records():
         groups = group(find_records([str(RESULTS / name) for name in names.split()]))
         made = {"all": overview_rows, "verdicts": verdict_rows}.get(title)
         assert markdown_table(*(made(groups) if made else table_rows(groups[title]))) == table, (names, title)
+
+
+def test_the_picture_of_the_readme_is_that_of_the_committed_records(tmp_path):
+    assert plot_costs(group(find_records([str(RESULTS / "battery.json")])), tmp_path / "battery.png")
+    shutil.copy(RESULTS / "battery.png", tmp_path / "committed.png")  # what differs is written beside it
+    assert compare_images(tmp_path / "committed.png", tmp_path / "battery.png", tol=1) is None
+    assert "](recipes/results/battery.png)" in READMES[0].read_text(encoding="utf-8")
 
 
 def test_few_seeds_have_no_interval_and_a_note():

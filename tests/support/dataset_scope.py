@@ -59,6 +59,7 @@ TASKS: dict[str, tuple[str, list[str]]] = {
     "bbc-minilm": ("bbc-minilm", [
         "--num_train_epochs", "5", "--max_seq_length", "64", "--max_train_samples", "512", "--warmup_steps", "5",
     ]),
+    "digits-resnet": ("digits-resnet", ["--num_train_epochs", "5"]),  # 15 leave no error that a rule could lower
     "fashion-cnn": ("fashion-mnist-resnet34", [
         "--timm_model", "resnet10t", "--config_overrides", json.dumps(SMALL_CNN), "--max_train_samples", "8000",
         "--num_train_epochs", "10",
