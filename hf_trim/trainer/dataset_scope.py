@@ -208,23 +208,45 @@ class DatasetScopeMixin(RememberingMixin):
                 f"trim_scope='dataset' chooses the samples of an epoch itself, and {type(sampler).__name__} would do "
                 "so too: leave train_sampling_strategy and a sampler of your own out, or use trim_scope='local'."
             )
-        arguments: Any = self.args
-        self._scope = DatasetScope(
-            trim,
-            len(cast(Any, self.train_dataset)),
-            cast(int, self._train_batch_size) * arguments.world_size,
-            arguments.gradient_accumulation_steps,
-            int(arguments.num_train_epochs),
-            arguments.seed if arguments.data_seed is None else arguments.data_seed,
-        )
+        self._scope = self.plan_epochs()
         return self._scope.sampler
+
+    def plan_epochs(self) -> DatasetScope:
+        """
+        Plan a training with `trim_scope="dataset"`.
+
+        Returns:
+            [`DatasetScope`]: How many samples and steps each of its epochs has.
+        """
+        args: Any = self.args
+        return DatasetScope(
+            TrimmingConfig.of(args),
+            len(cast(Any, self.train_dataset)),
+            cast(int, self._train_batch_size) * args.world_size,
+            args.gradient_accumulation_steps,
+            int(args.num_train_epochs),
+            args.seed if args.data_seed is None else args.data_seed,
+        )
+
+    def count_samples(self) -> int:
+        """
+        Count the samples that the last training has seen, those that came several times as often.
+
+        Returns:
+            `int`: Their number, of all processes together.
+        """
+        epochs = self.state.epoch or 0.0
+        if self._scope is None:
+            return round(epochs * len(cast(Any, self.train_dataset)))
+        counts = self._scope.counts
+        return sum(counts[: int(epochs)]) + round(epochs % 1 * [*counts, 0][int(epochs)])
 
     def set_initial_training_values(self, args: Any, dataloader: Any) -> Any:
         values = super().set_initial_training_values(args, dataloader)
         if self._scope is None or not self.is_in_train:
             return values
-        num_epochs, steps_per_epoch, num_examples, _, total_batch_size, steps_in_epoch, _ = values
-        self._scope.num_whole_batches = steps_in_epoch
+        num_epochs, steps_per_epoch, num_examples, _, total_batch_size, steps_in_epoch = values[:6]
+        self._scope.num_whole_batches = cast(int, steps_in_epoch)
         num_samples = sum(self._scope.counts)
         max_steps = self._scope.ends()[-1]
         return num_epochs, steps_per_epoch, num_examples, num_samples, total_batch_size, steps_in_epoch, max_steps

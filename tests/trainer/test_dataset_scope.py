@@ -5,7 +5,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import SequentialSampler
 from transformers import TrainerCallback, default_data_collator
 
 from hf_trim import TrimmingArguments, TrimmingTrainer
@@ -139,15 +138,6 @@ def test_numbers_of_the_plan():
     assert choose_hardest(2, losses, np.array([4, 4, 4, 4]), 5, 3).tolist() == [1, 2]
     assert choose_hardest(2, losses, np.array([4, 4, 4, 0]), 5, 3).tolist() == [1, 3]
     assert choose_hardest(2, losses, np.array([1, 4, 4, 0]), 5, 3).tolist() == [1, 3]  # at most half come back
-
-
-class Ordered(TrimmingTrainer):
-    def _get_train_sampler(self, *args):
-        return SequentialSampler(self.train_dataset)
-
-
-class Sampled(Ordered):
-    pass
 
 
 @pytest.mark.parametrize(
