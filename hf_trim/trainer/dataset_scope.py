@@ -25,11 +25,13 @@ from hf_trim.trainer.schedule import linear_fraction
 
 
 FILE = "trim_scope.safetensors"  # in a checkpoint
+WHOLE_LAST = 0.2  # share of the epochs, at the end, in which all samples are trained on
 
 
 def dataset_fractions(start: float, end: float, num_epochs: int) -> list[float]:
     """
-    The fraction p of the data set in each epoch. The first epoch is whole: no losses are known before.
+    The fraction p of the data set in each epoch. The first epoch is whole, since no losses are known before, and so is
+    the last fifth of the epochs, as at the end of InfoBatch (Qin et al., arXiv 2303.04947).
 
     Args:
         start (`float`): `trim_keep_start`.
@@ -37,9 +39,12 @@ def dataset_fractions(start: float, end: float, num_epochs: int) -> list[float]:
         num_epochs (`int`): Number of epochs.
 
     Returns:
-        `list[float]`: p of each epoch, falling linearly as in [`linear_fraction`].
+        `list[float]`: p of each epoch, falling linearly in between. e.g. from 1.0 to 0.2 in 5 epochs: 1, 0.73, 0.47,
+            0.2, 1.
     """
-    return [1.0, *(linear_fraction(epoch, num_epochs, start, end) for epoch in range(1, num_epochs))]
+    num_whole = int(WHOLE_LAST * num_epochs)
+    falling = [linear_fraction(epoch, num_epochs - num_whole, start, end) for epoch in range(num_epochs - num_whole)]
+    return [1.0, *falling[1:], *[1.0] * num_whole]
 
 
 def count_samples(fraction: float, size: int, batch_size: int) -> int:

@@ -14,7 +14,7 @@ from tests.support.helpers import digits, tiny_vit, train, weights
 
 ROWS, EPOCHS = 67, 5  # mini-batches of 8, and of a whole epoch a last one of 3
 SCOPE = {"trim_scope": "dataset", "num_train_epochs": EPOCHS}
-COUNTS = [67, 56, 40, 24, 16]  # p = 1, 0.8, 0.6, 0.4, 0.2, in whole mini-batches
+COUNTS = [67, 48, 32, 16, 67]  # p = 1, 0.73, 0.47, 0.2, 1, in whole mini-batches
 
 
 def numbered(count=ROWS):
@@ -70,7 +70,7 @@ def test_each_epoch_has_the_hardest_samples(refresh, tmp_path):
 
 
 def test_steps_learning_rate_and_logs_follow_the_plan(tmp_path):
-    steps, batches = Steps(), [9, 7, 5, 3, 2]
+    steps, batches = Steps(), [9, 6, 4, 2, 9]
     trainer = train(
         tiny_vit(), digits(ROWS), tmp_path, callbacks=[steps], lr_scheduler_type="linear", logging_strategy="epoch",
         gradient_accumulation_steps=2, **SCOPE,
@@ -80,7 +80,7 @@ def test_steps_learning_rate_and_logs_follow_the_plan(tmp_path):
     assert [step for step, epoch, _ in steps.rates if epoch == int(epoch)] == ends
     np.testing.assert_allclose([rate for *_, rate in steps.rates], [0.1 * (1 - s / ends[-1]) for s, *_ in steps.rates])
     logs = [log for log in trainer.state.log_history if "loss" in log]
-    assert [log["keep_fraction"] for log in logs] == pytest.approx([1, 0.8, 0.6, 0.4, 0.2])
+    assert [log["keep_fraction"] for log in logs] == pytest.approx([1, 0.7333, 0.4667, 0.2, 1], rel=1e-3)
     assert [log["kept_fraction"] for log in logs] == pytest.approx([n / ROWS for n in COUNTS])
     assert not any("full_loss" in log for log in logs)
     speed = trainer.state.log_history[-1]
@@ -131,7 +131,8 @@ def test_random_parts_are_as_large(tmp_path):
 
 def test_numbers_of_the_plan():
     assert dataset_fractions(0.5, 0.5, 3) == [1, 0.5, 0.5]
-    assert dataset_fractions(1.0, 0.2, 2) == [1, 0.2]
+    assert dataset_fractions(1.0, 0.2, 2) == [1, 0.2] and dataset_fractions(1.0, 0.2, 3) == [1, 0.6, 0.2]
+    assert dataset_fractions(1.0, 0.4, 10)[-4:] == pytest.approx([1 - 6 * 0.6 / 7, 0.4, 1, 1])
     assert [count_samples(p, 100, 32) for p in (1, 0.9, 0.6, 0.01)] == [100, 96, 64, 32]
     assert count_samples(0.5, 20, 32) == 20  # there is no full mini-batch
     losses = np.array([1.0, np.nan, 3.0, 0.5])
