@@ -9,7 +9,6 @@ training has 10,000 of each. A backward pass costs about two forward ones, so th
 from typing import cast
 
 from hf_trim.backward.choice import find_mixing_modules
-from hf_trim.run.clock import count_samples
 from hf_trim.run.trainer import RecipeTrainer
 from hf_trim.trainer.arguments import TrimmingArguments
 
