@@ -121,9 +121,10 @@ def summarize_training(
                 "trim_mass",
                 "trim_select",
                 "trim_skip_hardest",
+                "trim_scope",
             )
         },
-        "trims": trim.trims,
+        "trims": trim.trims or trim.trims_dataset,
         "schedule_unit": unit,
         "planned": state.max_steps if unit == "step" else args.num_train_epochs,
         "done": state.global_step if unit == "step" else state.epoch,
@@ -208,7 +209,7 @@ def render_card(summary: dict, repo: str | None, folder: Path | None = None) -> 
         template_path=str(TEMPLATE),
         model_name=summary["model_name"],
         introduction=f"A {model}, {summary['origin'] or 'trained'}{f' on {data}' if data else ''} with hf_trim: of "
-        f"each mini-batch {SELECTIONS[trim['trim_select'] if summary['trims'] else 'none']} (*mini-batch trimming*, "
+        f"{_scope(summary)} {SELECTIONS[trim['trim_select'] if summary['trims'] else 'none']} (*mini-batch trimming*, "
         f"H. Fassold, {PAPER}).",
         metrics={
             METRIC_TITLES.get(name, name) + UNITS.get(name, ""): f"{value:.4g}"
@@ -238,6 +239,11 @@ def render_card(summary: dict, repo: str | None, folder: Path | None = None) -> 
         limits=_limits(summary),
         **describe_comparison(folder, summary["seed"], summary["arm"]),
     )
+
+
+def _scope(summary: dict) -> str:
+    is_dataset = summary["trims"] and summary["trim"].get("trim_scope") == "dataset"
+    return "the training data, by their last losses, in each epoch" if is_dataset else "each mini-batch"
 
 
 def _schedule(summary: dict) -> str:

@@ -123,6 +123,8 @@ def make_arm(job: Job, name: str, seed: int, data: Data | None = None, cost_reco
         [`RecipeError`]: If the record does not say what its training cost.
     """
     changes = {**CHANGES[name], "run_name": f"{job.training.run_name or job.name}-{name}-seed{seed}"}
+    if "adaptive" in name and job.training.trim_scope == "dataset":
+        changes["trim_scope"] = "local"  # in each mini-batch
     if name == "adaptive-skip":
         changes["trim_skip_hardest"] = job.data.label_noise
     if name != "short":

@@ -1,13 +1,16 @@
 """Seconds of training alone, counted across interruptions, and the speed of the input pipeline."""
 
 import time
-from collections.abc import Sized
-from typing import cast
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 
 from hf_trim._compat import find_batch_size
+
+
+if TYPE_CHECKING:
+    from hf_trim.trainer.trainer import TrimmingTrainer
 
 
 class TrainingClock(TrainerCallback):
@@ -55,30 +58,19 @@ def train_seconds(log_history: list[dict]) -> float:
     return sum(log.get("train_seconds", 0.0) for log in log_history)
 
 
-def count_samples(trainer: Trainer) -> int:
-    """
-    Args:
-        trainer ([`~transformers.Trainer`]): The trainer, after its training.
-
-    Returns:
-        `int`: How many samples it was trained on, over all processes; those that came several times as often.
-    """
-    return round(cast(float, trainer.state.epoch) * len(cast(Sized, trainer.train_dataset)))
-
-
-def samples_per_second(trainer: Trainer, seconds: float = 0.3) -> dict[str, float]:
+def samples_per_second(trainer: "TrimmingTrainer", seconds: float = 0.3) -> dict[str, float]:
     """
     Measure how fast a finished training was, and how fast its input pipeline is alone (reading, augmenting, collating,
     copying to the device). If the two numbers are close, the input slows the training down.
 
     Args:
-        trainer ([`~transformers.Trainer`]): The trainer, after its training with a [`TrainingClock`].
+        trainer ([`~hf_trim.TrimmingTrainer`]): The trainer, after its training with a [`TrainingClock`].
         seconds (`float`, *optional*, defaults to 0.3): How long to draw mini-batches.
 
     Returns:
         `dict[str, float]`: `train_samples_per_second` and `input_samples_per_second`, over all processes.
     """
-    num_trained = count_samples(trainer)
+    num_trained = trainer.count_samples()
     loader, num_drawn, start = trainer.get_train_dataloader(), 0, time.perf_counter()
     while time.perf_counter() - start < seconds:
         for batch in loader:

@@ -9,7 +9,6 @@ training has 10,000 of each. A backward pass costs about two forward ones, so th
 from typing import cast
 
 from hf_trim.backward.choice import find_mixing_modules
-from hf_trim.run.clock import count_samples
 from hf_trim.run.trainer import RecipeTrainer
 from hf_trim.trainer.arguments import TrimmingArguments
 
@@ -18,7 +17,7 @@ def count_passes(trainer: RecipeTrainer, is_language: bool) -> dict[str, int]:
     """
     Count the passes of a finished training. The backward pass is counted as the shortest exact one: it has the kept
     samples, or all of them where single tokens are kept, where batch normalization mixes the samples, or with
-    `trim_backward="dense"`.
+    `trim_backward="dense"`. With `trim_scope="dataset"` what is left out has no forward pass either.
 
     Args:
         trainer ([`RecipeTrainer`]): The trainer, after its training.
@@ -29,12 +28,12 @@ def count_passes(trainer: RecipeTrainer, is_language: bool) -> dict[str, int]:
     """
     args = cast(TrimmingArguments, trainer.args)
     model = trainer.accelerator.unwrap_model(trainer.model)
-    drawn = count_samples(trainer)
+    drawn = trainer.count_samples()
     keeps_tokens = is_language and args.trim_unit != "sample"
     was_training = model.training
     mixes = bool(find_mixing_modules(model.train()))
     model.train(was_training)
-    if args.trim_select == "none" or keeps_tokens or mixes or args.trim_backward == "dense":
+    if not args.trims or keeps_tokens or mixes or args.trim_backward == "dense":
         return {"forward_passes": drawn, "backward_passes": drawn}
     kept = round(drawn * _kept_fraction(trainer.state.log_history))
     repeated = kept if args.trim_backward == "replay" else 0

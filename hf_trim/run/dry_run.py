@@ -19,6 +19,7 @@ from hf_trim.run.arms import arms_of
 from hf_trim.run.recipe import Job
 from hf_trim.run.trainer import RecipeTrainer, load_job_data, make_trainer
 from hf_trim.trainer.arguments import TrimmingArguments
+from hf_trim.trainer.dataset_scope import dataset_fractions
 from hf_trim.trainer.schedule import keep_fraction, schedule_unit
 
 
@@ -126,12 +127,18 @@ def _count_steps(trainer: RecipeTrainer) -> tuple[int, int]:
     args = trainer.args
     passes = len(trainer.get_train_dataloader())
     per_epoch = max(math.ceil(passes / args.gradient_accumulation_steps), 1)
+    if TrimmingArguments.of(args).trims_dataset:
+        return passes, trainer.plan_epochs().ends()[-1]
     return passes, args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
 
 
 def _describe_schedule(args: TrimmingArguments, steps: int) -> str:
     if args.trim_select == "none":
         return "nothing is trimmed"
+    if args.trims_dataset:
+        fractions = dataset_fractions(args.trim_keep_start, args.trim_keep_end, int(args.num_train_epochs))
+        which = "hardest" if args.trim_select == "hardest" else "random"
+        return f"the {which} samples of the data set; p in each epoch: {_list(fractions)}"
     which = "hardest samples" if args.trim_select == "hardest" else "random samples"
     if args.trim_skip_hardest:
         which += f" but for the hardest {100 * args.trim_skip_hardest:g} % of each mini-batch"
@@ -147,10 +154,12 @@ def _describe_schedule(args: TrimmingArguments, steps: int) -> str:
         min(most, keep_fraction(start, end, unit, epoch=epoch, num_epochs=epochs, step=0, num_steps=steps))
         for epoch in range(epochs)
     ]
+    return f"the {which}; p in each epoch: {_list(values)}"
+
+
+def _list(values: list[float]) -> str:
     shown = [f"{value:.3g}" for value in values]
-    if epochs > SHOWN_EPOCHS:
-        shown = [*shown[:3], "…", *shown[-2:]]
-    return f"the {which}; p in each epoch: {', '.join(shown)}"
+    return ", ".join([*shown[:3], "…", *shown[-2:]] if len(values) > SHOWN_EPOCHS else shown)
 
 
 def _measure(trainer: RecipeTrainer) -> tuple[float, float]:

@@ -32,12 +32,14 @@ def read_summary(path: Path) -> dict[str, Any]:
         `dict`: All fields that [`~hf_trim.hub.model_card.render_card`] takes.
     """
     summary = SUMMARY | {"model_name": path.absolute().parent.name} | json.loads(path.read_text(encoding="utf-8"))
-    names = ("trim_keep_start", "trim_keep_end", "trim_schedule", "trim_mass", "trim_select", "trim_skip_hardest")
+    names = ("trim_keep_start", "trim_keep_end", "trim_schedule", "trim_mass", "trim_select", "trim_skip_hardest",
+             "trim_scope")  # fmt: skip
     trim = {name: getattr(TrimmingConfig, name) for name in names} | summary.get("trim", {})
+    config = TrimmingConfig(**trim)
     base, epochs = summary["base_model"], summary.get("epochs")
     missing = {
         "origin": f"fine-tuned from `{base}`" if base else "",
-        "trims": TrimmingConfig(**trim).trims,
+        "trims": config.trims or config.trims_dataset,
         "schedule_unit": trim["trim_schedule"],
         # How many steps were planned, was not noted.
         **dict.fromkeys(("planned", "done"), epochs if trim["trim_schedule"] == "epoch" else None),

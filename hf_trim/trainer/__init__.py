@@ -2,7 +2,8 @@
 The trainer: batch → per-item losses → keep decision → trimmed backward → logs.
 
 - The whole way: `trainer.py`, for one mini-batch `trimmed_loss.py`; `functional.py` for a training loop of your own.
-- 1. batch: `arguments.py` (settings), `checks.py` (what is refused), `checkpoints.py` (resuming).
+- 1. batch: `arguments.py` (settings), `checks.py` (what is refused), `checkpoints.py` (resuming); `dataset_scope.py`
+  (epochs that have a part of the data set).
 - 2. per-item losses: `loss_pass.py` (through `compute_loss` and the model), `losses.py` (where they are caught),
   `loss_functions.py` (losses outside of the model), `lm_head.py`.
 - 3. keep decision: `schedule.py` (how many: p), `ranking.py` (by what), `selection.py` (which), `batch.py` (of all

@@ -12,7 +12,7 @@ from hf_trim.trainer.selection import NONFINITE_CHOICES, SELECT_CHOICES
 
 SCHEDULE_CHOICES = ("epoch", "step", "adaptive")
 UNIT_CHOICES = ("auto", "sample", "token")
-SCOPE_CHOICES = ("local", "global")
+SCOPE_CHOICES = ("local", "global", "dataset")
 
 
 @dataclass
@@ -65,6 +65,13 @@ class TrimmingConfig:
         trim_scope (`str`, *optional*, defaults to `"local"`):
             Among which items the hardest are chosen: those of each device's micro-batch (`"local"`), or those of the
             micro-batches of all devices together (`"global"`), as one device with the whole mini-batch would choose.
+            `"dataset"`: in each epoch only the hardest fraction p of the data set is trained on, by the last loss of
+            each sample; the rest is not loaded. The forward pass then costs p as well, in models with batch
+            normalization too. The first epoch is whole, and so is the last fifth of them (of less than five, none);
+            mini-batches are not trimmed.
+        trim_refresh (`int`, *optional*, defaults to 3):
+            With `trim_scope="dataset"`: a sample that was not seen for more than so many epochs comes back, since its
+            loss may have changed. At most half of an epoch's samples are such.
         trim_memory (`bool`, *optional*, defaults to `False`):
             Whether to remember the losses of each training sample, and how often it was kept: `trainer.trim_memory` is
             the table, `trainer.hard_examples(10)` the hardest samples. It takes 34 to 40 bytes a sample of the host's
@@ -133,10 +140,14 @@ class TrimmingConfig:
     trim_scope: str = field(
         default="local",
         metadata={
-            "help": "Among which items the hardest are chosen: those of each device's micro-batch (local), or of all "
-            "devices' together (global).",
+            "help": "Among which items the hardest are chosen: those of each device's micro-batch (local), of all "
+            "devices' together (global), or of the data set in each epoch (dataset).",
             "choices": SCOPE_CHOICES,
         },
+    )
+    trim_refresh: int = field(
+        default=3,
+        metadata={"help": "With trim_scope=dataset: after so many epochs without it, a sample comes back."},
     )
     trim_memory: bool = field(
         default=False,
@@ -202,6 +213,27 @@ class TrimmingConfig:
             )
         check_choice("trim_nonfinite", self.trim_nonfinite, NONFINITE_CHOICES)
         check_choice("trim_scope", self.trim_scope, SCOPE_CHOICES)
+        self._check_scope()
+
+    def _check_scope(self) -> None:
+        """Refuse settings that the scope does not look at."""
+        refresh = self.trim_refresh
+        if isinstance(refresh, bool) or not isinstance(refresh, int) or refresh < 1:
+            raise ValueError(f"trim_refresh must be a number of epochs from 1 on, and is {refresh!r}.")
+        defaults = {x.name: x.default for x in fields(TrimmingConfig)}
+        if self.trim_scope != "dataset":
+            if refresh != defaults["trim_refresh"]:
+                raise ValueError(
+                    f"trim_refresh={refresh} has no effect with trim_scope='{self.trim_scope}': leave it out, or set "
+                    "trim_scope='dataset'."
+                )
+            return
+        for name in ("trim_schedule", "trim_skip_hardest", "trim_unit", "trim_backward", "trim_nonfinite"):
+            if getattr(self, name) != defaults[name]:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} has no effect with trim_scope='dataset', where p falls by epoch "
+                    "and mini-batches are not trimmed: leave it out, or set trim_scope to 'local' or 'global'."
+                )
 
     def _check_schedule(self) -> None:
         """Refuse settings that the schedule does not look at."""
@@ -217,12 +249,23 @@ class TrimmingConfig:
 
     @property
     def trims(self) -> bool:
-        """Whether anything is ever left out; if not, training is plain training."""
-        if self.trim_select == "none":
+        """Whether anything is ever left out of a mini-batch."""
+        if self.trim_select == "none" or self.trim_scope == "dataset":
             return False
         if self.trim_skip_hardest > 0:
             return True
         return self.trim_mass < 1 if self.is_adaptive else self.trim_keep_start < 1 or self.trim_keep_end < 1
+
+    @property
+    def trims_dataset(self) -> bool:
+        """Whether epochs have a part of the data set only."""
+        lowest = min(self.trim_keep_start, self.trim_keep_end)
+        return self.trim_scope == "dataset" and self.trim_select != "none" and lowest < 1
+
+    @property
+    def remembers(self) -> bool:
+        """Whether the losses of each sample are needed."""
+        return self.trim_memory or self.trims_dataset
 
     @property
     def is_adaptive(self) -> bool:

@@ -78,7 +78,7 @@ class TrimmedBatch:
         self.logged: Tensor | None = None  # `[5]`: numbers of kept and of valid items, threshold, kept mass, mass
         self.masses: list[Tensor] = []  # of each group of items: `[2]`, the mass of one's own and their number
         # What is seen of each sample, if it is to be remembered.
-        self.seen = SampleLosses(self.batch_size, self.labels, self.checks) if self.config.trim_memory else None
+        self.seen = SampleLosses(self.batch_size, self.labels, self.checks) if self.config.remembers else None
         self._values: list[Tensor] = []  # what the calls returned, until the choice is made
         self._joined: list[int] = []  # of each choice together with other processes, how many numbers of an item
 

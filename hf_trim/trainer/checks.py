@@ -25,7 +25,7 @@ def check_liger_kernel(args: TrainingArguments, trim: TrimmingConfig) -> None:
     Raises:
         `ValueError`: If the loss would be replaced by a fused one.
     """
-    if not (args.use_liger_kernel and (trim.trims or trim.trim_memory)):
+    if not (args.use_liger_kernel and (trim.trims or trim.remembers)):
         return
     config = args.liger_kernel_config or {}
     if any(config.get(name, True) for name in ("fused_linear_cross_entropy", "cross_entropy")):
@@ -50,9 +50,11 @@ def check_settings(args: TrainingArguments, trim: TrimmingConfig, devices_per_sa
         `ValueError`: If a field has a wrong value, or does not go with the others.
     """
     trim.check()
-    if not (trim.trims or trim.trim_memory):
+    if not (trim.trims or trim.remembers):
         return
     check_parallelism(args, trim, devices_per_sample)
+    if trim.trims_dataset:
+        check_epochs(args)
     if trim.trims:
         check_cuda_graphs(args, trim, model)
     config: Any = getattr(model, "config", None)
@@ -91,6 +93,28 @@ def check_parallelism(args: TrainingArguments, trim: TrimmingConfig, devices_per
         raise ValueError(
             "trim_scope='global' is a mean over the items of all devices: leave average_tokens_across_devices at "
             "True, or use trim_scope='local'."
+        )
+
+
+def check_epochs(args: TrainingArguments) -> None:
+    """
+    Refuse trainings that do not go by whole epochs, with `trim_scope="dataset"`.
+
+    Args:
+        args ([`~transformers.TrainingArguments`]): The training arguments.
+
+    Raises:
+        `ValueError`: If no epoch could be shorter, or their number is not known.
+    """
+    if args.max_steps > 0:
+        raise ValueError(
+            f"trim_scope='dataset' plans the steps of each epoch, and max_steps is {args.max_steps}: give "
+            "num_train_epochs in its place."
+        )
+    if args.num_train_epochs != int(args.num_train_epochs) or args.num_train_epochs < 2:
+        raise ValueError(
+            f"trim_scope='dataset' needs a whole number of epochs from 2 on, since the first is whole, and "
+            f"num_train_epochs is {args.num_train_epochs}."
         )
 
 

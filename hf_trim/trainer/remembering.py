@@ -61,7 +61,7 @@ class RememberingMixin(TrainerBase):
             `ValueError`: If nothing is remembered.
         """
         if self._memory is None:
-            asked = bool(getattr(self.args, "trim_memory", False))
+            asked = TrimmingConfig.of(self.args).remembers
             raise ValueError(
                 "There is no memory of losses yet: train first."
                 if asked
@@ -104,7 +104,7 @@ class RememberingMixin(TrainerBase):
         if not self.is_in_train:
             return get_train_dataloader()
         self._memory, self._unread, self._step_indices = None, [], []
-        if not TrimmingConfig.of(self.args).trim_memory:
+        if not TrimmingConfig.of(self.args).remembers:
             return get_train_dataloader()
         dataset: Any = self.train_dataset
         size = 0 if dataset is None else _check_dataset(dataset)

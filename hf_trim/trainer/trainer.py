@@ -124,6 +124,8 @@ class TrimmingMixin(TrimmedLossMixin, PushMixin):
         super().save_model(output_dir, _internal_call)
         if self._is_saving and self._memory is not None and self.args.should_save:
             self._memory.save(cast(str, output_dir))  # before the trainer's state, which marks a whole checkpoint
+            if self._scope is not None:
+                self._scope.save(cast(str, output_dir))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._masses.save(self.state)
@@ -139,6 +141,8 @@ class TrimmingMixin(TrimmedLossMixin, PushMixin):
         super()._load_optimizer_and_scheduler(checkpoint)
         if self._memory is not None and checkpoint is not None:
             self._memory.load(checkpoint)
+            if self._scope is not None:
+                self._scope.load(checkpoint)
 
     def _load_callback_state(self) -> None:
         # What is kept there for the next steps belongs to no callback, and would be reported as ignored.
@@ -176,7 +180,7 @@ class TrimmingMixin(TrimmedLossMixin, PushMixin):
     def _run_training_step(self, training_step: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """Stands around `training_step`: the trimmed loss in the place of that of all items."""
         trim = self._current_settings()
-        remembers = trim.trim_memory and self._memory is not None
+        remembers = trim.remembers and self._memory is not None
         if not (trim.trims or remembers) or self._batches is not None:
             return training_step(*args, **kwargs)
         self._number += 1
@@ -252,7 +256,9 @@ class TrimmingMixin(TrimmedLossMixin, PushMixin):
         if "loss" in logs and self.is_in_train:
             self._read_losses()
         if "loss" in logs and not self.trim.trims:
-            logs.update({"keep_fraction": 1.0, "kept_fraction": 1.0, "full_loss": logs["loss"]})
+            logs.update(self._dataset_fractions())
+            if self._scope is None:
+                logs["full_loss"] = logs["loss"]
         elif "loss" in logs:
             self._notices.tell_fallbacks(fallback_report())
             logs.update(self._trimming_logs.take(self.accelerator, self.args.device, self.state.global_step))

@@ -25,6 +25,7 @@ from hf_trim.backward.settings import refused_graphs
 from hf_trim.backward.waiting import Later
 from hf_trim.trainer.arguments import TrimmingConfig
 from hf_trim.trainer.batch import TrimmedBatch
+from hf_trim.trainer.dataset_scope import DatasetScopeMixin
 from hf_trim.trainer.late_checks import LateChecks
 from hf_trim.trainer.lm_head import LMHead, find_lm_head
 from hf_trim.trainer.logs import TrimmingLogs
@@ -34,13 +35,12 @@ from hf_trim.trainer.mass_history import MassHistory
 from hf_trim.trainer.notices import Notices
 from hf_trim.trainer.process_group import ProcessGroup, host_numbers
 from hf_trim.trainer.ranking import NONFINITE_ADVICE
-from hf_trim.trainer.remembering import RememberingMixin
 from hf_trim.trainer.schedule import keep_fraction, schedule_unit
 from hf_trim.trainer.step_choice import choose_in_step
 from hf_trim.trainer.timing import BackwardTiming, is_timed
 
 
-class TrimmedLossMixin(RememberingMixin):
+class TrimmedLossMixin(DatasetScopeMixin):
     """The part of [`~hf_trim.trainer.trainer.TrimmingMixin`] that computes the loss of a mini-batch."""
 
     def __init__(
@@ -143,7 +143,7 @@ class TrimmedLossMixin(RememberingMixin):
         is_training = torch.is_grad_enabled() and (self.is_in_train or self._batches is not None)
         model_inputs = inputs if self._score is None else without_reference(inputs)
         labels = self._labels(inputs)
-        remembers = trim.trim_memory and self._memory is not None
+        remembers = trim.remembers and self._memory is not None
         if not ((trim.trims or remembers) and is_training) or self._batch is not None:
             return compute_loss(model, model_inputs, *args, **kwargs)
         self._has_loss = True

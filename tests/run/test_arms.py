@@ -114,6 +114,27 @@ def test_where_nothing_is_saved_short_is_plain(tmp_path, capsys, no_plots):
     assert "short-seed42.json is no record of a finished run" in capsys.readouterr().err
 
 
+def test_a_part_of_the_data_set_costs_no_forward_pass_of_the_rest(recipe, tmp_path, capsys, no_plots):
+    options = [recipe, "--trim_scope", "dataset", "--label_noise", "0.1", "--output_dir", str(tmp_path / "out")]
+    assert main([*options, "--dry_run"]) == 0
+    said = capsys.readouterr().out
+    assert (
+        "Schedule: the hardest samples of the data set; p in each epoch: 1, 0.6, 0.2." in said and "Steps: 7" in said
+    )
+    arms = ["plain", "trimmed", "adaptive", "adaptive-skip", "random", "short"]
+    assert main([*options, "--compare", "--seeds", "1", "--arms", *arms]) == 0
+    found = records_of(tmp_path / "out")
+    # Mini-batches of 16: all four, then two and one.
+    for arm in ("trimmed", "random"):
+        assert passes(found[arm]) == (64 + 32 + 16,) * 2
+        assert [log["keep_fraction"] for log in found[arm]["history"]] == pytest.approx([1, 0.6, 0.2])
+    assert passes(found["adaptive"])[0] == 3 * ROWS  # which trims mini-batches
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert (
+        "of the training data, by their last losses, in each epoch only the fraction p with the highest loss" in card
+    )
+
+
 def test_passes_of_other_ways_to_train(recipe, tmp_path):
     def count(*options, is_language=False):
         job = parse(

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from hf_trim import TrimmingTrainer
 from tests.support.forks import run_forks
 from tests.support.heads import COUNTING, HEADS, is_believed_to_count, make
 from tests.support.helpers import InOrder, InOrderAndLarger, digits, tiny_vit, train, weights
@@ -118,9 +119,29 @@ def remember_all(folder: Path):
         (folder / f"refused-{rank}.txt").write_text(str(error))
 
 
+class DrawnTrainer(TrimmingTrainer):
+    """Notes which samples each epoch has."""
+
+    def _run_epoch(self, **kwargs):
+        super()._run_epoch(**kwargs)
+        self.drawn = [*getattr(self, "drawn", []), self._scope.sampler.chosen.tolist()]
+
+
+def choose_all(folder: Path):
+    """`trim_scope="dataset"`: each process writes which samples it believes to be those of each epoch."""
+    trainer = train(
+        tiny_vit(), digits(REMEMBERED_ROWS), folder, trainer_cls=DrawnTrainer, trim_scope="dataset", trim_refresh=1,
+        num_train_epochs=4,
+    )  # fmt: skip
+    seen = trainer.trim_memory.to_dict()["seen"].tolist()
+    said = {"drawn": trainer.drawn, "steps": trainer.state.global_step, "seen": seen}
+    (folder / f"dataset-{os.environ['RANK']}.json").write_text(json.dumps(said))
+
+
 def train_all(folder: Path, processes: int):
     if processes == 2:
         remember_all(folder)
+        choose_all(folder)
     for head in TRAININGS if processes == 2 else ():
         for keep in (0.3, 1.0):
             write(folder, f"{head}-{keep}", *run(head, folder, processes, keep))
