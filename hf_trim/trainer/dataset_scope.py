@@ -222,16 +222,27 @@ class DatasetScopeMixin(RememberingMixin):
 
         Returns:
             [`DatasetScope`]: How many samples and steps each of its epochs has.
+
+        Raises:
+            `ValueError`: If the data set is so small that each epoch has all of it.
         """
         args: Any = self.args
-        return DatasetScope(
+        size, batch_size = len(cast(Any, self.train_dataset)), cast(int, self._train_batch_size) * args.world_size
+        scope = DatasetScope(
             TrimmingConfig.of(args),
-            len(cast(Any, self.train_dataset)),
-            cast(int, self._train_batch_size) * args.world_size,
+            size,
+            batch_size,
             args.gradient_accumulation_steps,
             int(args.num_train_epochs),
             args.seed if args.data_seed is None else args.data_seed,
         )
+        if min(scope.counts) == size:
+            raise ValueError(
+                f"trim_scope='dataset' leaves nothing out: p is {min(scope.fractions):.3g} at least, and an epoch has "
+                f"whole mini-batches of {batch_size} samples, of a data set with {size}. Take smaller mini-batches, a "
+                "lower trim_keep_end, or trim_scope='local'."
+            )
+        return scope
 
     def count_samples(self) -> int:
         """

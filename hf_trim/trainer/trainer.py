@@ -140,9 +140,9 @@ class TrimmingMixin(TrimmedLossMixin, PushMixin):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if self._memory is not None and checkpoint is not None:
-            self._memory.load(checkpoint)
             if self._scope is not None:
-                self._scope.load(checkpoint)
+                self._scope.load(checkpoint)  # first: it says what is missing in its own words
+            self._memory.load(checkpoint)
 
     def _load_callback_state(self) -> None:
         # What is kept there for the next steps belongs to no callback, and would be reported as ignored.

@@ -170,10 +170,17 @@ def test_settings_without_effect_are_refused(options, message, tmp_path):
         TrimmingArguments(str(tmp_path), **{"trim_scope": "dataset", **options})
 
 
-def test_a_checkpoint_of_another_scope_is_refused(tmp_path):
-    train(tiny_vit(), digits(24), tmp_path, save_strategy="epoch", trim_memory=True)
+@pytest.mark.parametrize("trim_memory", [False, True])
+def test_a_checkpoint_of_another_scope_is_refused(trim_memory, tmp_path):
+    train(tiny_vit(), digits(24), tmp_path, save_strategy="epoch", trim_memory=trim_memory)
     with pytest.raises(ValueError, match="was written without trim_scope='dataset'"):
         train(tiny_vit(), digits(24), tmp_path / "b", trim_scope="dataset", resume=str(tmp_path / "checkpoint-3"))
+
+
+def test_a_data_set_too_small_to_leave_anything_out_is_refused(tmp_path):
+    message = r"leaves nothing out: p is 0\.2 at least, .* mini-batches of 32 samples, of a data set with 24"
+    with pytest.raises(ValueError, match=message):
+        train(tiny_vit(), digits(24), tmp_path, trim_scope="dataset", per_device_train_batch_size=32)
 
 
 def test_nothing_left_out_is_plain_training(tmp_path):
