@@ -81,7 +81,8 @@ def _dry_run(job: Job, shown: set[str], times: dict[str, tuple[float, float]]) -
     _say(job, f"Schedule: {_describe_schedule(training, steps)}.")
     args = trainer.args
     per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    epochs = steps / max(passes / args.gradient_accumulation_steps, 1)
+    is_shorter = training.trims_dataset  # by epochs of fewer steps
+    epochs = args.num_train_epochs if is_shorter else steps / max(passes / args.gradient_accumulation_steps, 1)
     _say(job, f"Steps: {steps:,} of {per_step} samples ({_count(epochs, 'epoch')}).", shown)
     tests = (
         1
@@ -92,10 +93,11 @@ def _dry_run(job: Job, shown: set[str], times: dict[str, tuple[float, float]]) -
     test_seconds *= math.ceil(len(data.eval_dataset) / args.eval_batch_size) * args.eval_batch_size
     step_seconds = train_seconds * args.gradient_accumulation_steps
     total = steps * step_seconds + tests * test_seconds
+    less = "" if is_shorter else " without trimming (with it they take less)"
     _say(
         job,
-        f"Time: about {_format_time(total)}: {steps:,} steps of {_format_time(step_seconds)} without trimming (with "
-        f"it they take less), and {_count(tests, 'test')} of {_format_time(test_seconds)}.",
+        f"Time: about {_format_time(total)}: {steps:,} steps of {_format_time(step_seconds)}{less}, and "
+        f"{_count(tests, 'test')} of {_format_time(test_seconds)}.",
         shown,
     )
     if job.run.compare:

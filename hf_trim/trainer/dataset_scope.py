@@ -236,6 +236,8 @@ class DatasetScopeMixin(RememberingMixin):
             int(args.num_train_epochs),
             args.seed if args.data_seed is None else args.data_seed,
         )
+        if args.dataloader_drop_last:
+            scope.num_whole_batches = max(1, size // batch_size)
         if min(scope.counts) == size:
             raise ValueError(
                 f"trim_scope='dataset' leaves nothing out: p is {min(scope.fractions):.3g} at least, and an epoch has "

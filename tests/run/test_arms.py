@@ -119,7 +119,9 @@ def test_a_part_of_the_data_set_costs_no_forward_pass_of_the_rest(recipe, tmp_pa
     assert main([*options, "--dry_run"]) == 0
     said = capsys.readouterr().out
     assert (
-        "Schedule: the hardest samples of the data set; p in each epoch: 1, 0.6, 0.2." in said and "Steps: 7" in said
+        "Schedule: the hardest samples of the data set; p in each epoch: 1, 0.6, 0.2." in said
+        and "Steps: 7 of 16 samples (3 epochs)" in said
+        and "without trimming" not in said
     )
     arms = ["plain", "trimmed", "adaptive", "adaptive-skip", "random", "short"]
     assert main([*options, "--compare", "--seeds", "1", "--arms", *arms]) == 0
