@@ -312,7 +312,7 @@ def by_length(rows):
 REFUSED = {
     "a stream": (Stream, {"max_steps": 2}, "needs a training data set with a length and samples by index, and Stream"),
     "another data set": (lambda: digits(16), {"trainer_cls": Shuffled}, "which samples the data loader of Shuffled"),
-    "a loss by hand": (lambda: digits(16), {"trainer_cls": Scaled}, "trim_memory=False"),
+    "a loss by hand": (lambda: digits(16), {"trainer_cls": Scaled}, "train without these"),
     "parts of mini-batches": (
         lambda: digits(16),
         {"trainer_cls": Halves},
