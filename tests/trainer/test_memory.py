@@ -310,16 +310,16 @@ def by_length(rows):
 
 
 REFUSED = {
-    "a stream": (Stream, {"max_steps": 2}, "needs a training data set with a length and samples by index, and Stream"),
+    "a stream": (Stream, {"max_steps": 2}, "need a training data set with a length and samples by index, and Stream"),
     "another data set": (lambda: digits(16), {"trainer_cls": Shuffled}, "which samples the data loader of Shuffled"),
-    "a loss by hand": (lambda: digits(16), {"trainer_cls": Scaled}, "train without these"),
+    "a loss by hand": (lambda: digits(16), {"trainer_cls": Scaled}, "trim_memory=False"),
     "parts of mini-batches": (
         lambda: digits(16),
         {"trainer_cls": Halves},
         "over 4 rows where the data loader gave 8 samples",
     ),
     "an unknown order": (lambda: digits(16), {"trainer_cls": Chosen}, "has 16 losses for 8 samples"),
-    "a collator that sorts": (lambda: digit_texts(16), {"collator": by_length}, "in the order in which the collator"),
+    "a collator that sorts": (lambda: digit_texts(16), {"collator": by_length}, "in the order of the collator"),
 }
 
 
