@@ -81,6 +81,7 @@ NEEDED = (
     Need(TRAINER, "_run_epoch", (), "trim_memory: reading losses at the end of an epoch"),
     Need(TRAINER, "_prepare_for_training", (), "trim_memory: the data loader as callbacks see it"),
     Need(TRAINER, "_get_train_sampler", (), "trim_scope='dataset': the samples of an epoch"),
+    Need(TRAINER, "_inner_training_loop", (), "trim_memory: the data loader of a training"),
     Need(TRAINER, "_init_training_state", (), "trim_scope='dataset': the epoch in which a training is resumed"),
     Need(TRAINER, "get_train_dataloader", (), "trim_memory: knowing the indices of samples"),
     Need(TRAINER, "_load_callback_state", (), "keeping what later steps depend on"),

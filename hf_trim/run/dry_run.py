@@ -127,10 +127,11 @@ def _no_cache_files() -> Iterator[None]:
 def _count_steps(trainer: RecipeTrainer) -> tuple[int, int]:
     """Mini-batches of an epoch, and optimizer steps of the training."""
     args = trainer.args
-    passes = len(trainer.get_train_dataloader())
+    loader = trainer.get_train_dataloader()
+    passes = len(loader)
     per_epoch = max(math.ceil(passes / args.gradient_accumulation_steps), 1)
     if TrimmingArguments.of(args).trims_dataset:
-        return passes, trainer.plan_epochs().ends()[-1]
+        return passes, trainer.plan_epochs(loader).ends()[-1]
     return passes, args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
 
 

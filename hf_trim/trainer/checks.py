@@ -109,7 +109,7 @@ def check_epochs(args: TrainingArguments) -> None:
     if args.max_steps > 0:
         raise ValueError(
             f"trim_scope='dataset' plans the steps of each epoch, and max_steps is {args.max_steps}: give "
-            "num_train_epochs in its place."
+            "num_train_epochs in its place. (Streamed data, which need max_steps, cannot be chosen from.)"
         )
     if args.num_train_epochs != int(args.num_train_epochs) or args.num_train_epochs < 2:
         raise ValueError(

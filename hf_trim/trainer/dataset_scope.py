@@ -7,7 +7,7 @@ models with batch normalization too. For example, 1,000 samples in mini-batches 
 mini-batches.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import accumulate
 from math import ceil
 from pathlib import Path
@@ -25,6 +25,10 @@ from hf_trim.trainer.schedule import linear_fraction
 
 
 FILE = "trim_scope.safetensors"  # in a checkpoint
+OTHER_SAMPLER = (
+    "trim_scope='dataset' chooses the samples of an epoch itself, and {} would do so too: leave "
+    "train_sampling_strategy and a sampler or data loader of your own out, or use trim_scope='local'."
+)
 WHOLE_LAST = 0.2  # share of the epochs, at the end, in which all samples are trained on
 
 
@@ -116,22 +120,34 @@ class DatasetScope:
 
     Args:
         trim ([`~hf_trim.trainer.arguments.TrimmingConfig`]): Gives p, how samples are chosen, and when they come back.
-        size (`int`): Number of samples of the data set.
+        sampler ([`EpochSampler`]): Gives the samples of the epoch under way.
         batch_size (`int`): Size of a mini-batch, of all processes together.
+        num_whole_batches (`int`): Mini-batches of each process in a whole epoch.
         accumulation (`int`): Mini-batches of an optimizer step.
         num_epochs (`int`): Number of epochs.
-        seed (`int`): Sets the order of samples, and a random choice.
     """
 
     def __init__(
-        self, trim: TrimmingConfig, size: int, batch_size: int, accumulation: int, num_epochs: int, seed: int
+        self,
+        trim: TrimmingConfig,
+        sampler: EpochSampler,
+        batch_size: int,
+        num_whole_batches: int,
+        accumulation: int,
+        num_epochs: int,
     ):
         self.trim, self.batch_size, self.accumulation = trim, batch_size, accumulation
+        size = sampler.size
         self.fractions = dataset_fractions(trim.trim_keep_start, trim.trim_keep_end, num_epochs)
         self.counts = [count_samples(fraction, size, batch_size) for fraction in self.fractions]
         self.last_seen = np.zeros(size, np.int32)
-        self.sampler = EpochSampler(size, seed)
-        self.num_whole_batches = ceil(size / batch_size)  # `dataloader_drop_last` may change it
+        self.sampler, self.num_whole_batches = sampler, num_whole_batches
+        if all(count == size for count in self.counts):
+            raise ValueError(
+                f"trim_scope='dataset' leaves out whole mini-batches, and with {size} samples in mini-batches of "
+                f"{batch_size} each epoch would have all samples: take smaller mini-batches or a lower trim_keep_end, "
+                "or use trim_scope='local'."
+            )
 
     def num_batches(self, epoch: int) -> int:
         """Mini-batches of each process in an epoch."""
@@ -172,7 +188,8 @@ class DatasetScope:
     def save(self, folder: str | Path) -> None:
         """Write what a resumed training needs into a checkpoint."""
         state: dict[str, np.ndarray] = {"last_seen": self.last_seen, "chosen": self.sampler.chosen,
-                                        "epoch": np.array([self.sampler.epoch])}  # fmt: skip
+                                        "epoch": np.array([self.sampler.epoch]),
+                                        "counts": np.array(self.counts)}  # fmt: skip
         with replaced(Path(folder) / FILE) as part:
             save_file(state, part)
 
@@ -181,7 +198,7 @@ class DatasetScope:
         Read it from a checkpoint.
 
         Raises:
-            `ValueError`: If it is not there.
+            `ValueError`: If it is not there, or is of a training with other epochs.
         """
         path = Path(folder) / FILE
         if not path.is_file():
@@ -190,8 +207,19 @@ class DatasetScope:
                 "trained, or train anew."
             )
         saved = load_file(path)
+        if saved["counts"].tolist() != self.counts:
+            raise ValueError(
+                f"The checkpoint {folder} is of a training whose epochs have {saved['counts'].tolist()} samples, and "
+                f"they would have {self.counts} now: resume with the same num_train_epochs, trim_keep_start, "
+                "trim_keep_end and size of mini-batches (of all processes together), or train anew."
+            )
         self.last_seen, self.sampler.chosen = saved["last_seen"], saved["chosen"]
         self.sampler.epoch = int(saved["epoch"][0])
+
+
+def _batches(loader: Any) -> Any:
+    """The batch sampler of a data loader, from before the processes shared its mini-batches."""
+    return getattr(loader.batch_sampler, "batch_sampler", loader.batch_sampler)
 
 
 class DatasetScopeMixin(RememberingMixin):
@@ -203,48 +231,50 @@ class DatasetScopeMixin(RememberingMixin):
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         sampler = super()._get_train_sampler(*args, **kwargs)
-        if not self.is_in_train:
-            return sampler  # a look at the data
-        self._scope, trim = None, TrimmingConfig.of(self.args)
-        if not trim.trims_dataset:
+        if not self._is_loading or not TrimmingConfig.of(self.args).trims_dataset:
             return sampler
         if type(sampler) is not RandomSampler:
-            raise ValueError(
-                f"trim_scope='dataset' chooses the samples of an epoch itself, and {type(sampler).__name__} would do "
-                "so too: leave train_sampling_strategy and a sampler of your own out, or use trim_scope='local'."
-            )
-        self._scope = self.plan_epochs()
-        return self._scope.sampler
+            raise ValueError(OTHER_SAMPLER.format(type(sampler).__name__))
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return EpochSampler(len(cast(Any, self.train_dataset)), seed)
 
-    def plan_epochs(self) -> DatasetScope:
+    def _load_with_indices(self, get_train_dataloader: Callable[[], Any]) -> Any:
+        if not self._loads_for_training():
+            return super()._load_with_indices(get_train_dataloader)
+        self._scope = None
+        loader = super()._load_with_indices(get_train_dataloader)
+        if TrimmingConfig.of(self.args).trims_dataset:
+            sampler = _batches(loader).sampler
+            if not isinstance(sampler, EpochSampler):
+                raise ValueError(OTHER_SAMPLER.format(type(sampler).__name__))
+            self._scope = self.plan_epochs(loader, sampler)
+        return loader
+
+    def plan_epochs(self, loader: Any, sampler: EpochSampler | None = None) -> DatasetScope:
         """
         Plan a training with `trim_scope="dataset"`.
+
+        Args:
+            loader (`torch.utils.data.DataLoader`): What `get_train_dataloader` gives.
+            sampler ([`EpochSampler`], *optional*): That of the loader, in a training.
 
         Returns:
             [`DatasetScope`]: How many samples and steps each of its epochs has.
 
         Raises:
-            `ValueError`: If the data set is so small that each epoch has all of it.
+            `ValueError`: If each epoch would be whole.
         """
         args: Any = self.args
-        size, batch_size = len(cast(Any, self.train_dataset)), cast(int, self._train_batch_size) * args.world_size
-        scope = DatasetScope(
+        # With `split_batches` the processes share a mini-batch of the loader.
+        shares = 1 if self.accelerator.split_batches else args.world_size
+        return DatasetScope(
             TrimmingConfig.of(args),
-            size,
-            batch_size,
+            EpochSampler(len(cast(Any, self.train_dataset)), 0) if sampler is None else sampler,
+            _batches(loader).batch_size * shares,
+            len(loader),
             args.gradient_accumulation_steps,
             int(args.num_train_epochs),
-            args.seed if args.data_seed is None else args.data_seed,
         )
-        if args.dataloader_drop_last:
-            scope.num_whole_batches = max(1, size // batch_size)
-        if min(scope.counts) == size:
-            raise ValueError(
-                f"trim_scope='dataset' leaves nothing out: p is {min(scope.fractions):.3g} at least, and an epoch has "
-                f"whole mini-batches of {batch_size} samples, of a data set with {size}. Take smaller mini-batches, a "
-                "lower trim_keep_end, or trim_scope='local'."
-            )
-        return scope
 
     def count_samples(self) -> int:
         """
@@ -264,7 +294,6 @@ class DatasetScopeMixin(RememberingMixin):
         if self._scope is None or not self.is_in_train:
             return values
         num_epochs, steps_per_epoch, num_examples, _, total_batch_size, steps_in_epoch = values[:6]
-        self._scope.num_whole_batches = cast(int, steps_in_epoch)
         num_samples = sum(self._scope.counts)
         max_steps = self._scope.ends()[-1]
         return num_epochs, steps_per_epoch, num_examples, num_samples, total_batch_size, steps_in_epoch, max_steps

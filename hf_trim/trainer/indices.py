@@ -86,9 +86,9 @@ class IndexedCollator:
         for name, after in _marks_of_batch(batch).items():
             if before.get(name) != after and Counter(before.get(name, ())) == Counter(after):
                 raise ValueError(
-                    f"trim_memory needs the samples of a mini-batch in the order in which the collator got them, and "
+                    "trim_memory and trim_scope='dataset' need the samples in the order of the collator's input, and "
                     f"{type(self.collate).__name__} changes it ({name} {before[name]} are {after} in the mini-batch): "
-                    "let the collator keep the order, or set trim_memory=False."
+                    "let the collator keep the order, or train without these."
                 )
         return {BATCH: batch, INDICES: Indices([int(index) for index in indices])}
 

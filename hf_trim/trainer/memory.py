@@ -241,9 +241,9 @@ class SampleMemory:
             `ValueError`: If there is none, or that of another data set.
         """
         path = Path(folder) / FILE
-        way_out = "set trim_memory=False, or train anew."
+        way_out = "train as it was trained, or anew."
         if not path.is_file():
-            raise ValueError(f"The checkpoint {folder} was written without trim_memory (no {FILE}): {way_out}")
+            raise ValueError(f"The checkpoint {folder} was written without remembered losses (no {FILE}): {way_out}")
         try:
             saved = load_file(path)
         except SafetensorError as error:

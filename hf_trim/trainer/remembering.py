@@ -31,9 +31,10 @@ else:
     TrainerBase = object  # the trainer is named beside the mixin, and comes after it
 
 MOST_STEPS = 500  # of which losses wait on the device, where nothing is logged
-LEAVE_OUT = "or set trim_memory=False."
+NEEDS = "trim_memory and trim_scope='dataset' need"
+LEAVE_OUT = "or train without these."
 UNKNOWN_LOADER = (
-    "trim_memory cannot tell which samples the data loader of {} yields: let get_train_dataloader return a torch "
+    f"{NEEDS} to know which samples the data loader of {{}} yields: let get_train_dataloader return a torch "
     f"DataLoader of self.train_dataset itself, in mini-batches, {LEAVE_OUT}"
 )
 
@@ -45,6 +46,7 @@ class RememberingMixin(TrainerBase):
         self._memory: SampleMemory | None = None
         self._step_indices: list[list[int] | None] = []  # of the samples of the optimizer step's mini-batches
         self._unread: list[tuple[int, int, list[int], Tensor]] = []  # step, epoch, indices and values on the device
+        self._is_loaded = self._is_loading = False  # whether the training has its data loader; is about to have it
         self._is_remembered = False  # whether the mini-batch under way was
         self._read_step = 0  # of the last look at the device
         super().__init__(*args, **kwargs)
@@ -101,8 +103,23 @@ class RememberingMixin(TrainerBase):
 
     def _load_with_indices(self, get_train_dataloader: Callable[[], Any]) -> Any:
         """Stands around `get_train_dataloader`: at the start of a training its loader yields indices, too."""
-        if not self.is_in_train:
+        if not self._loads_for_training():
             return get_train_dataloader()
+        self._is_loaded = self._is_loading = True
+        try:
+            return self._load_for_training(get_train_dataloader)
+        finally:
+            self._is_loading = False
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self._is_loaded = False  # again with each size that `auto_find_batch_size` tries
+        return super()._inner_training_loop(*args, **kwargs)  # type: ignore[misc]
+
+    def _loads_for_training(self) -> bool:
+        """Whether the loader is what is trained on, and not a look at the data, before or during a training."""
+        return self.is_in_train and not self._is_loaded
+
+    def _load_for_training(self, get_train_dataloader: Callable[[], Any]) -> Any:
         self._memory, self._unread, self._step_indices = None, [], []
         if not TrimmingConfig.of(self.args).remembers:
             return get_train_dataloader()
@@ -110,7 +127,7 @@ class RememberingMixin(TrainerBase):
         size = 0 if dataset is None else _check_dataset(dataset)
         if self.accelerator.dispatch_batches:
             raise ValueError(
-                "trim_memory needs each process to load its own samples: leave dispatch_batches out of "
+                f"{NEEDS} each process to load its own samples: leave dispatch_batches out of "
                 f"accelerator_config, {LEAVE_OUT}"
             )
         known = [dataset]  # and the same without some columns
@@ -165,7 +182,7 @@ class RememberingMixin(TrainerBase):
             return
         if values.shape[1] != len(indices):
             raise ValueError(
-                f"trim_memory needs the samples of a mini-batch one by one, and its loss is over {values.shape[1]} "
+                f"{NEEDS} the samples of a mini-batch one by one, and the loss is over {values.shape[1]} "
                 f"rows where the data loader gave {len(indices)} samples: leave out what joins, splits or drops them "
                 f"(packing, padding_free, a collator or training_step of your own), {LEAVE_OUT}"
             )
@@ -196,7 +213,7 @@ def _check_dataset(dataset: Any) -> int:
     """The number of samples, if each has an index."""
     if isinstance(dataset, IterableDataset) or not has_length(dataset) or not hasattr(dataset, "__getitem__"):
         raise ValueError(
-            f"trim_memory needs a training data set with a length and samples by index, and {type(dataset).__name__} "
+            f"{NEEDS} a training data set with a length and samples by index, and {type(dataset).__name__} "
             f"has none: load it without streaming (datasets.Dataset, a list), {LEAVE_OUT}"
         )
     return len(dataset)

@@ -15,9 +15,9 @@ from hf_trim.trainer.ranking import check_samples
 
 
 UNKNOWN = (
-    "trim_memory needs to know which loss belongs to which sample, and this mini-batch has {{count}} losses for "
+    "trim_memory and trim_scope='dataset' need each sample's loss, and this mini-batch has {{count}} losses for "
     "{size} samples: give labels of the shape [B, T] as 'labels', let the loss have one value per sample "
-    "(hf_trim.mark_losses of losses [B]), or set trim_memory=False."
+    "(hf_trim.mark_losses of losses [B]), or train without these."
 )
 
 

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader, WeightedRandomSampler
 from transformers import TrainerCallback, default_data_collator
 
 from hf_trim import TrimmingArguments, TrimmingTrainer
@@ -177,15 +178,75 @@ def test_a_checkpoint_of_another_scope_is_refused(trim_memory, tmp_path):
         train(tiny_vit(), digits(24), tmp_path / "b", trim_scope="dataset", resume=str(tmp_path / "checkpoint-3"))
 
 
-def test_a_data_set_too_small_to_leave_anything_out_is_refused(tmp_path):
-    message = r"leaves nothing out: p is 0\.2 at least, .* mini-batches of 32 samples, of a data set with 24"
-    with pytest.raises(ValueError, match=message):
-        train(tiny_vit(), digits(24), tmp_path, trim_scope="dataset", per_device_train_batch_size=32)
-
-
 def test_nothing_left_out_is_plain_training(tmp_path):
     options = {"num_train_epochs": 2, "trim_keep_end": 1.0}
     trained = [
         train(tiny_vit(), digits(24), tmp_path / scope, trim_scope=scope, **options) for scope in ("local", "dataset")
     ]
     assert torch.equal(*[weights(trainer.model) for trainer in trained])
+
+
+class Loader(TrimmingTrainer):
+    """Mini-batches of 16, in an order of its own or not."""
+
+    shuffle = False
+
+    def get_train_dataloader(self):
+        order = {"shuffle": True} if self.shuffle else {"sampler": self._get_train_sampler()}
+        return self.accelerator.prepare(
+            DataLoader(self.train_dataset, batch_size=16, collate_fn=self.data_collator, **order)
+        )
+
+
+class Shuffling(Loader):
+    shuffle = True
+
+
+class Sampling(TrimmingTrainer):
+    def _get_train_sampler(self, *args):
+        return WeightedRandomSampler(torch.ones(ROWS), ROWS)
+
+
+@pytest.mark.parametrize("trainer_cls", [Shuffling, Sampling])
+def test_an_order_of_samples_of_its_own_is_refused(trainer_cls, tmp_path):
+    with pytest.raises(ValueError, match="RandomSampler would do so too"):
+        train(tiny_vit(), digits(ROWS), tmp_path, trainer_cls=trainer_cls, **SCOPE)
+
+
+def test_the_plan_has_the_mini_batches_of_the_data_loader(tmp_path):
+    steps = Steps()
+    trainer = train(tiny_vit(), digits(ROWS), tmp_path, trainer_cls=Loader, callbacks=[steps], **SCOPE)
+    assert trainer.state.global_step == trainer.state.max_steps == 5 + 3 + 2 + 1 + 5
+    assert trainer.trim_memory.to_dict()["seen"].sum() == 67 + 48 + 32 + 16 + 67
+
+
+class Looking(Noting):
+    """Looks at the data at the end of each epoch."""
+
+    def _run_epoch(self, **kwargs):
+        super()._run_epoch(**kwargs)
+        next(iter(self.get_train_dataloader()))
+
+
+def test_a_look_at_the_data_during_training_changes_nothing(tmp_path):
+    trainer = train(tiny_vit(), numbered(), tmp_path, trainer_cls=Looking, **SCOPE)
+    assert [len(drawn) for drawn in trainer.drawn] == COUNTS
+    assert trainer.trim_memory.to_dict()["seen"].sum() == sum(COUNTS)
+
+
+def test_data_of_one_mini_batch_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="with 6 samples in mini-batches of 8 each epoch would have all samples"):
+        train(tiny_vit(), digits(6), tmp_path, **SCOPE)
+
+
+@pytest.mark.parametrize("changed", [{"num_train_epochs": 6}, {"trim_keep_end": 0.6}])
+def test_resuming_with_other_epochs_is_refused(changed, tmp_path):
+    train(tiny_vit(), digits(24), tmp_path, save_strategy="epoch", **{**SCOPE, "num_train_epochs": 2})
+    with pytest.raises(ValueError, match=r"is of a training whose epochs have \[24, 8\] samples"):
+        options = {**SCOPE, "num_train_epochs": 2, **changed}
+        train(tiny_vit(), digits(24), tmp_path / "b", resume=str(tmp_path / "checkpoint-3"), **options)
+
+
+def test_messages_name_the_scope(tmp_path):
+    with pytest.raises(ValueError, match="trim_scope='dataset' need each process to load its own samples"):
+        train(tiny_vit(), digits(24), tmp_path, accelerator_config={"dispatch_batches": True}, **SCOPE)

@@ -259,7 +259,7 @@ def test_resuming_gives_the_same_table(step, tmp_path):
         with pytest.raises(ValueError, match="remembers 43 samples, and the training data set has 40"):
             train(tiny_vit(), digits(40), tmp_path, resume=str(checkpoint), **arguments)
         (checkpoint / FILE).unlink()
-        with pytest.raises(ValueError, match="was written without trim_memory"):
+        with pytest.raises(ValueError, match="was written without remembered losses"):
             train(tiny_vit(), digits(ROWS), tmp_path, resume=str(checkpoint), **arguments)
 
 
@@ -310,7 +310,7 @@ def by_length(rows):
 
 
 REFUSED = {
-    "a stream": (Stream, {"max_steps": 2}, "needs a training data set with a length and samples by index, and Stream"),
+    "a stream": (Stream, {"max_steps": 2}, "need a training data set with a length and samples by index, and Stream"),
     "another data set": (lambda: digits(16), {"trainer_cls": Shuffled}, "which samples the data loader of Shuffled"),
     "a loss by hand": (lambda: digits(16), {"trainer_cls": Scaled}, "trim_memory=False"),
     "parts of mini-batches": (
@@ -319,7 +319,7 @@ REFUSED = {
         "over 4 rows where the data loader gave 8 samples",
     ),
     "an unknown order": (lambda: digits(16), {"trainer_cls": Chosen}, "has 16 losses for 8 samples"),
-    "a collator that sorts": (lambda: digit_texts(16), {"collator": by_length}, "in the order in which the collator"),
+    "a collator that sorts": (lambda: digit_texts(16), {"collator": by_length}, "in the order of the collator"),
 }
 
 
