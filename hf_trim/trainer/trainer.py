@@ -292,8 +292,8 @@ class TrimmingTrainer(TrimmingMixin, Trainer):
     where something was left out, `trim_threshold` (the lowest loss that was kept) and `kept_mass` (the share of the
     gradient mass that was kept). `loss` is the trimmed one. If `full_loss` rises while p falls, or an evaluation is
     well below the best one, a warning says what to change. With `trim_schedule="adaptive"` the kept losses are divided
-    by the number of all items, so that `loss` is below `full_loss`. With `trim_scope="dataset"` there is no `full_loss`:
-    the rest of the data set is not looked at.
+    by the number of all items, so that `loss` is below `full_loss`. With `trim_scope="dataset"` there is no
+    `full_loss`: the rest of the data set is not looked at.
 
     Args:
         args ([`TrimmingArguments`] or [`~transformers.TrainingArguments`], *optional*):
