@@ -172,7 +172,7 @@ def test_the_script_counts_costs_and_goes_on(recipe, tmp_path, capsys, monkeypat
     assert "--arms short takes the steps of rank: add that." in capsys.readouterr().err
     dataset_scope.main([*command, "--seeds", "2", "--arms", "plain"])
     rows = json.loads(path.read_text())
-    assert [(row["arm"], row["seed"]) for row in rows[9:]] == [("plain", 1)]
+    assert [(row["arm"], row["seed"]) for row in rows[len(dataset_scope.ARMS) :]] == [("plain", 1)]
     capsys.readouterr()
     monkeypatch.setattr(dataset_scope, "run", lambda *_: pytest.fail("It was trained again."))
     dataset_scope.main([*command, "--seeds", "1"])
