@@ -124,7 +124,8 @@ def make_arm(job: Job, name: str, seed: int, data: Data | None = None, cost_reco
     """
     changes = {**CHANGES[name], "run_name": f"{job.training.run_name or job.name}-{name}-seed{seed}"}
     if "adaptive" in name and job.training.trim_scope == "dataset":
-        changes["trim_scope"] = "local"  # in each mini-batch
+        # In each mini-batch, where nothing has to come back.
+        changes |= {"trim_scope": "local", "trim_refresh": TrimmingConfig.trim_refresh}
     if name == "adaptive-skip":
         changes["trim_skip_hardest"] = job.data.label_noise
     if name != "short":

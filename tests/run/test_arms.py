@@ -115,7 +115,8 @@ def test_where_nothing_is_saved_short_is_plain(tmp_path, capsys, no_plots):
 
 
 def test_a_part_of_the_data_set_costs_no_forward_pass_of_the_rest(recipe, tmp_path, capsys, no_plots):
-    options = [recipe, "--trim_scope", "dataset", "--label_noise", "0.1", "--output_dir", str(tmp_path / "out")]
+    options = [recipe, "--trim_scope", "dataset", "--trim_refresh", "2", "--label_noise", "0.1"]
+    options += ["--output_dir", str(tmp_path / "out")]
     assert main([*options, "--dry_run"]) == 0
     said = capsys.readouterr().out
     assert (

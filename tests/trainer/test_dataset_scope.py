@@ -215,8 +215,10 @@ def test_an_order_of_samples_of_its_own_is_refused(trainer_cls, tmp_path):
 
 def test_the_plan_has_the_mini_batches_of_the_data_loader(tmp_path):
     steps = Steps()
-    trainer = train(tiny_vit(), digits(ROWS), tmp_path, trainer_cls=Loader, callbacks=[steps], **SCOPE)
+    options = {"callbacks": [steps], "lr_scheduler_type": "linear", **SCOPE}
+    trainer = train(tiny_vit(), digits(ROWS), tmp_path, trainer_cls=Loader, **options)
     assert trainer.state.global_step == trainer.state.max_steps == 5 + 3 + 2 + 1 + 5
+    assert steps.rates[-1][2] == 0
     assert trainer.trim_memory.to_dict()["seen"].sum() == 67 + 48 + 32 + 16 + 67
 
 
