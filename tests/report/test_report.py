@@ -5,7 +5,6 @@ import json
 import math
 import re
 import shutil
-from pathlib import Path
 
 import pytest
 from matplotlib.figure import Figure
@@ -16,7 +15,6 @@ from hf_trim.report import (
     ARMS,
     find_records,
     group,
-    markdown_table,
     notes,
     plot,
     print_report,
@@ -24,17 +22,13 @@ from hf_trim.report import (
     table_rows,
 )
 from hf_trim.report.__main__ import main
-from hf_trim.report.cost_plot import plot_costs
 from hf_trim.report.summary import paired_interval
 from hf_trim.report.tables import overview_rows
-from hf_trim.report.verdict import verdict_rows
 from tests.support.helpers import record
+from tests.support.readme_tables import PICTURE, READMES, RESULTS, TABLE, draw, make_again
 
 
 PLAIN, TRIMMED = [5.0, 6.0, 7.5], [4.0, 6.5, 6.0]
-ROOT = Path(__file__).parents[2]
-READMES = (ROOT / "README.md", ROOT / "recipes" / "README.md")
-RESULTS = ROOT / "recipes" / "results"
 
 
 def three_seeds(**arguments):
@@ -120,24 +114,16 @@ def test_records_are_found_once_and_broken_ones_named(tmp_path, capsys):
     assert "b.json has a run of an arm 'trimmmed': there are plain, trimmed," in capsys.readouterr().err
 
 
-def tables_of_readmes():
-    """The tables that stand behind a marker in a README: files of results, title, table."""
-    marker = r"<!-- report: (.+?) \| (.+?) -->\n\n((?:\|.*\n)+)"
-    return [table for readme in READMES for table in re.findall(marker, readme.read_text(encoding="utf-8"))]
-
-
 def test_readmes_have_the_tables_of_the_committed_records():
-    tables = tables_of_readmes()
-    assert {name for names, _, _ in tables for name in names.split()} == {path.name for path in RESULTS.glob("*.json")}
-    for names, title, table in tables:
-        groups = group(find_records([str(RESULTS / name) for name in names.split()]))
-        made = {"all": overview_rows, "verdicts": verdict_rows}.get(title)
-        assert markdown_table(*(made(groups) if made else table_rows(groups[title]))) == table, (names, title)
+    texts = [readme.read_text(encoding="utf-8") for readme in READMES]
+    assert [make_again(text) for text in texts] == texts
+    shown = {name for text in texts for found in TABLE.finditer(text) for name in found[2].split()}
+    assert shown == {path.name for path in RESULTS.glob("*.json")}
 
 
 def test_the_picture_of_the_readme_is_that_of_the_committed_records(tmp_path):
-    assert plot_costs(group(find_records([str(RESULTS / "battery.json")])), tmp_path / "battery.png")
-    shutil.copy(RESULTS / "battery.png", tmp_path / "committed.png")  # what differs is written beside it
+    draw(tmp_path / "battery.png")
+    shutil.copy(PICTURE, tmp_path / "committed.png")  # what differs is written beside it
     assert compare_images(tmp_path / "committed.png", tmp_path / "battery.png", tol=1) is None
     assert "](recipes/results/battery.png)" in READMES[0].read_text(encoding="utf-8")
 
