@@ -67,7 +67,7 @@ class TrimmingConfig:
             micro-batches of all devices together (`"global"`), as one device with the whole mini-batch would choose.
             `"dataset"`: in each epoch only the hardest fraction p of the data set is trained on, by the last loss of
             each sample; the rest is not loaded. The forward pass then costs p as well, in models with batch
-            normalization too. The first epoch is whole, and so is the last fifth of them (of less than five, none);
+            normalization too. The first epoch is whole, and so is the last fifth of them, or at least the last one;
             mini-batches are not trimmed.
         trim_refresh (`int`, *optional*, defaults to 3):
             With `trim_scope="dataset"`: a sample that was not seen for more than so many epochs comes back, since its

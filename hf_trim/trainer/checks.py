@@ -111,10 +111,10 @@ def check_epochs(args: TrainingArguments) -> None:
             f"trim_scope='dataset' plans the steps of each epoch, and max_steps is {args.max_steps}: give "
             "num_train_epochs in its place. (Streamed data, which need max_steps, cannot be chosen from.)"
         )
-    if args.num_train_epochs != int(args.num_train_epochs) or args.num_train_epochs < 2:
+    if args.num_train_epochs != int(args.num_train_epochs) or args.num_train_epochs < 3:
         raise ValueError(
-            f"trim_scope='dataset' needs a whole number of epochs from 2 on, since the first is whole, and "
-            f"num_train_epochs is {args.num_train_epochs}."
+            f"trim_scope='dataset' needs a whole number of epochs from 3 on, since the first and the last have all "
+            f"samples, and num_train_epochs is {args.num_train_epochs}."
         )
 
 

@@ -35,18 +35,20 @@ WHOLE_LAST = 0.2  # share of the epochs, at the end, in which all samples are tr
 def dataset_fractions(start: float, end: float, num_epochs: int) -> list[float]:
     """
     The fraction p of the data set in each epoch. The first epoch is whole, since no losses are known before, and so is
-    the last fifth of the epochs, as at the end of InfoBatch (Qin et al., arXiv 2303.04947).
+    the last fifth of the epochs, as at the end of InfoBatch (Qin et al., arXiv 2303.04947). It is one epoch at least:
+    a training that ends on hard samples alone forgets the easy ones, and the statistics of batch normalization are
+    those of hard samples.
 
     Args:
         start (`float`): `trim_keep_start`.
         end (`float`): `trim_keep_end`.
-        num_epochs (`int`): Number of epochs.
+        num_epochs (`int`): Number of epochs, from 3 on.
 
     Returns:
         `list[float]`: p of each epoch, falling linearly in between. e.g. from 1.0 to 0.2 in 5 epochs: 1, 0.73, 0.47,
             0.2, 1.
     """
-    num_whole = int(WHOLE_LAST * num_epochs)
+    num_whole = max(1, int(WHOLE_LAST * num_epochs))
     falling = [linear_fraction(epoch, num_epochs - num_whole, start, end) for epoch in range(num_epochs - num_whole)]
     return [1.0, *falling[1:], *[1.0] * num_whole]
 

@@ -120,17 +120,17 @@ def test_a_part_of_the_data_set_costs_no_forward_pass_of_the_rest(recipe, tmp_pa
     assert main([*options, "--dry_run"]) == 0
     said = capsys.readouterr().out
     assert (
-        "Schedule: the hardest samples of the data set; p in each epoch: 1, 0.6, 0.2." in said
-        and "Steps: 7 of 16 samples (3 epochs)" in said
+        "Schedule: the hardest samples of the data set; p in each epoch: 1, 0.2, 1." in said
+        and "Steps: 9 of 16 samples (3 epochs)" in said
         and "without trimming" not in said
     )
     arms = ["plain", "trimmed", "adaptive", "adaptive-skip", "random", "short"]
     assert main([*options, "--compare", "--seeds", "1", "--arms", *arms]) == 0
     found = records_of(tmp_path / "out")
-    # Mini-batches of 16: all four, then two and one.
+    # Mini-batches of 16: all four, then one, and all again.
     for arm in ("trimmed", "random"):
-        assert passes(found[arm]) == (64 + 32 + 16,) * 2
-        assert [log["keep_fraction"] for log in found[arm]["history"]] == pytest.approx([1, 0.6, 0.2])
+        assert passes(found[arm]) == (64 + 16 + 64,) * 2
+        assert [log["keep_fraction"] for log in found[arm]["history"]] == [1, 0.2, 1]
     assert passes(found["adaptive"])[0] == 3 * ROWS  # which trims mini-batches
     card = (tmp_path / "out" / "README.md").read_text()
     assert (

@@ -131,8 +131,8 @@ def test_random_parts_are_as_large(tmp_path):
 
 
 def test_numbers_of_the_plan():
-    assert dataset_fractions(0.5, 0.5, 3) == [1, 0.5, 0.5]
-    assert dataset_fractions(1.0, 0.2, 2) == [1, 0.2] and dataset_fractions(1.0, 0.2, 3) == [1, 0.6, 0.2]
+    assert dataset_fractions(0.5, 0.5, 4) == [1, 0.5, 0.5, 1]
+    assert dataset_fractions(1.0, 0.2, 3) == [1, 0.2, 1] and dataset_fractions(1.0, 0.2, 4) == [1, 0.6, 0.2, 1]
     assert dataset_fractions(1.0, 0.4, 10)[-4:] == pytest.approx([1 - 6 * 0.6 / 7, 0.4, 1, 1])
     assert [count_samples(p, 100, 32) for p in (1, 0.9, 0.6, 0.01)] == [100, 96, 64, 32]
     assert count_samples(0.5, 20, 32) == 20  # there is no full mini-batch
@@ -146,8 +146,8 @@ def test_numbers_of_the_plan():
     ("options", "message"),
     [
         ({"max_steps": 5}, "max_steps is 5: give num_train_epochs"),
-        ({"num_train_epochs": 2.5}, "a whole number of epochs from 2 on"),
-        ({"num_train_epochs": 1}, "num_train_epochs is 1"),
+        ({"num_train_epochs": 2.5}, "a whole number of epochs from 3 on"),
+        ({"num_train_epochs": 2}, "num_train_epochs is 2"),
         ({"train_sampling_strategy": "sequential"}, "SequentialSampler would do so too"),
     ],
 )
@@ -175,7 +175,7 @@ def test_settings_without_effect_are_refused(options, message, tmp_path):
 def test_a_checkpoint_of_another_scope_is_refused(trim_memory, tmp_path):
     train(tiny_vit(), digits(24), tmp_path, save_strategy="epoch", trim_memory=trim_memory)
     with pytest.raises(ValueError, match="was written without trim_scope='dataset'"):
-        train(tiny_vit(), digits(24), tmp_path / "b", trim_scope="dataset", resume=str(tmp_path / "checkpoint-3"))
+        train(tiny_vit(), digits(24), tmp_path / "b", **SCOPE, resume=str(tmp_path / "checkpoint-3"))
 
 
 def test_nothing_left_out_is_plain_training(tmp_path):
@@ -243,9 +243,9 @@ def test_data_of_one_mini_batch_are_refused(tmp_path):
 
 @pytest.mark.parametrize("changed", [{"num_train_epochs": 6}, {"trim_keep_end": 0.6}])
 def test_resuming_with_other_epochs_is_refused(changed, tmp_path):
-    train(tiny_vit(), digits(24), tmp_path, save_strategy="epoch", **{**SCOPE, "num_train_epochs": 2})
-    with pytest.raises(ValueError, match=r"is of a training whose epochs have \[24, 8\] samples"):
-        options = {**SCOPE, "num_train_epochs": 2, **changed}
+    train(tiny_vit(), digits(24), tmp_path, save_strategy="epoch", **{**SCOPE, "num_train_epochs": 3})
+    with pytest.raises(ValueError, match=r"is of a training whose epochs have \[24, 8, 24\] samples"):
+        options = {**SCOPE, "num_train_epochs": 3, **changed}
         train(tiny_vit(), digits(24), tmp_path / "b", resume=str(tmp_path / "checkpoint-3"), **options)
 
 

@@ -63,9 +63,9 @@ def test_processes_choose_the_same_samples_of_the_data_set(together):
     first, second = (json.loads((together / f"dataset-{rank}.json").read_text()) for rank in (0, 1))
     assert first == second
     # Mini-batches of 16 for both; a whole epoch is filled up with the first samples.
-    assert [len(drawn) for drawn in first["drawn"]] == [REMEMBERED_ROWS, 32, 16, 16]
-    assert first["steps"] == 3 + 2 + 1 + 1
-    assert sum(first["seen"]) == 48 + 32 + 16 + 16
+    assert [len(drawn) for drawn in first["drawn"]] == [REMEMBERED_ROWS, 32, 16, REMEMBERED_ROWS]
+    assert first["steps"] == 3 + 2 + 1 + 3
+    assert sum(first["seen"]) == 48 + 32 + 16 + 48
 
 
 def test_when_processes_tell_each_other_does_not_matter(together):
