@@ -35,8 +35,8 @@ WHOLE_LAST = 0.2  # share of the epochs, at the end, in which all samples are tr
 def dataset_fractions(start: float, end: float, num_epochs: int) -> list[float]:
     """
     The fraction p of the data set in each epoch. The first epoch is whole, since no losses are known before, and so is
-    the last fifth of the epochs, as at the end of InfoBatch (Qin et al., arXiv 2303.04947). It is one epoch at least, in
-    which the easy samples come once more.
+    the last fifth of the epochs, as at the end of InfoBatch (Qin et al., arXiv 2303.04947). It is one epoch at least,
+    in which the easy samples come once more.
 
     Args:
         start (`float`): `trim_keep_start`.
