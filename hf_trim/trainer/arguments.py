@@ -39,7 +39,8 @@ class TrimmingConfig:
         trim_skip_hardest (`float`, *optional*, defaults to 0.0):
             Share of the hardest items of each mini-batch that is left out as suspect, where labels may be wrong; with
             every schedule. The kept items then are the next ones. (DORO, Zhai et al., arXiv 2106.06142; adaptive-k,
-            arXiv 2203.14165.)
+            arXiv 2203.14165.) Only for long trainings: as long as a model has learnt little, the hardest items are not
+            the mislabelled ones but what is to be learnt.
         trim_select (`str`, *optional*, defaults to `"hardest"`):
             `"hardest"` keeps the highest losses, `"random"` a random subset of the same size (a control), `"none"`
             trains without trimming, with the same logs.
