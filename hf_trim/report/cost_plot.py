@@ -6,6 +6,7 @@ what is above the black point (shorter plain training) is worse than simply to t
 """
 
 import math
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from hf_trim.run.records import metric_name
 
 
 COLUMNS = 4
+NO_BREAK = "\N{NO-BREAK SPACE}"
 
 
 def plot_costs(groups: dict[str, list[dict]], path: Path) -> bool:
@@ -48,7 +50,8 @@ def plot_costs(groups: dict[str, list[dict]], path: Path) -> bool:
             if arm.arm == "plain":
                 axes.axhline(arm.mean, color=COLORS["plain"], ls=":", lw=1)
         scale_values(axes)
-        axes.set_title(title.replace(", ", "\n", 1), fontsize=9)
+        parts = title.replace(" ", NO_BREAK).replace("," + NO_BREAK, ", ")  # lines end where a setting does
+        axes.set_title(textwrap.fill(parts, 40, break_on_hyphens=False), fontsize=9)
         axes.set_xlim(min(costs) - 5, max(costs) + 5)  # the same in all, so that one look compares them
         axes.set(xlabel="cost, % of plain training", ylabel=TITLES[metric_name(groups[title][0])])
     figure.legend(list(points.values()), list(points), loc="outside lower center", ncols=2 * columns)

@@ -3,6 +3,7 @@
 import csv
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from hf_trim.files import write_json
 from hf_trim.report import group, notes, summarize, table_rows
@@ -96,10 +97,14 @@ def test_the_plot_has_a_point_for_each_arm_with_a_cost(tmp_path, monkeypatch):
     monkeypatch.setattr("hf_trim.report.cost_plot.save_figure", lambda figure, path: drawn.append(figure))
     older = {"older": [record("plain", seed, 5.0) for seed in range(2)]}
     assert not plot_costs(older, tmp_path / "a.png") and not drawn
-    groups = {f"recipe {n}, label_noise 0.2": comparison(adaptive=float(n), short=1.0) for n in range(5)}
+    title = "recipe {}, label_noise 0.2, max_train_samples 2000, num_train_epochs 10"
+    groups = {title.format(n): comparison(adaptive=float(n), short=1.0) for n in range(5)}
     assert plot_costs({**groups, **older}, tmp_path / "a.png")
     (figure,) = drawn
     assert len(figure.axes) == 5
+    FigureCanvasAgg(figure).draw()
+    for axes in figure.axes:  # a long title is not cut off, and does not run into the next one
+        assert axes.title.get_window_extent().width < figure.bbox.width / 4
     points = [(float(x), float(y)) for line in figure.axes[2].lines for x, y in [line.get_xydata()[0]]]
     assert {(round(x), round(y, 1)) for x, y in points} >= {(100, 12.5), (80, 14.5), (80, 13.5)}
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["plain", "adaptive", "short"]
