@@ -21,12 +21,13 @@ ROOT = Path(__file__).parents[2]
 READMES = (ROOT / "README.md", ROOT / "recipes" / "README.md")
 RESULTS = ROOT / "recipes" / "results"
 PICTURE = RESULTS / "battery.png"
-TABLE = re.compile(r"(<!-- report: (.+?) \| (.+?) -->\n\n)((?:\|.*\n)*)")
+TABLE = re.compile(r"(<!-- report: (.+?) \| (.+?) -->\n\n)\n*(?:\|.*\n)*\n*")
 
 
 def make_again(text: str) -> str:
     """The text of a README, with the tables of the committed records."""
-    return TABLE.sub(lambda found: found[1] + _table(found[2].split(), found[3]), text)
+    # The blank line behind a table is its end: text would be shown as a row of it.
+    return TABLE.sub(lambda found: f"{found[1]}{_table(found[2].split(), found[3])}\n", text).rstrip("\n") + "\n"
 
 
 def draw(path: Path) -> None:
