@@ -3,16 +3,14 @@ The tables and the picture of the READMEs, from the records in `recipes/results`
 
 `python -m tests.support.readme_tables` makes them again. A table stands behind a comment that names its records
 and what it shows of them, e.g. `<!-- report: battery.json | verdicts -->`: `verdicts` or `all` (a row for each
-comparison), `paper` (the same with the paper's own numbers), or the title of one comparison.
+comparison), or the title of one comparison.
 """
 
 import re
 from pathlib import Path
 
-from hf_trim.messages import signed
 from hf_trim.report import find_records, group, markdown_table, table_rows
 from hf_trim.report.cost_plot import plot_costs
-from hf_trim.report.summary import PAPER
 from hf_trim.report.tables import overview_rows
 from hf_trim.report.verdict import verdict_rows
 
@@ -37,17 +35,8 @@ def draw(path: Path) -> None:
 
 def _table(names: list[str], shown: str) -> str:
     groups = group(find_records([str(RESULTS / name) for name in names]))
-    if shown == "paper":
-        head, rows = overview_rows(groups)
-        return markdown_table(head, rows + [_paper_row(recipe, len(head)) for recipe in PAPER])
     made = {"all": overview_rows, "verdicts": verdict_rows}.get(shown)
     return markdown_table(*(made(groups) if made else table_rows(groups[shown])))
-
-
-def _paper_row(recipe: str, columns: int) -> list[str]:
-    plain, trimmed = PAPER[recipe]
-    row = [f"{recipe} (paper)", "10", f"{plain:.2f}", f"{trimmed:.2f}; 60 %; {signed(trimmed - plain)}"]
-    return row + ["–"] * (columns - len(row))
 
 
 if __name__ == "__main__":
