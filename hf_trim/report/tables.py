@@ -77,10 +77,15 @@ def overview_rows(groups: dict[str, list[dict]]) -> tuple[list[str], list[list[s
         rows.append(row)
         recipe = records[0].get("recipe")
         if recipe in PAPER:
-            plain, trimmed = PAPER[recipe]
-            paper = {"plain": f"{plain:.2f}", "trimmed": f"{trimmed:.2f}; 60 %; {signed(trimmed - plain)}"}
-            rows.append([f"{title} (paper)", "10", *(paper.get(arm, "–") for arm in arms)])
+            rows.append([f"{title} (paper)", *paper_cells(recipe, arms)])
     return head, rows
+
+
+def paper_cells(recipe: str, arms: list[str]) -> list[str]:
+    """The numbers of the paper's Table 1 for a recipe of it, as the cells of a row of [`overview_rows`]."""
+    plain, trimmed = PAPER[recipe]
+    cells = {"plain": f"{plain:.2f}", "trimmed": f"{trimmed:.2f}; 60 %; {signed(trimmed - plain)}"}
+    return ["10", *(cells.get(arm, "–") for arm in arms)]
 
 
 def _format_all(summary: Summary) -> str:
