@@ -214,7 +214,7 @@ def trimmed_linear_cross_entropy(
     target = target.flatten()
     valid, is_free = target != ignore_index, waiting.reads_freely(hidden.device)
     num_valid = waiting.Later(valid.sum())
-    head = LMHead(weight, keep == 1 or select == "none", None if is_free else num_valid)
+    head = LMHead(weight, 1.0 if select == "none" else keep, None if is_free else num_valid)
     logits = LazyLogits(hidden.flatten(0, -2), weight, bias, head=head)
     losses = logits.score(target, ignore_index=ignore_index, label_smoothing=label_smoothing)
     not_finite, factor = ~losses.isfinite(), losses.new_ones(())

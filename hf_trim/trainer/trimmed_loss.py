@@ -62,6 +62,7 @@ class TrimmedLossMixin(DatasetScopeMixin):
         self._has_loss = False  # whether `compute_loss` was called in it
         self._per_sample: bool | None = None  # whether items are samples, as the last mini-batch showed
         self._is_replay_known = False  # whether the second pass of a replay was compared with the first
+        self._kept_share: Later | None = None  # of the last mini-batch's items
         self._known_divisor: list[bool] = []  # whether a compiled model divides its loss by the number of labels
         self._is_bounded = False  # whether a token with a label in the loss is one with a label in the mini-batch
         self._masses, self._timing = MassHistory(), BackwardTiming()
@@ -187,6 +188,8 @@ class TrimmedLossMixin(DatasetScopeMixin):
                 "trim_memory=False train without trimming."
             )
         self._note(trim, batch, choose(assumed if batch.per_sample is None else batch.per_sample))
+        if head is not None and batch.logged is not None:
+            self._kept_share = Later(batch.logged[0] / batch.logged[1])
         if batch.process_group is not None and self._number + 1 == len(self._step_inputs):
             for _ in range(self._num_batches - len(self._step_inputs)):  # others have more of them in this step
                 batch.join_without_items()
@@ -282,7 +285,8 @@ class TrimmedLossMixin(DatasetScopeMixin):
         num_labels = None
         if self._is_bounded and labels is not None and not waiting.reads_freely(labels.device):
             num_labels = Later(labels.ne(IGNORE_INDEX).sum())
-        return LMHead(module.weight, keep == 1, num_labels)
+        share = self._kept_share if trim.is_adaptive else None  # it is at most p
+        return LMHead(module.weight, keep if share is None else min(keep, share.read()), num_labels)
 
     def _fused_loss(self) -> str | None:
         """The `loss_type` of TRL's `SFTTrainer`, whose models return log-probabilities of the labels."""

@@ -195,6 +195,7 @@ KINDS = {
     "tokens, whole logits": ("llama", {**KEEP_HALF, "trim_backward": "dense"}),
     "tokens, chunked head": ("llama", KEEP_HALF),
     "tokens, chunked head, p = 1": ("llama", {}),
+    "most tokens, chunked head": ("llama", {"trim_keep_start": 0.9, "trim_keep_end": 0.9}),
     "texts, chunked head, sparse": ("llama", {**KEEP_HALF, "trim_unit": "sample", "trim_backward": "sparse"}),
     "texts, experts, sparse": ("mixtral", {**KEEP_HALF, "trim_unit": "sample", "trim_backward": "sparse"}),
     "adaptive, samples, dense": ("vit", {**ADAPTIVE, "trim_backward": "dense"}),
@@ -215,7 +216,8 @@ KINDS = {
 # Waits of a mini-batch beside those of plain Trainer: there the losses decide how many rows the backward pass has, or
 # the experts which tokens of kept texts each gets.
 EXPECTED = {
-    "adaptive, samples, sparse": 1, "adaptive, tokens, chunked head": 1, "NaN dropped": 1, "texts, experts, sparse": 3,
+    "adaptive, samples, sparse": 1, "adaptive, tokens, chunked head": 1, "most tokens, chunked head": 3, "NaN dropped": 1,
+    "texts, experts, sparse": 3,
 }  # fmt: skip
 
 

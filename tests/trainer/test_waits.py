@@ -88,6 +88,8 @@ SAME = {
     "the hardest left out": ("token-classification", {"trim_skip_hardest": 0.2}),
     "adaptive": ("llama", {"trim_schedule": "adaptive", "trim_mass": 0.7}),
     "adaptive, samples": ("question-answering", {"trim_schedule": "adaptive", "trim_mass": 0.7}),
+    "most tokens": ("llama", {"trim_keep_start": 0.9, "trim_keep_end": 0.9}),
+    "adaptive, most texts": ("llama", {"trim_schedule": "adaptive", "trim_mass": 0.97, "trim_unit": "sample"}),
     "replay": ("question-answering", {"trim_backward": "replay"}),
     "everything": ("llama", {"trim_keep_start": 1.0, "trim_keep_end": 0.9}),
     "everything, whole logits": (
