@@ -216,8 +216,8 @@ KINDS = {
 # Waits of a mini-batch beside those of plain Trainer: there the losses decide how many rows the backward pass has, or
 # the experts which tokens of kept texts each gets.
 EXPECTED = {
-    "adaptive, samples, sparse": 1, "adaptive, tokens, chunked head": 1, "most tokens, chunked head": 3, "NaN dropped": 1,
-    "texts, experts, sparse": 3,
+    "adaptive, samples, sparse": 1, "adaptive, tokens, chunked head": 1, "NaN dropped": 1,
+    "most tokens, chunked head": 3, "texts, experts, sparse": 3,
 }  # fmt: skip
 
 
