@@ -4,16 +4,16 @@ Statistics of a comparison: mean over the seeds, and paired differences from pla
 Records of runs (one per arm and seed) → one [`Summary`] per arm.
 """
 
+import math
 import statistics
 from typing import NamedTuple
 
-import numpy as np
-from scipy.stats import bootstrap
+from scipy.stats import t
 
 from hf_trim.run.records import ARMS, UNITS, cost_of, metric_name, test_score
 
 
-MIN_SEEDS = 5  # with fewer, a bootstrap interval is not more than the range of the differences
+MIN_SEEDS = 5  # with fewer, an interval is so wide that it says nothing
 TITLES = {metric: f"test {metric}{unit}" for metric, unit in UNITS.items()}
 # Test error in percent without and with trimming, mean of 10 runs (arXiv 2110.13058, Table 1).
 PAPER = {
@@ -33,7 +33,7 @@ class Difference(NamedTuple):
     Args:
         mean (`float`): Mean of the paired differences of the metric, in percentage points for errors.
         pairs (`int`): Number of seeds that both arms have.
-        interval (`tuple[float, float]` or `None`): 95 % bootstrap interval of that mean; needs `MIN_SEEDS` pairs.
+        interval (`tuple[float, float]` or `None`): 95 % interval (Student's) of that mean; needs `MIN_SEEDS` pairs.
         span (`tuple[float, float]` or `None`): Lowest and highest of the differences; needs two pairs.
         wins (`int`): Number of seeds with a lower value than the other arm's.
     """
@@ -166,8 +166,8 @@ def _mean_of(field: str, runs: dict[int, dict]) -> float | None:
 
 def paired_interval(differences: list[float], confidence: float = 0.95) -> tuple[float, float] | None:
     """
-    Percentile bootstrap interval of a mean of paired differences. With few seeds it is too narrow rather than too
-    wide; a test of significance could not tell anything with so few.
+    Student's interval of a mean of paired differences. (With 5 seeds a percentile bootstrap of 95 % holds the true mean
+    in 84 % of the cases only.)
 
     Args:
         differences (`list[float]`): One difference per seed.
@@ -178,8 +178,6 @@ def paired_interval(differences: list[float], confidence: float = 0.95) -> tuple
     """
     if len(differences) < 2:
         return None
-    # A fixed seed: the same records give the same table.
-    interval = bootstrap(
-        (differences,), np.mean, confidence_level=confidence, method="percentile", rng=np.random.default_rng(0)
-    ).confidence_interval
-    return float(interval.low), float(interval.high)
+    number, mean = len(differences), statistics.mean(differences)
+    half = float(t.ppf((1 + confidence) / 2, number - 1)) * statistics.stdev(differences) / math.sqrt(number)
+    return mean - half, mean + half

@@ -62,7 +62,8 @@ def _beats(arm: Summary, short: Summary) -> bool:
 
 
 def _at_cost(arm: Summary) -> str:
-    return "" if arm.cost is None else f", at {format_cost(arm)} of its cost"
+    cost = "" if arm.cost is None else f", at {format_cost(arm)} of its cost"
+    return cost if arm.speedup is None else f"{cost}, {arm.speedup:.2f}× as fast"
 
 
 def verdict_rows(groups: dict[str, list[dict]]) -> tuple[list[str], list[list[str]]]:

@@ -283,7 +283,7 @@ def report(rows: list[dict]) -> str:
         rows (`list[dict]`): The rows of all tasks.
 
     Returns:
-        `str`: A table of the arms, and what follows for each rule. Round brackets are the bootstrap interval of 95 %,
+        `str`: A table of the arms, and what follows for each rule. Round brackets are the interval of 95 %,
             below which chance lies; with fewer seeds than it needs, square ones are the range.
     """
     tasks: dict[str, list[dict]] = {}
