@@ -21,6 +21,8 @@ def notes(records: list[dict]) -> list[str]:
 
 
 def _note_seeds(summaries: list[Summary]) -> list[str]:
+    if all(summary.arm != "plain" for summary in summaries):
+        return ["There is no plain training among the runs to compare with: add the arm plain."]
     counts = {summary.to_plain.pairs for summary in summaries if summary.to_plain is not None}
     pairs = sorted(count for count in counts if count < MIN_SEEDS)
     if not pairs:

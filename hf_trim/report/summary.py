@@ -166,8 +166,8 @@ def _mean_of(field: str, runs: dict[int, dict]) -> float | None:
 
 def paired_interval(differences: list[float], confidence: float = 0.95) -> tuple[float, float] | None:
     """
-    Student's interval of a mean of paired differences. (With 5 seeds a percentile bootstrap of 95 % holds the true mean
-    in 84 % of the cases only.)
+    Student's interval of a mean of paired differences. (With 5 seeds the percentile bootstrap of 95 % would hold the
+    true mean in 84 % of the cases only.)
 
     Args:
         differences (`list[float]`): One difference per seed.

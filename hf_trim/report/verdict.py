@@ -33,6 +33,8 @@ def verdict(summaries: list[Summary]) -> str:
     Returns:
         `str`: Which arm to take, and why.
     """
+    if all(arm.arm != "plain" for arm in summaries):
+        return "no plain training to compare with: no verdict"
     compared = [(arm, arm.to_plain) for arm in summaries if arm.to_plain is not None and arm.to_plain.interval]
     if not compared:
         return f"fewer than {MIN_SEEDS} seeds: no verdict"

@@ -148,8 +148,12 @@ def read_records(path: Path) -> list[dict]:
                 raise ValueError(f"{path} has a run of an arm '{record['arm']}': there are {', '.join(ARMS)}.")
     except FileNotFoundError:
         return []
-    except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is no record of a finished run ({error!r}).") from None
+    except KeyError as error:
+        raise ValueError(f"{path} is no record of a finished run: it has no {error}.") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is no record of a finished run, but broken, or no JSON: {error}.") from None
+    except (TypeError, AttributeError):
+        raise ValueError(f"{path} is no record of a finished run: it holds something else.") from None
     return records
 
 

@@ -109,7 +109,11 @@ def test_records_are_found_once_and_broken_ones_named(tmp_path, capsys):
     assert "no records in" in capsys.readouterr().err
     (tmp_path / "b.json").write_text(json.dumps([{"arm": "plain"}]))
     assert main([str(tmp_path)]) == 2
-    assert "b.json is no record of a finished run" in capsys.readouterr().err
+    assert "b.json is no record of a finished run: it has no 'seed'." in capsys.readouterr().err
+    for content, wrong in (("[", "but broken, or no JSON: Expecting value"), ("[1]", "it holds something else")):
+        (tmp_path / "b.json").write_text(content)
+        assert main([str(tmp_path)]) == 2
+        assert wrong in " ".join(capsys.readouterr().err.split())
     write_json(tmp_path / "b.json", [record("trimmmed", 1, 5.0)])
     assert main([str(tmp_path)]) == 2
     assert "b.json has a run of an arm 'trimmmed': there are plain, trimmed," in capsys.readouterr().err
@@ -174,6 +178,7 @@ def test_tables_are_no_wider_than_the_terminal(width, monkeypatch, capsys):
     noisy = [{**run, "settings": settings} for run in records]
     print_report(group(records + noisy))
     lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("fashion-mn") for line in lines) == 4  # titles, and names of rows of the last table
     assert max(map(len, lines)) <= width
     assert any("speed-up" in line for line in lines)
     assert any("train time" in line for line in lines) == (width == 200)

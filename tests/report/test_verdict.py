@@ -55,6 +55,9 @@ def test_verdicts_are_what_the_numbers_say(errors, said):
 def test_without_enough_seeds_or_savings_there_is_no_such_verdict():
     assert verdict_of(comparison(seeds=4, adaptive=0.0)) == "fewer than 5 seeds: no verdict"
     assert not [note for note in notes(comparison(seeds=4, adaptive=0.0)) if "Verdict" in note]
+    alone = [{**run, "arm": "trimmed"} for run in comparison()]
+    assert verdict_of(alone) == "no plain training to compare with: no verdict"
+    assert notes(alone) == ["There is no plain training among the runs to compare with: add the arm plain."]
     same_cost = dict.fromkeys(COSTS, 1.0)
     assert verdict_of(comparison(costs=same_cost, adaptive=0.0)).startswith("take plain")
     older = [{key: value for key, value in run.items() if "passes" not in key} for run in comparison(adaptive=0.0)]
