@@ -202,7 +202,8 @@ def trimmed_linear_cross_entropy(
 
     Raises:
         `ValueError`: If an argument is out of its range, shapes do not match, or a loss is not finite. On a GPU the
-            result is NaN then, see [`trimmed_mean`]; the host waits once, for the number of targets.
+            result is NaN then, see [`trimmed_mean`]; the host waits once, for the number of targets, and with a `keep`
+            above 0.8 and below 1 in the backward pass, too.
     """
     check_choice("select", select, SELECT_CHOICES)
     _check_keep(keep)
