@@ -231,15 +231,17 @@ class LazyLogits(Tensor):
         is_bounded = self._is_bounded and (ready is None or self.head.keep == 1)
         found = places(counts, self.most_labels if is_bounded else None)
         kept, counts = kept[found], counts[found] if is_bounded else None
-        if ready is not None and len(ready[0]) == len(kept):
-            return kept, ready[2]
-        if ready is not None and not is_bounded:
-            others = (self.options["target"] != self.options["ignore_index"]).index_fill(0, kept, False)
-            others = others.nonzero().flatten()
-            if len(others) < len(kept) and ready[1]:  # where a loss is infinite, so are the gradients of all
-                d_hidden, *sums = ready[2]
-                _, _, *sums = self._compute(others, True, None, less=sums)
-                return kept, [d_hidden[torch.searchsorted(ready[0], kept)], *sums]
+        if ready is not None:
+            labelled, is_finite, gradients = ready
+            if len(labelled) == len(kept):
+                return kept, gradients
+            if not is_bounded and is_finite:  # an infinite loss spoils the sums over all tokens
+                has_label = self.options["target"] != self.options["ignore_index"]
+                others = places(has_label.index_fill(0, kept, False), None)
+                if len(others) < len(kept):
+                    d_hidden, *sums = gradients
+                    _, _, *sums = self._compute(others, True, None, less=sums)
+                    return kept, [d_hidden[torch.searchsorted(labelled, kept)], *sums]
         _, *gradients = self._compute(kept, True, counts)
         return kept, gradients
 
