@@ -264,7 +264,7 @@ class TrimmingMixin(TrimmedLossMixin, PushMixin):
             logs.update(self._trimming_logs.take(self.accelerator, self.args.device, self.state.global_step))
         super().log(logs, start_time)
         if self.trim.trims and self.is_in_train:
-            self._notices.tell_harm(self.state.log_history, self.args, self.trim)
+            self._notices.tell_harm(self.state, self.args, self.trim)
 
 
 class TrimmingTrainer(TrimmingMixin, Trainer):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import TrainerState
 
 from hf_trim import TrimmingArguments
 from hf_trim.trainer.guard import evaluates_worse, unlearns
@@ -59,10 +60,14 @@ def test_a_recipe_calls_its_evaluations_by_their_split(caplog):
     notices = Notices()
     history = [{"keep_fraction": 1.0}, {"eval_error": 5.0}, {"keep_fraction": 0.2}, {"eval_error": 9.0}]
     args = TrimmingArguments("unused", metric_for_best_model="error", greater_is_better=False, use_cpu=True)
-    notices.tell_harm(history, args, args)
+    state = TrainerState(log_history=history, global_step=4, max_steps=10)
+    notices.tell_harm(state, args, args)
+    assert not caplog.text  # the first evaluations say little
+    state.global_step = 5
+    notices.tell_harm(state, args, args)
     assert "eval_error was 5 when p was 1.00" in caplog.text
     notices.eval_name = "validation"
-    notices.tell_harm(history, args, args)
+    notices.tell_harm(state, args, args)
     assert "validation_error was 5 when p was 1.00, and is 9 at p = 0.20" in caplog.text
 
 
