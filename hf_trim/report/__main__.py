@@ -17,7 +17,7 @@ def main(argv: list[str] | None = None) -> int:
         argv (`list[str]`, *optional*): Arguments; the default is `sys.argv[1:]`.
 
     Returns:
-        `int`: Exit status: 0, or 2 if there are no records.
+        `int`: Exit status: 0, or 2 if there are no records, or the output cannot be written.
     """
     parser = argparse.ArgumentParser("python -m hf_trim.report", description="Tables and plots of finished runs.")
     parser.add_argument("runs", nargs="+", help="Folders that --compare wrote, or JSON files of records.")
@@ -31,7 +31,11 @@ def main(argv: list[str] | None = None) -> int:
     groups = group(records)
     print_report(groups)
     if args.output:
-        write_report(groups, Path(args.output))
+        try:
+            write_report(groups, Path(args.output))
+        except OSError as error:
+            print_error(f"cannot write the report to {args.output}: {error}. Give another --output.")
+            return 2
         print(f"Written to {args.output}.")
     return 0
 

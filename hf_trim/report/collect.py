@@ -23,7 +23,7 @@ def find_records(paths: list[str]) -> list[dict]:
         `list[dict]`: All records, without repetitions, in a fixed order.
 
     Raises:
-        `ValueError`: If there is none, or a file is broken.
+        `ValueError`: If there is none, a file is broken, or two files have different records of the same run.
     """
     files: list[Path] = []
     for path in map(Path, paths):
@@ -38,8 +38,16 @@ def find_records(paths: list[str]) -> list[dict]:
             files.append(path)
         else:
             raise ValueError(f"there is no file or folder {path}: give folders of comparisons, or files of records.")
-    # A run that occurs in several files counts once.
-    records = {_record_key(record): record for file in files for record in read_records(file)}
+    records: dict[tuple, dict] = {}
+    origins: dict[tuple, Path] = {}
+    for file in files:
+        for record in read_records(file):
+            key = _record_key(record)
+            # A run that occurs in several files counts once.
+            if records.setdefault(key, record) != record:
+                run = f"{record.get('recipe', '')}, {record['arm']}, seed {record['seed']}"
+                raise ValueError(f"{origins[key]} and {file} have different records of {run}: give one of them.")
+            origins.setdefault(key, file)
     if not records:
         raise ValueError(f"no records in {', '.join(paths)}: `python -m hf_trim.run RECIPE --compare` makes some.")
     return [records[key] for key in sorted(records)]

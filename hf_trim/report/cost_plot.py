@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from hf_trim.plotting import save_figure, scale_values
 from hf_trim.report.plots import COLORS
-from hf_trim.report.summary import TITLES, summarize
+from hf_trim.report.summary import ARMS, TITLES, summarize
 from hf_trim.run.records import metric_name
 
 
@@ -46,12 +46,11 @@ def plot_costs(groups: dict[str, list[dict]], path: Path) -> bool:
         axes = figure.add_subplot(rows, columns, number)
         for arm in arms:
             error = None if arm.sd is None else arm.sd / math.sqrt(arm.runs)
-            is_plain = arm.arm == "plain"
-            size = 10 if is_plain else 6  # other arms may be on top of it
+            size = 12 - 1.4 * ARMS.index(arm.arm)  # of arms with the same values all are seen
             points[arm.arm] = axes.errorbar(
                 100 * (arm.cost or 0), arm.mean, error, fmt="o", ms=size, color=COLORS[arm.arm]
             )
-            if is_plain:
+            if arm.arm == "plain":
                 axes.axhline(arm.mean, color=COLORS["plain"], ls=":", lw=1)
         scale_values(axes)
         parts = title.replace(" ", NO_BREAK).replace("," + NO_BREAK, ", ")  # lines end where a setting does

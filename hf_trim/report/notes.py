@@ -4,6 +4,8 @@ What a reader of a table must know beside it: what so few seeds can show, and wh
 Records of runs of one recipe → sentences.
 """
 
+import math
+
 from hf_trim.report.summary import MIN_SEEDS, Summary, summarize
 from hf_trim.report.verdict import verdict
 
@@ -17,7 +19,29 @@ def notes(records: list[dict]) -> list[str]:
         `list[str]`: Sentences to stand below their table; warnings begin with "Warning".
     """
     summaries = summarize(records)
-    return [*_note_seeds(summaries), *_note_majority(summaries), *_note_verdict(summaries)]
+    lines = [*_note_missing(records), *_note_failures(summaries), *_note_seeds(summaries)]
+    return [*lines, *_note_majority(summaries), *_note_verdict(summaries)]
+
+
+def _note_missing(records: list[dict]) -> list[str]:
+    seeds_of: dict[str, set[int]] = {}
+    for record in records:
+        seeds_of.setdefault(record["arm"], set()).add(record["seed"])
+    every = set().union(*seeds_of.values())
+    lacking = [
+        f"{arm} lacks {', '.join(map(str, sorted(every - seeds)))}" for arm, seeds in seeds_of.items() if every - seeds
+    ]
+    if not lacking:
+        return []
+    return [
+        f"Warning: not all arms have the same seeds ({'; '.join(lacking)}), so their means are of different seeds. "
+        "Differences, costs and speed-ups are those of the seeds that two arms share."
+    ]
+
+
+def _note_failures(summaries: list[Summary]) -> list[str]:
+    failed = [summary.arm for summary in summaries if not math.isfinite(summary.mean)]
+    return [f"Warning: with a training that ended in NaN or infinity: {', '.join(failed)}."] if failed else []
 
 
 def _note_seeds(summaries: list[Summary]) -> list[str]:

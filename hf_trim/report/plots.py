@@ -21,7 +21,8 @@ COLORS = {"plain": "tab:gray", "trimmed": "tab:red", "adaptive": "tab:green", "r
 def plot(records: list[dict], path: Path, title: str) -> None:
     """
     Three plots: the metric of each arm (mean, and the span of the seeds) and p of the trimmed one over the epochs; the
-    metric over the seconds of training; and the differences from the plain arm, seed by seed.
+    metric over the seconds of training, for arms that have the times of all runs; and the differences from the plain
+    arm, seed by seed.
 
     Args:
         records (`list[dict]`): Records of finished runs, of one recipe.
@@ -44,10 +45,12 @@ def plot(records: list[dict], path: Path, title: str) -> None:
         scale_values(axes)
         axes.set(xlabel=label, ylabel=f"{split} {metric}{UNITS[metric]}")
     _plot_fractions(epochs, runs_of["trimmed"])
-    epochs.legend()
-    seconds.set_visible(bool(seconds.lines))  # older records do not say how long each epoch took
+    if not seconds.lines:  # older records do not say how long each epoch took, and disturbed ones have no time
+        seconds.text(0.5, 0.5, "no arm has the times of all its runs", ha="center", transform=seconds.transAxes)
     _plot_differences(seeds, runs_of)
     seeds.set(xlabel="seed", ylabel=f"{TITLES[metric]}, difference to plain")
+    # Below the plots, where it hides no point; arms have the same colour in all three.
+    figure.legend(*epochs.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     save_figure(figure, path)
 
 
@@ -61,7 +64,8 @@ def _plot_curves(epochs: Axes, seconds: Axes, runs: list[dict], key: str, arm: s
     label = f"{arm} ({len(runs)} run{'s' if len(runs) > 1 else ''})"
     means = [statistics.mean(v) for v in values]
     marker = "o" if len(shared) == 1 else None  # a line of one point is not seen
-    epochs.plot(shared, means, color=COLORS[arm], label=label, marker=marker)
+    width = 4 if arm == "plain" else 1.5  # shorter plain training may be the same, and would hide it
+    epochs.plot(shared, means, color=COLORS[arm], label=label, marker=marker, lw=width)
     epochs.fill_between(shared, list(map(min, values)), list(map(max, values)), color=COLORS[arm], alpha=0.15, lw=0)
     clocks = [
         {entry["epoch"]: entry["train_seconds"] for entry in run["history"] if "train_seconds" in entry}
@@ -83,8 +87,8 @@ def _plot_fractions(epochs: Axes, trimmed: list[dict]) -> None:
     if steps:
         fractions = epochs.twinx()
         fractions.plot(*zip(*steps, strict=True), color="black", ls=":", drawstyle="steps-pre")
-        fractions.set(ylabel="kept fraction p", ylim=(0, 1.05))
-        epochs.plot([], [], color="black", ls=":", label="kept fraction p (right)")  # for the legend
+        fractions.set(ylabel="p of trimmed", ylim=(0, 1.05))
+        epochs.plot([], [], color="black", ls=":", label="p of trimmed (right)")  # for the legend
 
 
 def _plot_differences(seeds: Axes, runs_of: dict[str, list[dict]]) -> None:
@@ -95,7 +99,6 @@ def _plot_differences(seeds: Axes, runs_of: dict[str, list[dict]]) -> None:
             (run["seed"] + shift, test_score(run) - plain[run["seed"]]) for run in runs_of[arm] if run["seed"] in plain
         ]
         if points:
-            seeds.plot(*zip(*points, strict=True), "o", color=COLORS[arm], label=arm)
-            seeds.legend()
+            seeds.plot(*zip(*points, strict=True), "o", color=COLORS[arm])
     seeds.xaxis.set_major_locator(MaxNLocator(integer=True))
     seeds.axhline(0, color=COLORS["plain"])

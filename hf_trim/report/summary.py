@@ -52,7 +52,7 @@ class Difference(NamedTuple):
     @property
     def is_higher(self) -> bool:
         """Whether it is higher beyond chance."""
-        return self.interval is not None and self.interval[0] > 0
+        return self.interval is not None and not self.interval[0] <= 0  # NaN is not better than plain, but worse
 
 
 class Summary(NamedTuple):
@@ -64,15 +64,18 @@ class Summary(NamedTuple):
         runs (`int`): Number of runs.
         metric (`str`): `"error"` or `"perplexity"`.
         mean (`float`): Its mean on the test split; of the error, in percent.
-        sd (`float` or `None`): Its standard deviation over the seeds; `None` for a single run.
+        sd (`float` or `None`): Its standard deviation over the seeds; `None` for a single run. With a run that ended
+            in NaN or infinity, mean, deviation and differences are no numbers either.
         to_plain ([`Difference`] or `None`): The difference from the plain arm; `None` for the plain arm.
         to_short ([`Difference`] or `None`): The difference from shorter plain training.
-        kept (`float` or `None`): The fraction p that was kept, on average over the training's logs.
+        kept (`float` or `None`): The fraction that was kept, on average over the training's logs; older records only
+            say what was asked for.
         cost (`float` or `None`): Forward and backward passes (a backward one counts twice) over those of plain
             training, mean of the seeds they share; `None` if the records do not have them.
         timed (`int`): Number of runs with a time: records have none (`null`) where other work disturbed the clock.
         seconds (`float` or `None`): Their mean seconds of training, without evaluation.
         speedup (`float` or `None`): The plain arm's seconds over this arm's, on the timed seeds they share.
+        speedup_seeds (`int`): The number of these seeds.
         speedup_span (`tuple[float, float]` or `None`): Lowest and highest speed-up of a seed; needs two pairs.
         macro_f1 (`float` or `None`): Mean of the macro-F1, which records of unbalanced classes have.
         majority_error (`float` or `None`): Test error in percent of always the most frequent class; `None` if the
@@ -91,6 +94,7 @@ class Summary(NamedTuple):
     timed: int
     seconds: float | None
     speedup: float | None
+    speedup_seeds: int
     speedup_span: tuple[float, float] | None
     macro_f1: float | None
     majority_error: float | None
@@ -112,7 +116,8 @@ def _summarize_arm(arm: str, runs: dict[int, dict], runs_of: dict[str, dict[int,
     """One arm's runs by seed, compared with those of others."""
     plain = runs_of["plain"]
     scores = [test_score(runs[seed]) for seed in sorted(runs)]
-    fractions = [log["keep_fraction"] for run in runs.values() for log in run["history"] if "keep_fraction" in log]
+    logs = [log for run in runs.values() for log in run["history"] if "keep_fraction" in log]
+    fractions = [log.get("kept_fraction", log["keep_fraction"]) for log in logs]
     costs = {seed: (cost_of(runs[seed]), cost_of(plain[seed])) for seed in sorted(runs.keys() & plain.keys())}
     ratios = [own / others for own, others in costs.values() if own is not None and others is not None]
     seconds = {seed: run["train_seconds"] for seed, run in sorted(runs.items()) if run["train_seconds"] is not None}
@@ -126,7 +131,7 @@ def _summarize_arm(arm: str, runs: dict[int, dict], runs_of: dict[str, dict[int,
         runs=len(runs),
         metric=metric_name(next(iter(runs.values()))),
         mean=statistics.mean(scores),
-        sd=statistics.stdev(scores) if len(scores) > 1 else None,
+        sd=_deviation(scores) if len(scores) > 1 else None,
         to_plain=_difference(runs, plain) if arm != "plain" else None,
         to_short=_difference(runs, runs_of["short"]) if arm != "short" else None,
         kept=statistics.mean(fractions) if fractions else None,
@@ -134,6 +139,7 @@ def _summarize_arm(arm: str, runs: dict[int, dict], runs_of: dict[str, dict[int,
         timed=len(seconds),
         seconds=statistics.mean(seconds.values()) if seconds else None,
         speedup=speedup,
+        speedup_seeds=len(speedups),
         speedup_span=_span(speedups),
         macro_f1=_mean_of("test_macro_f1", runs),
         majority_error=_mean_of("majority_error", runs),
@@ -152,6 +158,10 @@ def _difference(runs: dict[int, dict], others: dict[int, dict]) -> Difference | 
         span=_span(differences),
         wins=sum(difference < 0 for difference in differences),
     )
+
+
+def _deviation(values: list[float]) -> float:
+    return statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan  # `stdev` fails there
 
 
 def _span(values: list[float]) -> tuple[float, float] | None:
@@ -179,5 +189,5 @@ def paired_interval(differences: list[float], confidence: float = 0.95) -> tuple
     if len(differences) < 2:
         return None
     number, mean = len(differences), statistics.mean(differences)
-    half = float(t.ppf((1 + confidence) / 2, number - 1)) * statistics.stdev(differences) / math.sqrt(number)
+    half = float(t.ppf((1 + confidence) / 2, number - 1)) * _deviation(differences) / math.sqrt(number)
     return mean - half, mean + half

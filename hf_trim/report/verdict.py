@@ -10,8 +10,10 @@ The rule, with "beyond chance" for a 95 % interval that leaves out zero:
    more; another one only if it is better than that, or clearly cheaper; of several the cheapest.
 3. Else plain training.
 
+Arms are judged on the same seeds: one that has fewer than others is not, and that is said.
+
 e.g. adaptive at 80 % of the cost differs from plain by −0.1 (−0.4 … +0.2), and shorter plain training at the same cost
-by +0.9 (+0.5 … +1.3): "take adaptive: as plain within chance, at 80 % of its cost".
+by +0.9 (+0.5 … +1.3): "take adaptive: as plain within chance (−0.10, at worst +0.20), at 80 % of its cost".
 """
 
 from hf_trim.messages import signed
@@ -35,9 +37,18 @@ def verdict(summaries: list[Summary]) -> str:
     """
     if all(arm.arm != "plain" for arm in summaries):
         return "no plain training to compare with: no verdict"
-    compared = [(arm, arm.to_plain) for arm in summaries if arm.to_plain is not None and arm.to_plain.interval]
-    if not compared:
+    pairs = {arm.arm: arm.to_plain.pairs if arm.to_plain is not None else 0 for arm in summaries if arm.arm != "plain"}
+    most = max(pairs.values(), default=0)
+    if most < MIN_SEEDS:
         return f"fewer than {MIN_SEEDS} seeds: no verdict"
+    left = [arm for arm, count in pairs.items() if count < most]
+    left_out = f"; not judged, with fewer seeds: {', '.join(left)}" if left else ""
+    return _judge([arm for arm in summaries if arm.arm not in left]) + left_out
+
+
+def _judge(summaries: list[Summary]) -> str:
+    """The verdict on plain training and arms with as many seeds."""
+    compared = [(arm, arm.to_plain) for arm in summaries if arm.to_plain is not None and arm.to_plain.interval]
     better = [(arm, difference) for arm, difference in compared if difference.is_lower]
     if better:
         best, difference = min(better, key=lambda pair: pair[1].mean)
@@ -54,7 +65,8 @@ def verdict(summaries: list[Summary]) -> str:
     short = same.pop("short", None)
     worthy = [pair for pair in same.values() if short is None or _beats(pair[0], short[0])]
     best, difference = min(worthy, key=lambda pair: pair[0].cost or 0.0) if worthy or short is None else short
-    return f"take {best.arm}: as plain within chance ({signed(difference.mean)}){_at_cost(best)}"
+    worst = signed((difference.interval or (0.0, 0.0))[1])
+    return f"take {best.arm}: as plain within chance ({signed(difference.mean)}, at worst {worst}){_at_cost(best)}"
 
 
 def _beats(arm: Summary, short: Summary) -> bool:
@@ -65,7 +77,10 @@ def _beats(arm: Summary, short: Summary) -> bool:
 
 def _at_cost(arm: Summary) -> str:
     cost = "" if arm.cost is None else f", at {format_cost(arm)} of its cost"
-    return cost if arm.speedup is None else f"{cost}, {arm.speedup:.2f}× as fast"
+    if arm.speedup is None:
+        return cost
+    some = "" if arm.speedup_seeds == arm.runs else f" ({arm.speedup_seeds} of {arm.runs} seeds timed)"
+    return f"{cost}, {arm.speedup:.2f}× as fast{some}"
 
 
 def verdict_rows(groups: dict[str, list[dict]]) -> tuple[list[str], list[list[str]]]:
@@ -78,7 +93,7 @@ def verdict_rows(groups: dict[str, list[dict]]) -> tuple[list[str], list[list[st
     """
     metrics = {TITLES[metric_name(records[0])] for records in groups.values()}
     head = ["runs of", "seeds", f"plain, {' or '.join(sorted(metrics))}"]
-    head += [f"{arm}; cost; difference to plain" for arm in SHOWN]
+    head += [f"{arm}; cost, speed-up; difference to plain" for arm in SHOWN]
     head += ["adaptive to short", "verdict"]
     rows = []
     for title, records in groups.items():
@@ -95,4 +110,5 @@ def verdict_rows(groups: dict[str, list[dict]]) -> tuple[list[str], list[list[st
 def _describe(arm: Summary | None) -> str:
     if arm is None:
         return "–"
-    return f"{format_number(arm.mean)}; {format_cost(arm)}; {format_difference(arm.to_plain)}"
+    speedup = "" if arm.speedup is None else f", {arm.speedup:.2f}×"
+    return f"{format_number(arm.mean)}; {format_cost(arm)}{speedup}; {format_difference(arm.to_plain)}"

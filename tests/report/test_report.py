@@ -114,6 +114,12 @@ def test_records_are_found_once_and_broken_ones_named(tmp_path, capsys):
         (tmp_path / "b.json").write_text(content)
         assert main([str(tmp_path)]) == 2
         assert wrong in " ".join(capsys.readouterr().err.split())
+    write_json(tmp_path / "b.json", [record("trimmed", 1, 9.0)])
+    assert main([str(tmp_path)]) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert "a.json and " in error and "b.json have different records of tiny, trimmed, seed 1: give one" in error
+    assert main([str(tmp_path / "a.json"), "--output", str(tmp_path / "b.json" / "report")]) == 2
+    assert "cannot write the report to" in capsys.readouterr().err
     write_json(tmp_path / "b.json", [record("trimmmed", 1, 5.0)])
     assert main([str(tmp_path)]) == 2
     assert "b.json has a run of an arm 'trimmmed': there are plain, trimmed," in capsys.readouterr().err

@@ -38,8 +38,14 @@ def verdict_of(records):
 @pytest.mark.parametrize(
     ("errors", "said"),
     [
-        ({"adaptive": 0.0, "short": 1.0}, "take adaptive: as plain within chance (+0.00), at 80 % of its cost"),
-        ({"adaptive": 0.0, "short": 0.0}, "take short: as plain within chance (+0.00), at 80 % of its cost"),
+        (
+            {"adaptive": 0.0, "short": 1.0},
+            "take adaptive: as plain within chance (+0.00, at worst +0.11), at 80 % of its cost",
+        ),
+        (
+            {"adaptive": 0.0, "short": 0.0},
+            "take short: as plain within chance (+0.00, at worst +0.11), at 80 % of its cost",
+        ),
         ({"adaptive": 0.5, "short": 1.0}, "take plain: no arm is better, and none is cheaper without harm"),
         ({"adaptive": -0.5, "trimmed": -1.0}, "take trimmed: better than plain, by −1.00, at 70 % of its cost"),
         ({"trimmed": 0.0, "adaptive": 0.0, "short": 0.0}, "take trimmed: as plain within chance"),  # clearly cheaper
@@ -68,6 +74,27 @@ def test_without_enough_seeds_or_savings_there_is_no_such_verdict():
     assert verdict_of([{**run, "arm": "plain"} for run in older[:SEEDS]]) == "fewer than 5 seeds: no verdict"
 
 
+def test_an_arm_with_fewer_seeds_is_not_judged():
+    """On five of the eight seeds `short` happens to be as good as plain, and would win."""
+    records = [run for run in comparison(seeds=8, adaptive=1.0, short=0.0) if run["arm"] != "short" or run["seed"] < 5]
+    assert verdict_of(records).endswith("none is cheaper without harm; not judged, with fewer seeds: short")
+    assert notes(records)[0].startswith("Warning: not all arms have the same seeds (short lacks 5, 6, 7)")
+    assert verdict_of([run for run in records if run["seed"] < 5]).startswith("take short")
+
+
+def test_a_training_that_ends_in_nan_is_worse_and_told(tmp_path, capsys):
+    for bad in (float("nan"), float("inf")):
+        records = comparison(adaptive=0.0, short=0.0)
+        records = [
+            {**run, "test_error": bad} if run["arm"] == "short" and run["seed"] == 3 else run for run in records
+        ]
+        assert verdict_of(records).startswith("take adaptive: as plain")
+        assert notes(records)[0] == "Warning: with a training that ended in NaN or infinity: short."
+        write_json(tmp_path / "records.json", records)
+        assert main([str(tmp_path / "records.json"), "--output", str(tmp_path / "report")]) == 0
+    capsys.readouterr()
+
+
 def test_numbers_of_the_table(tmp_path):
     records = comparison(adaptive=0.2, short=1.0)
     head, rows = table_rows(records)
@@ -78,14 +105,16 @@ def test_numbers_of_the_table(tmp_path):
     assert [row["better than short"] for row in cells] == ["6 of 6", "6 of 6", "–"]
     (head, (row,)) = verdict_rows(group(records))
     assert dict(zip(head, row, strict=True)) == {
-        "runs of": "tiny", "seeds": "6", "plain, test error %": "12.50", "trimmed; cost; difference to plain": "–",
-        "adaptive; cost; difference to plain": "12.70; 80 %; +0.20 (+0.09 … +0.31)",
-        "short; cost; difference to plain": "13.50; 80 %; +1.00 (+0.89 … +1.11)",
+        "runs of": "tiny", "seeds": "6", "plain, test error %": "12.50", "trimmed; cost, speed-up; difference to plain": "–",
+        "adaptive; cost, speed-up; difference to plain": "12.70; 80 %, 1.00×; +0.20 (+0.09 … +0.31)",
+        "short; cost, speed-up; difference to plain": "13.50; 80 %, 1.00×; +1.00 (+0.89 … +1.11)",
         "adaptive to short": "−0.80 (−0.80 … −0.80)", "verdict": verdict_of(records),
     }  # fmt: skip
     # Only some runs were timed.
     timed = [{**run, "train_seconds": 10.0 if run["seed"] < 2 else None} for run in records]
     assert [row[-2] for row in table_rows(timed)[1]] == ["10.0 s (2 of 6 runs)"] * 3
+    better = [{**run, "test_error": run["test_error"] - (run["arm"] == "adaptive")} for run in timed]
+    assert verdict_of(better).endswith("1.00× as fast (2 of 6 seeds timed)")
     write_json(tmp_path / "records.json", records)
     assert main([str(tmp_path / "records.json"), "--output", str(tmp_path / "report")]) == 0
     (_, adaptive, _) = csv.DictReader((tmp_path / "report" / "report.csv").read_text().splitlines())
