@@ -76,18 +76,25 @@ def cost_arm(job: Job) -> str:
     return "adaptive" if "adaptive" in arms_of(job) else "trimmed"
 
 
-def check_cost(job: Job, seed: int, record: dict | None) -> None:
+def check_cost(job: Job, seed: int, record: dict | None, cost_record: dict | None) -> None:
     """
-    Refuse to go on with a comparison whose `short` has the cost of another arm than it would have now.
+    Refuse to go on with a comparison whose `short` has the cost of another arm than it would have now, or would have
+    one that nobody knows.
 
     Args:
         job ([`Job`]): The recipe.
         seed (`int`): The seed.
         record (`dict`, *optional*): The record of `short` that is there.
+        cost_record (`dict`, *optional*): That of the arm whose cost it has, see [`cost_arm`].
 
     Raises:
-        [`RecipeError`]: If it has.
+        [`RecipeError`]: If that is so.
     """
+    if record is None and cost_record is not None and cost_of(cost_record) is None:
+        raise RecipeError(
+            f"the record of {cost_record['arm']}, seed {seed}, was written by an earlier version and does not say what "
+            "that training cost, which the arm short needs: move it away, and it is trained again."
+        )
     if record is not None and record.get("cost_of", cost_arm(job)) != cost_arm(job):
         raise RecipeError(
             f"the arm short, seed {seed}, was trained at the cost of {record['cost_of']}, and would now have that of "
@@ -118,9 +125,6 @@ def make_arm(job: Job, name: str, seed: int, data: Data | None = None, cost_reco
 
     Returns:
         [`Arm`]: The arm.
-
-    Raises:
-        [`RecipeError`]: If the record does not say what its training cost.
     """
     changes = {**CHANGES[name], "run_name": f"{job.training.run_name or job.name}-{name}-seed{seed}"}
     if "adaptive" in name and job.training.trim_scope == "dataset":
@@ -130,12 +134,7 @@ def make_arm(job: Job, name: str, seed: int, data: Data | None = None, cost_reco
         changes["trim_skip_hardest"] = job.data.label_noise
     if name != "short":
         return Arm(name, job, changes)
-    cost = cost_of(cast(dict, cost_record))
-    if cost is None:
-        raise RecipeError(
-            f"the record of {cast(dict, cost_record)['arm']}, seed {seed}, was written by an earlier version and does "
-            "not say what that training cost, which the arm short needs: move it away, and it is trained again."
-        )
+    cost = cast(float, cost_of(cast(dict, cost_record)))  # `check_cost` has seen to it that it is there
     num_samples = len(cast(Sized, cast(Data, data).train_dataset))
     share = cost / ((1 + BACKWARD_COST) * num_samples * job.training.num_train_epochs)
     if share > 1 - 0.5 / num_samples:

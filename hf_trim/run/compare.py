@@ -63,6 +63,44 @@ def record_path(job: Job, arm: str, seed: int) -> Path:
     return job.output_dir / "records" / f"{arm}-seed{seed}.json"
 
 
+def runs_of(job: Job) -> list[tuple[int, str]]:
+    """
+    List the runs of a comparison.
+
+    Args:
+        job ([`Job`]): The recipe.
+
+    Returns:
+        `list[tuple[int, str]]`: Seed and arm of each run, in the order in which they are trained.
+    """
+    seeds = range(job.training.seed, job.training.seed + job.run.seeds)
+    return [(seed, arm) for seed in seeds for arm in arms_of(job)]
+
+
+def check_records(folder: Path, jobs: list[Job]) -> None:
+    """
+    Refuse files of earlier runs that cannot be used, before hours of training end in front of one.
+
+    Args:
+        folder (`Path`): The output folder of the comparison or the grid. All records in it are in its report.
+        jobs (`list[Job]`): The comparisons.
+
+    Raises:
+        [`RecipeError`]: If a file is damaged, or `short` cannot have the cost that it needs.
+    """
+    replaced = [job.output_dir / "records" for job in jobs if job.run.overwrite]
+    with user_errors():
+        for path in sorted(folder.rglob("records/*.json")):
+            if path.parent not in replaced:
+                _read_run(path)
+        for job in [job for job in jobs if not job.run.overwrite]:
+            if (job.output_dir / "run.json").is_file():
+                read_summary(job.output_dir / "run.json")
+            for seed in [seed for seed, arm in runs_of(job) if arm == "short"]:
+                records = [_read_run(record_path(job, arm, seed)) for arm in ("short", cost_arm(job))]
+                check_cost(job, seed, *records)
+
+
 def finish_run(job: Job, data: Data, arm: Arm, seed: int, title: str) -> dict:
     """
     Train one run of a comparison, from its last checkpoint if there is one, and write its record.
@@ -116,12 +154,8 @@ def compare(job: Job, shown: set[str] | None = None) -> None:
         job ([`Job`]): The recipe.
         shown (`set[str]`, *optional*): Descriptions of data that need not be printed again.
     """
-    seeds = range(job.training.seed, job.training.seed + job.run.seeds)
-    runs = [(seed, arm) for seed in seeds for arm in arms_of(job)]
-    if "short" in arms_of(job) and not job.run.overwrite:
-        with user_errors():
-            for seed in seeds:
-                check_cost(job, seed, _read_run(record_path(job, "short", seed)))
+    check_records(job.output_dir, [job])
+    runs = runs_of(job)
     # A comparison that is finished needs no data.
     is_finished = all(record_path(job, arm, seed).is_file() for seed, arm in runs)
     data = _clear(job, *runs[0], shown) if job.run.overwrite else None if is_finished else load_job_data(job, shown)
@@ -197,7 +231,8 @@ def _show(job: Job, paths: list[Path]) -> None:
 
 def compare_grid(folder: str, jobs: list[Job]) -> None:
     """
-    Compare each recipe of a grid, and write one report of all. All arguments are checked before the first training.
+    Compare each recipe of a grid, and write one report of all. All arguments and all records that are there are
+    checked before the first training.
 
     Args:
         folder (`str`): The output folder of the grid.
@@ -213,6 +248,7 @@ def compare_grid(folder: str, jobs: list[Job]) -> None:
                 f"`python -m hf_trim.run {job.name} ... --compare --output_dir {job.output_dir} --push_only`."
             )
     jobs = [check_settings(job) for job in jobs]
+    check_records(Path(folder), jobs)
     shown: set[str] = set()
     for number, job in enumerate(jobs, start=1):
         print(f"{number} of {len(jobs)}: {job.output_dir}", flush=True)

@@ -30,8 +30,15 @@ def read_summary(path: Path) -> dict[str, Any]:
 
     Returns:
         `dict`: All fields that [`~hf_trim.hub.model_card.render_card`] takes.
+
+    Raises:
+        `ValueError`: If the file is damaged.
     """
-    summary = SUMMARY | {"model_name": path.absolute().parent.name} | json.loads(path.read_text(encoding="utf-8"))
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is broken, or no JSON: {error}. Move the file to another place.") from None
+    summary = SUMMARY | {"model_name": path.absolute().parent.name} | content
     names = ("trim_keep_start", "trim_keep_end", "trim_schedule", "trim_mass", "trim_select", "trim_skip_hardest",
              "trim_scope")  # fmt: skip
     trim = {name: getattr(TrimmingConfig, name) for name in names} | summary.get("trim", {})

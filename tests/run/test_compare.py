@@ -82,6 +82,14 @@ def test_a_grid_compares_its_recipes_with_each_setting(grid, tmp_path, capsys, n
         assert main([grid, "--output_dir", str(out), "--max_train_samples", "48"]) == 0
     printed = capsys.readouterr().out
     assert "] plain, seed 42: another process trains it" in printed and not missing.exists()
+    # A damaged file of the second comparison is found before the first one is trained.
+    for name in ("records/trimmed-seed42.json", "run.json"):
+        damaged = out / names[1] / name
+        whole = damaged.read_text()
+        damaged.write_text(whole[: len(whole) // 2])
+        assert main([grid, "--output_dir", str(out), "--max_train_samples", "48"]) == 2
+        assert f"hf-trim: {damaged} is " in capsys.readouterr().err and not missing.exists()
+        damaged.write_text(whole)
     missing.write_text(content)
     report = (out / "report" / "report.md").read_text()
     assert "| tiny, label_noise 0.5 | 1 |" in report and "input alone" in report
