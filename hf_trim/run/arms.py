@@ -92,8 +92,8 @@ def check_cost(job: Job, seed: int, record: dict | None, cost_record: dict | Non
     """
     if record is None and cost_record is not None and cost_of(cost_record) is None:
         raise RecipeError(
-            f"the record of {cost_record['arm']}, seed {seed}, was written by an earlier version and does not say what "
-            "that training cost, which the arm short needs: move it away, and it is trained again."
+            f"the record of {cost_record['arm']}, seed {seed}, was written by an earlier version and does not say "
+            "what that training cost, which the arm short needs: move it away, and it is trained again."
         )
     if record is not None and record.get("cost_of", cost_arm(job)) != cost_arm(job):
         raise RecipeError(

@@ -16,7 +16,7 @@ from hf_trim.report import find_records, group, notes, plot, print_report, print
 from hf_trim.run.arms import Arm, arms_of, check_cost, cost_arm, make_arm, needed_arms
 from hf_trim.run.clock import samples_per_second
 from hf_trim.run.cost import count_passes
-from hf_trim.run.folder import check_settings, claim_folder, lock_run, nothing_left
+from hf_trim.run.folder import check_settings, claim_folder, is_trained, lock_run, nothing_left
 from hf_trim.run.metrics import describe_classes
 from hf_trim.run.progress import describe_time
 from hf_trim.run.recipe import Job, RecipeError, user_errors
@@ -194,6 +194,31 @@ def compare(job: Job, shown: set[str] | None = None) -> None:
             print(f"{label}: test {metric} {test_score(record):.2f}{UNITS[metric]} ({note})", flush=True)
     if is_main:
         _show(job, [record_path(job, arm, seed) for seed, arm in runs])
+        print_missing([job], "table")
+
+
+def print_missing(jobs: list[Job], what: str) -> None:
+    """
+    Say which runs the results are without, if another process trains some.
+
+    Args:
+        jobs (`list[Job]`): The comparisons.
+        what (`str`): What has just been shown of them.
+    """
+    missing: list[str] = []
+    is_busy = False
+    for job in jobs:
+        for seed, arm in runs_of(job):
+            path = record_path(job, arm, seed)
+            if not path.is_file():
+                missing.append(f"{arm}, seed {seed}" + (f", of {job.output_dir.name}" if len(jobs) > 1 else ""))
+                is_busy |= is_trained(path)
+    if missing:
+        # What such a process waits for or trains next is not locked, and none is if it has failed.
+        who = "Another process still trains" if is_busy else "Start the same command again: another process left out"
+        count = f"{len(missing)} run{'s' if len(missing) > 1 else ''}"
+        text = f"{who} {count}: {'; '.join(missing)}: the {what} is without {'them' if len(missing) > 1 else 'it'}."
+        print(wrap(text, sys.stdout))
 
 
 def _clear(job: Job, seed: int, arm: str, shown: set[str] | None) -> Data:
@@ -254,7 +279,10 @@ def compare_grid(folder: str, jobs: list[Job]) -> None:
         print(f"{number} of {len(jobs)}: {job.output_dir}", flush=True)
         with nothing_left(job.output_dir):
             compare(job, shown)
-    groups = group(find_records([folder]))
-    print_report(groups)
-    write_report(groups, Path(folder) / "report")
-    print(f"Report: {Path(folder) / 'report'}")
+    if any(Path(folder).rglob("records/*.json")):  # none if another process trains the only run
+        with user_errors():
+            groups = group(find_records([folder]))
+        print_report(groups)
+        write_report(groups, Path(folder) / "report")
+        print(f"Report: {Path(folder) / 'report'}")
+    print_missing(jobs, "report")

@@ -125,14 +125,8 @@ def clear_folder(folder: Path) -> None:
     """
     if not (folder / "settings.json").is_file() and not _has_results(folder):
         return
-    for record in sorted(folder.glob("records/*.lock")):
-        try:
-            with FileLock(record, timeout=0):
-                pass
-        except Timeout:
-            raise RecipeError(
-                f"another process trains in {folder}: wait for its end, or choose another --output_dir."
-            ) from None
+    if any(is_trained(lock.with_suffix("")) for lock in folder.glob("records/*.lock")):
+        raise RecipeError(f"another process trains in {folder}: wait for its end, or choose another --output_dir.")
     for path in [path for pattern in WRITTEN for path in folder.glob(pattern)]:
         if path.is_dir():
             shutil.rmtree(path)
@@ -179,6 +173,24 @@ def lock_run(record: Path, shared: bool) -> Iterator[None]:
         finally:
             # While it is held: who had opened it before gets the lock of a deleted file, and finds the record.
             path.unlink(missing_ok=True)
+
+
+def is_trained(record: Path) -> bool:
+    """
+    Args:
+        record (`Path`): The file of a run's record.
+
+    Returns:
+        `bool`: Whether another process trains this run now.
+    """
+    path = record.with_name(f"{record.name}.lock")
+    if not path.exists():
+        return False
+    try:
+        with FileLock(path, timeout=0):
+            return False  # left by a process that was killed
+    except Timeout:
+        return True
 
 
 def _shown(value: Any) -> str:

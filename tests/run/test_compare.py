@@ -12,6 +12,7 @@ from filelock import FileLock
 from hf_trim.files import write_json
 from hf_trim.report import table_rows
 from hf_trim.run.__main__ import main
+from hf_trim.run.compare import print_missing
 from hf_trim.run.grid import expand
 from hf_trim.run.recipe import parse, recipe_names
 from hf_trim.run.records import DEFAULT_ARMS as ARMS
@@ -82,6 +83,9 @@ def test_a_grid_compares_its_recipes_with_each_setting(grid, tmp_path, capsys, n
         assert main([grid, "--output_dir", str(out), "--max_train_samples", "48"]) == 0
     printed = capsys.readouterr().out
     assert "] plain, seed 42: another process trains it" in printed and not missing.exists()
+    assert printed.count("Another process still trains 1 run: plain, seed 42: the table is without it.\n") == 1
+    last = f"Another process still trains 1 run: plain, seed 42, of {names[0]}: the report is without it.\n"
+    assert printed.endswith(last)
     # A damaged file of the second comparison is found before the first one is trained.
     for name in ("records/trimmed-seed42.json", "run.json"):
         damaged = out / names[1] / name
@@ -93,6 +97,19 @@ def test_a_grid_compares_its_recipes_with_each_setting(grid, tmp_path, capsys, n
     missing.write_text(content)
     report = (out / "report" / "report.md").read_text()
     assert "| tiny, label_noise 0.5 | 1 |" in report and "input alone" in report
+
+
+def test_runs_that_another_process_trains_or_has_left_are_named(recipe, tmp_path, capsys):
+    path, records = tmp_path / "grid.yaml", tmp_path / "out" / "tiny" / "records"
+    path.write_text(yaml.safe_dump({"recipes": [recipe], "seeds": 1, "arms": ["plain", "trimmed", "short"]}))
+    records.mkdir(parents=True)
+    with FileLock(records / "plain-seed42.json.lock"), FileLock(records / "trimmed-seed42.json.lock"):
+        assert main([str(path), "--output_dir", str(tmp_path / "out")]) == 0  # nothing to show yet
+    runs = "3 runs: plain, seed 42; trimmed, seed 42; short, seed 42: the"
+    assert f"Another process still trains {runs} report is without them.\n" in capsys.readouterr().out
+    print_missing([parse(recipe, ["--compare", "--seeds", "1", "--output_dir", str(records.parent)])], "table")
+    said = capsys.readouterr().out
+    assert said.startswith("Start the same command again: another process left out 4 runs: plain, seed 42; trimmed")
 
 
 @pytest.mark.extended
