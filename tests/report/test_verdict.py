@@ -105,7 +105,8 @@ def test_numbers_of_the_table(tmp_path):
     assert [row["better than short"] for row in cells] == ["6 of 6", "6 of 6", "–"]
     (head, (row,)) = verdict_rows(group(records))
     assert dict(zip(head, row, strict=True)) == {
-        "runs of": "tiny", "seeds": "6", "plain, test error %": "12.50", "trimmed; cost, speed-up; difference to plain": "–",
+        "runs of": "tiny", "seeds": "6", "plain, test error %": "12.50",
+        "trimmed; cost, speed-up; difference to plain": "–",
         "adaptive; cost, speed-up; difference to plain": "12.70; 80 %, 1.00×; +0.20 (+0.09 … +0.31)",
         "short; cost, speed-up; difference to plain": "13.50; 80 %, 1.00×; +1.00 (+0.89 … +1.11)",
         "adaptive to short": "−0.80 (−0.80 … −0.80)", "verdict": verdict_of(records),
