@@ -93,7 +93,7 @@ def _dry_run(job: Job, shown: set[str], times: dict[str, tuple[float, float]]) -
     test_seconds *= math.ceil(len(data.eval_dataset) / args.eval_batch_size) * args.eval_batch_size
     step_seconds = train_seconds * args.gradient_accumulation_steps
     total = steps * step_seconds + tests * test_seconds
-    less = "" if is_shorter else " without trimming (with it they take less)"
+    less = "" if is_shorter else " without trimming (with it they may take less)"
     _say(
         job,
         f"Time: about {_format_time(total)}: {steps:,} steps of {_format_time(step_seconds)}{less}, and "
