@@ -187,7 +187,11 @@ def check_values(training: TrainingArguments, task: str, given: Container[str]) 
     Raises:
         `ValueError`: If a value cannot be meant.
     """
-    if Path(cast(str, training.output_dir)).is_file():
+    try:
+        is_file = Path(cast(str, training.output_dir)).is_file()
+    except OSError as error:
+        raise ValueError(f"output_dir {training.output_dir} cannot be made: {error.strerror}.") from None
+    if is_file:
         raise ValueError(f"output_dir must be a folder, and {training.output_dir} is a file: choose another one.")
     training.report_to = _split_trackers(cast(list[str], training.report_to))
     if training.metric_for_best_model is None:

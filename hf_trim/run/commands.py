@@ -13,7 +13,7 @@ from hf_trim.report import print_table
 from hf_trim.run.chatter import quiet_libraries
 from hf_trim.run.compare import compare, compare_grid
 from hf_trim.run.dry_run import dry_run
-from hf_trim.run.folder import check_settings, nothing_left
+from hf_trim.run.folder import check_settings, made_folder
 from hf_trim.run.grid import expand, is_grid, leave_launcher
 from hf_trim.run.recipe import (
     Job,
@@ -47,7 +47,7 @@ def run(job: Job) -> None:
     """
     job = check_settings(job)
     if not job.run.push_only:
-        with nothing_left(job.output_dir):
+        with made_folder(job.output_dir):
             (compare if job.run.compare else train)(job)
         if not job.training.push_to_hub:
             return

@@ -3,6 +3,7 @@
 import shutil
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import cast
 
@@ -16,7 +17,7 @@ from hf_trim.report import find_records, group, notes, plot, print_report, print
 from hf_trim.run.arms import Arm, arms_of, check_cost, cost_arm, make_arm, needed_arms
 from hf_trim.run.clock import samples_per_second
 from hf_trim.run.cost import count_passes
-from hf_trim.run.folder import check_settings, claim_folder, is_trained, lock_run, nothing_left
+from hf_trim.run.folder import check_settings, claim_folder, is_trained, lock_run, made_folder
 from hf_trim.run.metrics import describe_classes
 from hf_trim.run.progress import describe_time
 from hf_trim.run.recipe import Job, RecipeError, user_errors
@@ -256,8 +257,8 @@ def _show(job: Job, paths: list[Path]) -> None:
 
 def compare_grid(folder: str, jobs: list[Job]) -> None:
     """
-    Compare each recipe of a grid, and write one report of all. All arguments and all records that are there are
-    checked before the first training.
+    Compare each recipe of a grid, and write one report of all. All arguments, folders and records that are there
+    are checked before the first training.
 
     Args:
         folder (`str`): The output folder of the grid.
@@ -275,9 +276,11 @@ def compare_grid(folder: str, jobs: list[Job]) -> None:
     jobs = [check_settings(job) for job in jobs]
     check_records(Path(folder), jobs)
     shown: set[str] = set()
-    for number, job in enumerate(jobs, start=1):
-        print(f"{number} of {len(jobs)}: {job.output_dir}", flush=True)
-        with nothing_left(job.output_dir):
+    with ExitStack() as folders:
+        for job in jobs:
+            folders.enter_context(made_folder(job.output_dir))
+        for number, job in enumerate(jobs, start=1):
+            print(f"{number} of {len(jobs)}: {job.output_dir}", flush=True)
             compare(job, shown)
     if any(Path(folder).rglob("records/*.json")):  # none if another process trains the only run
         with user_errors():

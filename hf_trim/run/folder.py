@@ -8,7 +8,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -135,19 +135,30 @@ def clear_folder(folder: Path) -> None:
 
 
 @contextmanager
-def nothing_left(folder: Path) -> Iterator[None]:
+def made_folder(folder: Path) -> Iterator[None]:
     """
-    If this context fails before a file is written, leave no new folder behind.
+    Make a folder. If this context fails before a file is written, leave no new folder behind.
 
     Args:
         folder (`Path`): The output folder.
+
+    Raises:
+        [`RecipeError`]: If it cannot be made.
     """
-    existed = folder.exists()
+    new: list[Path] = []
     try:
+        try:
+            new = [path for path in (folder, *folder.parents) if not path.exists()]
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RecipeError(f"output_dir {folder} cannot be made: {error.strerror}. Choose another one.") from None
         yield
     finally:
-        if not existed and folder.is_dir() and all(path.is_dir() for path in folder.rglob("*")):
-            shutil.rmtree(folder)
+        if new and all(path.is_dir() for path in folder.rglob("*")):
+            shutil.rmtree(folder, ignore_errors=True)
+            for path in new[1:]:
+                with suppress(OSError):  # one that holds something else stays
+                    path.rmdir()
 
 
 @contextmanager

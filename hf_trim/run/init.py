@@ -136,7 +136,10 @@ def write_recipe(path: Path, options: list[str]) -> None:
             as_yaml(groups, comments) + "\n".join(optional),
         ]
     )
-    path.write_text(f"{text}\n", encoding="utf-8")
+    try:
+        path.write_text(f"{text}\n", encoding="utf-8")
+    except OSError as error:
+        raise RecipeError(f"{path} cannot be written: {error.strerror}. Choose another name.") from None
 
 
 def default_model(args: DataArguments, raw: RawData) -> dict[str, Any]:

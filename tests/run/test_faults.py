@@ -147,11 +147,20 @@ def test_a_full_disk_ends_in_one_line_and_the_same_command_goes_on(limit, checkp
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != limit
 
 
-def test_an_output_folder_that_cannot_be_written(checkpoints, tmp_path, capsys):
+@pytest.mark.parametrize("options", [[], ["--compare", "--seeds", "1"], "grid"])
+def test_an_output_folder_that_cannot_be_made(options, checkpoints, tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    assert main([str(checkpoints / "tiny.yaml"), "--output_dir", str(tmp_path / "file" / "out")]) == 1
-    error = capsys.readouterr().err
-    assert "A file could not be written: [Errno 20] Not a directory" in error and "another --output_dir" in error
+    recipe = str(checkpoints / "tiny.yaml")
+    if options == "grid":
+        (tmp_path / "grid.yaml").write_text(yaml.safe_dump({"recipes": [recipe]}))
+        recipe, options = str(tmp_path / "grid.yaml"), []
+    for folder, reason in (("/proc/nope/x", "No such file or directory"), (tmp_path / "file" / "x", "Not a directory"),
+                           (tmp_path / ("x" * 300), "File name too long")):  # fmt: skip
+        assert main([recipe, "--output_dir", str(folder), *options]) == 2
+        printed = capsys.readouterr()
+        assert f"output_dir {folder}" in printed.err and f"cannot be made: {reason}" in printed.err
+        assert printed.err.count("\n") == 1 and not printed.out
+    assert len(list(tmp_path.iterdir())) <= 2
 
 
 @pytest.mark.extended

@@ -27,8 +27,8 @@ WRONG = [["--label_column", "lable"], ["--trim_unit", "token"], ["--config_overr
 
 @pytest.mark.parametrize("wrong", [*WRONG, [*WRONG[0], "--compare"]])
 def test_a_failed_start_leaves_nothing(wrong, short, tmp_path, capsys):
-    assert main([*short, *wrong]) == 2
-    assert not (tmp_path / "out").exists()
+    assert main([*short[:-1], str(tmp_path / "new" / "out"), *wrong]) == 2
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_training_that_failed_in_its_first_step_blocks_nothing(short, tmp_path, capsys):

@@ -166,6 +166,7 @@ def test_init_for_pictures_has_a_model_of_their_size(tmp_path, capsys):
         (["my.yaml", "--dataset", "digit"], "Did you mean 'digits'?"),
         (["--dataset", "digits"], "the file comes first, and '--dataset' is none"),
         (["no/such/my.yaml", "--dataset", "digits"], "there is no folder no/such"),
+        (["/proc/my.yaml", "--dataset", "digits"], "/proc/my.yaml cannot be written: "),
     ],
 )
 def test_wrong_input_to_init(arguments, message, tmp_path, monkeypatch, capsys):
