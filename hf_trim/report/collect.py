@@ -44,7 +44,7 @@ def find_records(paths: list[str]) -> list[dict]:
         for record in read_records(file):
             key = _record_key(record)
             # A run that occurs in several files counts once.
-            if records.setdefault(key, record) != record:
+            if _text(records.setdefault(key, record)) != _text(record):
                 run = f"{record.get('recipe', '')}, {record['arm']}, seed {record['seed']}"
                 raise ValueError(f"{origins[key]} and {file} have different records of {run}: give one of them.")
             origins.setdefault(key, file)
@@ -75,6 +75,10 @@ def group(records: list[dict]) -> dict[str, list[dict]]:
         changes = [f"{name} {plain(settings[name])}" for name in varied if name in settings]
         by_title[", ".join([recipe, *changes])] = members
     return dict(sorted(by_title.items()))
+
+
+def _text(record: dict) -> str:
+    return json.dumps(record, sort_keys=True)  # as text, NaN equals NaN
 
 
 def _describe_single(folder: Path) -> str:

@@ -16,6 +16,8 @@ e.g. adaptive at 80 % of the cost differs from plain by −0.1 (−0.4 … +0.2)
 by +0.9 (+0.5 … +1.3): "take adaptive: as plain within chance (−0.10, at worst +0.20), at 80 % of its cost".
 """
 
+import math
+
 from hf_trim.messages import signed
 from hf_trim.report.summary import MIN_SEEDS, TITLES, Summary, summarize
 from hf_trim.report.tables import format_cost, format_difference, format_number
@@ -37,6 +39,8 @@ def verdict(summaries: list[Summary]) -> str:
     """
     if all(arm.arm != "plain" for arm in summaries):
         return "no plain training to compare with: no verdict"
+    if any(arm.arm == "plain" and not math.isfinite(arm.mean) for arm in summaries):
+        return "plain training ended in NaN or infinity: no verdict"
     pairs = {arm.arm: arm.to_plain.pairs if arm.to_plain is not None else 0 for arm in summaries if arm.arm != "plain"}
     most = max(pairs.values(), default=0)
     if most < MIN_SEEDS:

@@ -91,7 +91,10 @@ def test_a_training_that_ends_in_nan_is_worse_and_told(tmp_path, capsys):
         assert verdict_of(records).startswith("take adaptive: as plain")
         assert notes(records)[0] == "Warning: with a training that ended in NaN or infinity: short."
         write_json(tmp_path / "records.json", records)
-        assert main([str(tmp_path / "records.json"), "--output", str(tmp_path / "report")]) == 0
+        write_json(tmp_path / "copy.json", records)
+        assert main([str(tmp_path), "--output", str(tmp_path / "report" / "of")]) == 0
+        records[0]["test_error"] = bad
+        assert verdict_of(records) == "plain training ended in NaN or infinity: no verdict"
     capsys.readouterr()
 
 
