@@ -2,12 +2,16 @@
 The arms of a comparison: what each one changes in the recipe.
 
 e.g. `short` with seed 3, on 1,000 samples: the adaptive training of seed 3 had 20,000 forward and 11,000 backward
-passes. That is the cost of 14 epochs of plain training, (20,000 + 2 · 11,000) / (3 · 1,000), and so many it gets.
+passes. That is the cost of 14 epochs of plain training, (20,000 + 2 · 11,000) / (3 · 1,000), and so many it gets,
+rounded down to whole steps.
 """
 
 import dataclasses
+import math
 from collections.abc import Sized
 from typing import Any, NamedTuple, cast
+
+from transformers import TrainingArguments
 
 from hf_trim.data import Data
 from hf_trim.run.recipe import Job, RecipeError
@@ -134,12 +138,14 @@ def make_arm(job: Job, name: str, seed: int, data: Data | None = None, cost_reco
         changes["trim_skip_hardest"] = job.data.label_noise
     if name != "short":
         return Arm(name, job, changes)
-    cost = cast(float, cost_of(cast(dict, cost_record)))  # `check_cost` has seen to it that it is there
+    cost = cast(int, cost_of(cast(dict, cost_record)))  # `check_cost` has seen to it that it is there
     num_samples = len(cast(Sized, cast(Data, data).train_dataset))
-    share = cost / ((1 + BACKWARD_COST) * num_samples * job.training.num_train_epochs)
-    if share > 1 - 0.5 / num_samples:
+    steps, all_steps, per_epoch = _affordable_steps(job.training, num_samples, cost)
+    if steps == all_steps:
         return Arm(name, job, changes, same_as="plain", cost_of=cost_arm(job))
-    changes["num_train_epochs"] = share * job.training.num_train_epochs
+    share = steps / all_steps
+    # `Trainer` takes whole steps, rounded up: 25 / 11 · 11 is above 25.
+    changes["num_train_epochs"] = math.nextafter(steps / per_epoch, 0)
     if job.training.warmup_steps >= 1:  # below it is a share of all steps anyway
         changes["warmup_steps"] = round(share * job.training.warmup_steps)
     schedule = cast(dict, job.training.lr_scheduler_kwargs or {})
@@ -149,3 +155,22 @@ def make_arm(job: Job, name: str, seed: int, data: Data | None = None, cost_reco
         milestones = [share * epoch for epoch in job.run.lr_milestones]
         job = job._replace(run=dataclasses.replace(job.run, lr_milestones=milestones))
     return Arm(name, job, changes, cost_of=cost_arm(job))
+
+
+def _affordable_steps(args: TrainingArguments, num_samples: int, cost: int) -> tuple[int, int, int]:
+    """
+    How many steps of plain training a cost allows, at least one; how many it has, and how many an epoch.
+
+    e.g. 1,000 samples, 16 steps an epoch, a cost of 2,905: that of 968 samples, and 15 steps are counted as 938.
+    """
+    batch_size = args.train_batch_size * args.world_size
+    batches = num_samples // batch_size if args.dataloader_drop_last else math.ceil(num_samples / batch_size)
+    per_epoch = math.ceil(batches / args.gradient_accumulation_steps)
+    all_steps = math.ceil(args.num_train_epochs * per_epoch)
+
+    def count(steps: int) -> int:  # as in the records
+        epochs, rest = divmod(steps, per_epoch)
+        return round((epochs + rest * args.gradient_accumulation_steps / batches) * num_samples)
+
+    affordable = [steps for steps in range(1, all_steps + 1) if (1 + BACKWARD_COST) * count(steps) <= cost]
+    return max(affordable, default=1), all_steps, per_epoch

@@ -184,6 +184,8 @@ def compare(job: Job, shown: set[str] | None = None) -> None:
                     record = finish_run(job, data, made, seed, label)
                     trained.append(time.perf_counter() - begun)
                     note = describe_time(trained[-1])
+                    if made.same_as is not None:
+                        note = f"the same as {made.same_as}: {made.cost_of} saves no whole step"
                     left = sum(not record_path(job, arm, seed).exists() for seed, arm in runs[number:])
                     if left:
                         note += f"; {describe_time(left * sum(trained) / len(trained))} left"

@@ -53,8 +53,8 @@ def test_shorter_plain_training_costs_what_adaptive_does(recipe, tmp_path, capsy
     forward, backward = passes(found["adaptive"])
     kept = [log["kept_fraction"] for log in found["adaptive"]["history"] if "kept_fraction" in log]
     assert forward == ROWS * EPOCHS and backward == round(sum(ROWS * fraction for fraction in kept)) < forward
-    # Cut to whole mini-batches, upwards.
-    steps = -(-cost_of(found["adaptive"]) // (3 * 16))
+    # Cut to whole mini-batches, downwards: it never costs more.
+    steps = cost_of(found["adaptive"]) // (3 * 16)
     assert passes(found["short"])[0] == 16 * steps and found["short"]["history"][-1]["epoch"] == steps / 4
     # Without as many of the hardest as labels are wrong.
     fractions = [log["kept_fraction"] for log in found["adaptive-skip"]["history"] if "kept_fraction" in log]
@@ -87,7 +87,7 @@ def test_the_whole_schedule_gets_shorter(recipe):
     data = load_job_data(job)
     half = {"arm": "adaptive", "forward_passes": 3 * ROWS, "backward_passes": 3 * ROWS // 4}
     arm = make_arm(job, "short", 1, data, half)
-    assert arm.changes["num_train_epochs"] == 1.5 and arm.changes["warmup_steps"] == 2
+    assert arm.changes["num_train_epochs"] == pytest.approx(1.5) and arm.changes["warmup_steps"] == 2
     trainer = make_trainer(arm.job, data, arm.changes, 1, "unused")
     trainer.create_optimizer_and_scheduler(6)
     assert sorted(trainer.lr_scheduler.milestones) == [2, 4] and job.run.lr_milestones == [1, 2]
@@ -98,6 +98,30 @@ def test_the_whole_schedule_gets_shorter(recipe):
     assert needed_arms(job, "short") == ("plain", "adaptive") and needed_arms(job, "random") == ()
 
 
+@pytest.mark.parametrize(
+    ("options", "saved", "steps"),
+    [
+        ([], 1, 11),  # of 12, where 11.99 could be afforded
+        ([], 0, None),
+        ([], -1, None),
+        ([], 3 * 3 * ROWS - 1, 1),
+        (["--num_train_epochs", "0.2"], 1, None),  # one step
+        (["--gradient_accumulation_steps", "3"], 1, 5),  # of 6: each second one has one mini-batch
+        (["--gradient_accumulation_steps", "3"], 3 * 17, 4),
+        (["--max_train_samples", "100", "--dataloader_drop_last"], 3 * 3 * (ROWS - 100) + 3 * 17, 17),  # of 18
+    ],
+)
+def test_short_never_costs_more(options, saved, steps, recipe):
+    job = parse(recipe, [*options, "--compare", "--seeds", "1"])
+    data = load_job_data(job)
+    drawn = round(job.training.num_train_epochs * ROWS)
+    arm = make_arm(job, "short", 1, data, {"forward_passes": 3 * drawn - saved, "backward_passes": 0})
+    assert arm.same_as == ("plain" if steps is None else None)
+    if steps is not None:
+        trainer = make_trainer(arm.job, data, arm.changes, 1, "unused")
+        assert trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1] == steps
+
+
 def test_where_nothing_is_saved_short_is_plain(tmp_path, capsys, no_plots):
     path = tmp_path / "timm.yaml"
     path.write_text(yaml.safe_dump(TIMM))
@@ -106,6 +130,7 @@ def test_where_nothing_is_saved_short_is_plain(tmp_path, capsys, no_plots):
     found = records_of(tmp_path / "out")
     assert passes(found["trimmed"]) == (ROWS, ROWS)  # batch normalization mixes the samples
     assert found["short"] == {**found["plain"], "arm": "short", "cost_of": "trimmed"}
+    assert "% (the same as plain: trimmed saves no whole step)\n" in capsys.readouterr().out
     # With another arm it would have another cost.
     assert main([*options[:-1], "adaptive", "--output_dir", str(tmp_path / "out")]) == 2
     assert "was trained at the cost of trimmed, and would now have that of adaptive" in capsys.readouterr().err
