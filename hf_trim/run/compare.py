@@ -10,7 +10,6 @@ from typing import cast
 from filelock import Timeout
 
 from hf_trim.data import Data
-from hf_trim.environment import hardware
 from hf_trim.files import write_json
 from hf_trim.messages import wrap
 from hf_trim.report import find_records, group, notes, plot, print_report, print_table, table_rows, write_report
@@ -21,7 +20,7 @@ from hf_trim.run.folder import check_settings, claim_folder, is_trained, lock_ru
 from hf_trim.run.metrics import describe_classes
 from hf_trim.run.progress import describe_time
 from hf_trim.run.recipe import Job, RecipeError, user_errors
-from hf_trim.run.records import UNITS, make_record, metric_name, read_record, test_score
+from hf_trim.run.records import UNITS, make_record, metric_name, read_record, test_score, used_hardware
 from hf_trim.run.summary import read_summary
 from hf_trim.run.trackers import keep_logs
 from hf_trim.run.train import clear, save_run, start, write_card
@@ -248,7 +247,7 @@ def _show(job: Job, paths: list[Path]) -> None:
     with user_errors():
         plot(find_records([str(job.output_dir)]), picture, job.name)
     write_card(job.output_dir)
-    title = f"{job.name}, {job.run.seeds} seed{'s' if job.run.seeds > 1 else ''}, {hardware()}"
+    title = f"{job.name}, {job.run.seeds} seed{'s' if job.run.seeds > 1 else ''}, {used_hardware()}"
     print_table(title, *table_rows(records), notes=tuple(notes(records)))
     path, saved = job.output_dir / "run.json", ""
     if path.is_file():

@@ -4,6 +4,8 @@ import hashlib
 import json
 from pathlib import Path
 
+import torch
+
 from hf_trim.environment import hardware, versions
 from hf_trim.run.clock import train_seconds
 
@@ -69,8 +71,20 @@ def make_record(
         "history": [history[step] for step in sorted(history)],
         "settings": settings,
         "versions": versions(),
-        "hardware": hardware(),
+        "hardware": used_hardware(),
     }
+
+
+def used_hardware() -> str:
+    """
+    Returns:
+        `str`: The hardware of this machine, on CPUs with the number of threads if it is not that of the cores, e.g.
+            `"2 CPU cores, 1 thread"`.
+    """
+    name, threads = hardware(), torch.get_num_threads()
+    if torch.cuda.is_available() or name == f"{threads} CPU cores":
+        return name
+    return f"{name}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def metric_name(record: dict) -> str:

@@ -16,7 +16,7 @@ from hf_trim.run.memory_files import write_memory
 from hf_trim.run.metrics import describe_classes
 from hf_trim.run.progress import describe_checkpoint
 from hf_trim.run.recipe import Job, RecipeError, user_errors
-from hf_trim.run.records import UNITS
+from hf_trim.run.records import UNITS, used_hardware
 from hf_trim.run.summary import read_summary
 from hf_trim.run.trackers import FinalTest, end_run
 from hf_trim.run.trainer import RecipeTrainer, load_job_data, make_trainer
@@ -167,6 +167,7 @@ def summarize(job: Job, data: Data, trainer: RecipeTrainer, tested: dict) -> dic
         includes_evaluation=False,
         command=job.command,
         recipe=job.own_recipe,
+        hardware=used_hardware(),
     )
     # What replaces the optimizer and the schedule of `Trainer` is not among its hyperparameters.
     if job.run.l2_weight_decay is not None:

@@ -16,7 +16,7 @@ from hf_trim.run.compare import print_missing
 from hf_trim.run.grid import expand
 from hf_trim.run.recipe import parse, recipe_names
 from hf_trim.run.records import DEFAULT_ARMS as ARMS
-from hf_trim.run.records import read_record
+from hf_trim.run.records import read_record, used_hardware
 from tests.support.forked import Forked
 from tests.support.helpers import record
 
@@ -74,6 +74,8 @@ def test_a_grid_compares_its_recipes_with_each_setting(grid, tmp_path, capsys, n
     assert (noisy["label_noise"], noisy["trim_schedule"], noisy["max_train_samples"]) == (0.5, "step", 48)
     assert "label_noise" not in records[f"{names[0]} random-seed42"]["settings"]
     assert all(r["input_samples_per_second"] > r["train_samples_per_second"] for r in records.values())
+    assert {r["hardware"] for r in records.values()} == {used_hardware()}
+    assert f"; {used_hardware()}." in (out / names[0] / "README.md").read_text()
     capsys.readouterr()
     # Another process trains one of the runs: all others are finished and stay.
     missing = out / names[0] / "records" / "plain-seed42.json"

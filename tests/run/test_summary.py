@@ -4,6 +4,7 @@ import pytest
 
 from hf_trim.files import write_json
 from hf_trim.hub.model_card import render_card
+from hf_trim.run.records import used_hardware
 from hf_trim.run.summary import SUMMARY, read_summary
 from hf_trim.run.train import write_card
 from tests.support.helpers import record
@@ -46,3 +47,10 @@ def test_any_field_may_be_missing(trim, tmp_path):
     for name in FIRST:
         write_json(path, {key: value for key, value in FIRST.items() if key != name})
         assert "hf_trim" in str(render_card(read_summary(path), None, tmp_path))
+
+
+def test_threads_are_told_where_they_are_not_as_many_as_cores(monkeypatch):
+    monkeypatch.setattr("hf_trim.run.records.hardware", lambda: "2 CPU cores")
+    for threads, told in ((1, "2 CPU cores, 1 thread"), (2, "2 CPU cores"), (4, "2 CPU cores, 4 threads")):
+        monkeypatch.setattr("torch.get_num_threads", lambda threads=threads: threads)
+        assert used_hardware() == told
