@@ -13,6 +13,7 @@ from hf_trim.backward import fallback_report, reset_fallbacks, skip_zero_rows, s
 from hf_trim.backward.eager import zero_rows
 from hf_trim.backward.eager.sparse import row_gradient
 from hf_trim.backward.eager.tensor import RowSparseTensor, densify
+from hf_trim.processes import leave_process_group
 from tests.support.programs import WIDTH, Program, draw_program
 
 
@@ -453,4 +454,4 @@ def test_distributed_data_parallel():
         parallel = nn.parallel.DistributedDataParallel(net, static_graph=False)
         assert_exact(lambda net, x, skip: weighted(parallel, x, skip), 3, net)
     finally:
-        torch.distributed.destroy_process_group()
+        leave_process_group()

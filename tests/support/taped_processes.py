@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from hf_trim.backward import take_rows_sparse
 from hf_trim.backward.eager.sparse import TAPES
 from hf_trim.backward.settings import taped
+from hf_trim.processes import leave_process_group
 
 
 PROCESSES = 2
@@ -43,7 +44,7 @@ def train(rank: int, port: int) -> None:
             torch.testing.assert_close(p.grad, sum(own) / PROCESSES)
     assert TAPES.counts["ran"] == 3, TAPES.counts
     torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    leave_process_group()
 
 
 if __name__ == "__main__":
