@@ -38,19 +38,17 @@ def find_records(paths: list[str]) -> list[dict]:
             files.append(path)
         else:
             raise ValueError(f"there is no file or folder {path}: give folders of comparisons, or files of records.")
-    records: dict[tuple, dict] = {}
-    origins: dict[tuple, Path] = {}
+    runs: dict[tuple, tuple[dict, Path]] = {}
     for file in files:
         for record in read_records(file):
-            key = _record_key(record)
             # A run that occurs in several files counts once.
-            if _text(records.setdefault(key, record)) != _text(record):
+            known, origin = runs.setdefault(_record_key(record), (record, file))
+            if known is not record and _text(known) != _text(record):
                 run = f"{record.get('recipe', '')}, {record['arm']}, seed {record['seed']}"
-                raise ValueError(f"{origins[key]} and {file} have different records of {run}: give one of them.")
-            origins.setdefault(key, file)
-    if not records:
+                raise ValueError(f"{origin} and {file} have different records of {run}: give one of them.")
+    if not runs:
         raise ValueError(f"no records in {', '.join(paths)}: `python -m hf_trim.run RECIPE --compare` makes some.")
-    return [records[key] for key in sorted(records)]
+    return [runs[key][0] for key in sorted(runs)]
 
 
 def group(records: list[dict]) -> dict[str, list[dict]]:

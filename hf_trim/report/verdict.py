@@ -17,6 +17,7 @@ by +0.9 (+0.5 … +1.3): "take adaptive: as plain within chance (−0.10, at wor
 """
 
 import math
+from typing import cast
 
 from hf_trim.messages import signed
 from hf_trim.report.summary import MIN_SEEDS, TITLES, Summary, summarize
@@ -69,8 +70,9 @@ def _judge(summaries: list[Summary]) -> str:
     short = same.pop("short", None)
     worthy = [pair for pair in same.values() if short is None or _beats(pair[0], short[0])]
     best, difference = min(worthy, key=lambda pair: pair[0].cost or 0.0) if worthy or short is None else short
-    worst = signed((difference.interval or (0.0, 0.0))[1])
-    return f"take {best.arm}: as plain within chance ({signed(difference.mean)}, at worst {worst}){_at_cost(best)}"
+    _, worst = cast(tuple[float, float], difference.interval)  # all that are compared have one
+    within = f"{signed(difference.mean)}, at worst {signed(worst)}"
+    return f"take {best.arm}: as plain within chance ({within}){_at_cost(best)}"
 
 
 def _beats(arm: Summary, short: Summary) -> bool:

@@ -176,7 +176,7 @@ def lock_run(record: Path, shared: bool) -> Iterator[None]:
     if shared:
         yield
         return
-    path = record.with_name(f"{record.name}.lock")
+    path = _lock_of(record)
     record.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path, timeout=0):
         try:
@@ -194,7 +194,7 @@ def is_trained(record: Path) -> bool:
     Returns:
         `bool`: Whether another process trains this run now.
     """
-    path = record.with_name(f"{record.name}.lock")
+    path = _lock_of(record)
     if not path.exists():
         return False
     try:
@@ -202,6 +202,10 @@ def is_trained(record: Path) -> bool:
             return False  # left by a process that was killed
     except Timeout:
         return True
+
+
+def _lock_of(record: Path) -> Path:
+    return record.with_name(f"{record.name}.lock")
 
 
 def _shown(value: Any) -> str:
