@@ -73,7 +73,7 @@ def _plot_curves(epochs: Axes, seconds: Axes, runs: list[dict], key: str, arm: s
     ]
     if all(epoch in clock for clock in clocks for epoch in shared):
         times = [statistics.mean(clock[epoch] for clock in clocks) for epoch in shared]
-        seconds.plot(times, means, color=COLORS[arm], marker=marker)
+        seconds.plot(times, means, color=COLORS[arm], marker=marker, lw=width)
 
 
 def _plot_fractions(epochs: Axes, trimmed: list[dict]) -> None:

@@ -52,7 +52,7 @@ class Difference(NamedTuple):
     @property
     def is_higher(self) -> bool:
         """Whether it is higher beyond chance."""
-        return self.interval is not None and not self.interval[0] <= 0  # NaN is not better than plain, but worse
+        return self.interval is not None and self.interval[0] > 0
 
 
 class Summary(NamedTuple):

@@ -10,7 +10,8 @@ The rule, with "beyond chance" for a 95 % interval that leaves out zero:
    more; another one only if it is better than that, or clearly cheaper; of several the cheapest.
 3. Else plain training.
 
-Arms are judged on the same seeds: one that has fewer than others is not, and that is said.
+Arms are judged on the same seeds: one that has fewer than others is not, and neither is one with a training that ended
+in NaN or infinity; both are said. Nothing is taken where no arm is better than always the most frequent class.
 
 e.g. adaptive at 80 % of the cost differs from plain by −0.1 (−0.4 … +0.2), and shorter plain training at the same cost
 by +0.9 (+0.5 … +1.3): "take adaptive: as plain within chance (−0.10, at worst +0.20), at 80 % of its cost".
@@ -46,9 +47,13 @@ def verdict(summaries: list[Summary]) -> str:
     most = max(pairs.values(), default=0)
     if most < MIN_SEEDS:
         return f"fewer than {MIN_SEEDS} seeds: no verdict"
-    left = [arm for arm, count in pairs.items() if count < most]
-    left_out = f"; not judged, with fewer seeds: {', '.join(left)}" if left else ""
-    return _judge([arm for arm in summaries if arm.arm not in left]) + left_out
+    if all(arm.majority_error is not None and arm.mean >= arm.majority_error for arm in summaries):
+        return "no arm is better than always the most frequent class: no verdict"
+    failed = [arm.arm for arm in summaries if not math.isfinite(arm.mean)]
+    left = [arm for arm, count in pairs.items() if count < most and arm not in failed]
+    said = f"; not judged, with fewer seeds: {', '.join(left)}" if left else ""
+    said += f"; not judged, since a training ended in NaN or infinity: {', '.join(failed)}" if failed else ""
+    return _judge([arm for arm in summaries if arm.arm not in [*left, *failed]]) + said
 
 
 def _judge(summaries: list[Summary]) -> str:

@@ -66,6 +66,8 @@ def test_without_enough_seeds_or_savings_there_is_no_such_verdict():
     assert notes(alone) == ["There is no plain training among the runs to compare with: add the arm plain."]
     same_cost = dict.fromkeys(COSTS, 1.0)
     assert verdict_of(comparison(costs=same_cost, adaptive=0.0)).startswith("take plain")
+    useless = [{**run, "majority_error": 5.0} for run in comparison(adaptive=0.0)]
+    assert verdict_of(useless) == "no arm is better than always the most frequent class: no verdict"
     older = [{key: value for key, value in run.items() if "passes" not in key} for run in comparison(adaptive=0.0)]
     assert (
         verdict_of(older).endswith("the records do not say what each of them cost")
@@ -89,6 +91,7 @@ def test_a_training_that_ends_in_nan_is_worse_and_told(tmp_path, capsys):
             {**run, "test_error": bad} if run["arm"] == "short" and run["seed"] == 3 else run for run in records
         ]
         assert verdict_of(records).startswith("take adaptive: as plain")
+        assert verdict_of(records).endswith("; not judged, since a training ended in NaN or infinity: short")
         assert notes(records)[0] == "Warning: with a training that ended in NaN or infinity: short."
         write_json(tmp_path / "records.json", records)
         write_json(tmp_path / "copy.json", records)
